@@ -1,0 +1,34 @@
+"""Settings for every test: one thread, fixed seeds, Hypothesis profiles.
+
+Markers (declared in setup.cfg, left out of a plain `pytest`): `slow` takes more than a minute on one core, `gpu` needs
+a CUDA device, `hub` needs to reach a model or data hub. Run one kind with, for example, `pytest -m slow`.
+
+Hypothesis profiles, chosen with HYPOTHESIS_PROFILE: `ci` (the default) draws the same examples on every run, so that a
+failure is the change's and not the dice's; `explore` draws new ones, and twenty times as many.
+"""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("explore", deadline=None, max_examples=600, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# More threads would change the order of sums, hence last digits, from one machine to the next.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """The global generator starts from the same state in every test, whatever ran before."""
+    torch.manual_seed(0)
