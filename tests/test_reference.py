@@ -13,7 +13,7 @@ from reference import (
     VOCABULARY,
     Noise,
     bayes_posterior,
-    binomial_two_sided,
+    binomial_bound,
     categorical_kl,
     chi_square_p_value,
     clean_distribution,
@@ -183,9 +183,10 @@ def test_frequency_tests_accept_the_right_law_and_reject_a_close_one():
     assert chi_square_p_value(counts, probs) > 1e-3
     assert chi_square_p_value(counts, probs + torch.tensor([0, 0, 0.0025, -0.0025, 0])) < 1e-6
     assert chi_square_p_value(counts + torch.tensor([0, 0, 0, 0, 1]), probs) == 0
-    # P(|X - 50| >= 10) for X ~ Binomial(100, 1/2) is 0.0569; for 5 sigma below it is under 1e-6
-    assert binomial_two_sided(60, 100, 0.5) == pytest.approx(0.0569, abs=1e-4)
-    assert binomial_two_sided(25, 100, 0.5) < 1e-6 and binomial_two_sided(0, 100, 0.5) < 1e-29
+    # 60 of 100 fair tosses: KL = 0.6 log 1.2 + 0.4 log 0.8 = 0.02014, and 2 exp(-2.014) = 0.267 (exact: 0.057)
+    assert binomial_bound(60, 100, 0.5) == pytest.approx(0.267, abs=1e-3)
+    assert binomial_bound(25, 100, 0.5) < 1e-5 and binomial_bound(0, 100, 0.5) < 1e-29
+    assert binomial_bound(1, 100, 0.0) == 0 and binomial_bound(0, 100, 0.0) == 1
 
 
 def test_marginal_and_kl_by_hand():
