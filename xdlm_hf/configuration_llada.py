@@ -94,11 +94,6 @@ class LLaDAConfig(PreTrainedConfig):
         "initializer_range": "init_std",
         "tie_word_embeddings": "weight_tying",
     }
-    base_model_fsdp_plan = {
-        "transformer.wte": "free_full_weight",
-        "transformer.blocks.*": "free_full_weight",
-        "transformer.ln_f": "keep_full_weight",
-    }
 
     d_model: int = 4096
     n_layers: int = 32
