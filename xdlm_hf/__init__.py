@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_llada import LLaDAConfig
+from .hub import export_for_hub
 from .kernel import NoiseKernel
 from .modeling_llada import LLaDAForDiffusionLM, LLaDAModel
 from .schedules import CosineSchedule, LinearSchedule, get_schedule
@@ -22,5 +23,6 @@ __all__ = [
     "LLaDAModel",
     "LinearSchedule",
     "NoiseKernel",
+    "export_for_hub",
     "get_schedule",
 ]

@@ -1,0 +1,185 @@
+"""Export of a model for the Hub: weights, code files that load without this package, tokenizer and model card."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from .configuration_llada import LLaDAConfig
+from .modeling_llada import LLaDAForDiffusionLM
+
+PAPER = "arXiv 2602.01362"
+_SPECIAL_TOKENS = ("mask_token_id", "eos_token_id", "pad_token_id")
+
+
+def export_for_hub(
+    model: LLaDAForDiffusionLM,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    repo_id: str | None = None,
+    notes: str = "",
+) -> Path:
+    """Write a folder ready to upload: it loads with `trust_remote_code=True` where this package is not installed.
+
+    The folder holds model.safetensors (or shards), config.json with its `auto_map`, generation_config.json, the code
+    files they name, the tokenizer if given, and README.md, the model card. It appears whole or not at all.
+
+    Args:
+        model: What to export; merge adapters first.
+        folder: Where to; must not exist or be empty.
+        tokenizer: Saved beside the model; its mask id, if it has one, must be the model's.
+        base_model: Hub name of the checkpoint that training started from.
+        license: Licence of the weights as a Hub identifier, e.g. "mit". The code files are Apache-2.0.
+        repo_id: Name the model will have on the Hub, for the examples on the card; defaults to the folder's name.
+        notes: Markdown added to the card: data, training, evaluation, limits.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the folder is not empty, the model is no LLaDAForDiffusionLM or carries an adapter, the config
+            is invalid, or the tokenizer does not fit the model.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder; export to a new one.")
+    _validate_model(model)
+    model.config.validate_llada()
+    if tokenizer is not None:
+        _validate_tokenizer(tokenizer, model.config)
+    card = model_card(
+        model, tokenizer, name=repo_id or folder.name, base_model=base_model, license=license, notes=notes
+    )
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True)
+    try:
+        with _saved_as_code(model):
+            model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def model_card(
+    model: LLaDAForDiffusionLM,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    name: str,
+    base_model: str | None = None,
+    license: str | None = None,
+    notes: str = "",
+) -> str:
+    """README.md of an export: base, k, schedule, special tokens, sizes, how to generate. See [`export_for_hub`]."""
+    header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    header += ["tags:", "- diffusion-language-model", "- xdlm", "- llada"]
+    header += [f"base_model: {base_model}"] if base_model else []
+    header += [f"license: {license}"] if license else []
+    config, k = model.config, model.config.mixing_ratio
+    kind = {0: "masked noise only (MDLM)", 1: "uniform noise only (UDLM)"}.get(k, "masked and uniform noise (XDLM)")
+    facts = {
+        "Base model": base_model or "none: trained from scratch",
+        "Mixing ratio k (Eq. 7)": f"{k:g}, {kind}",
+        "Noise schedule": config.noise_schedule,
+        "Parameters": f"{model.num_parameters():,}, {str(model.dtype).removeprefix('torch.')}",
+        "Vocabulary N": f"{config.embedding_size:,} rows of the output layer",
+        "Training length": f"{config.max_sequence_length:,} tokens",
+    }
+    facts |= {
+        field.removesuffix("_id").replace("_", " ").capitalize(): _describe(getattr(config, field), tokenizer)
+        for field in _SPECIAL_TOKENS
+    }
+    table = ["| | |", "|---|---|"] + [f"| {fact} | {value} |" for fact, value in facts.items()]
+    weights = f"The weights: {license}." if license else "The weights: as stated for the base model."
+    return "\n".join(
+        [*header, "---", "", f"# {name}", ""]
+        + [f"A discrete diffusion language model in the LLaDA format, after XDLM ({PAPER}): it starts from noise"]
+        + ["and writes all positions in parallel, in as many steps as you ask for.", "", *table, ""]
+        + ["## Generate", "", "With the package `xdlm_hf`, no remote code:", ""]
+        + _example(name, "import xdlm_hf  # registers the model type\n", "")
+        + ["", "Without it, with the code files of this repository:", ""]
+        + _example(name, "", ", trust_remote_code=True")
+        + ["", "`model.generate(steps=32)` without a prompt writes freely. More steps cost more forward passes and"]
+        + ["usually give better text.", "", *([notes.strip(), ""] if notes else [])]
+        + ["## Licence", "", f"The code files: Apache-2.0. {weights}", ""]
+    )
+
+
+def _example(name: str, first_line: str, argument: str) -> list[str]:
+    return [
+        "```python",
+        f"{first_line}from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto"{argument})',
+        'inputs = tokenizer(["The capital of France is"], return_tensors="pt").to(model.device)',
+        "sequences = model.generate(**inputs, steps=32, max_new_tokens=64)",
+        "print(tokenizer.batch_decode(sequences, skip_special_tokens=True))",
+        "```",
+    ]
+
+
+def _describe(token_id: int | list[int] | None, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if token_id is None:
+        return "none"
+    ids = token_id if isinstance(token_id, list) else [token_id]
+    tokens = [None if tokenizer is None else tokenizer.convert_ids_to_tokens(i) for i in ids]
+    return ", ".join(f"{i}" if token is None else f"{i}, `{token}`" for i, token in zip(ids, tokens, strict=True))
+
+
+def _validate_model(model: object) -> None:
+    if hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"cannot export a {type(model).__name__}; merge the adapter first: model.merge_and_unload() is the model."
+        )
+    if not isinstance(model, LLaDAForDiffusionLM):
+        raise ValueError(f"cannot export a {type(model).__name__}; pass a LLaDAForDiffusionLM.")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "cannot export a LLaDAForDiffusionLM with an adapter inside; load the base model, put the adapter on it "
+            "with peft.PeftModel.from_pretrained, and export what merge_and_unload() returns."
+        )
+
+
+def _validate_tokenizer(tokenizer: PreTrainedTokenizerBase, config: LLaDAConfig) -> None:
+    # LLaDA's own tokenizer names no mask token: then the config alone says which id it is.
+    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id != config.mask_token_id:
+        raise ValueError(
+            f"the tokenizer's mask_token_id={tokenizer.mask_token_id} is not the model's {config.mask_token_id}; "
+            "pass the tokenizer the model was trained with."
+        )
+    if len(tokenizer) > config.embedding_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {config.embedding_size} rows; "
+            "pass the tokenizer the model was trained with."
+        )
+
+
+@contextmanager
+def _saved_as_code(model: LLaDAForDiffusionLM) -> Iterator[None]:
+    """Within it, `save_pretrained` copies the code files and writes `auto_map`; other models are not affected after."""
+    config_class, model_class = type(model.config), type(model)
+    before = config_class._auto_class, model_class._auto_class
+    auto_map = getattr(model.config, "auto_map", None)
+    # Saving adds the two registered classes; AutoModel gives the class with logits too, as in the public checkpoints.
+    model.config.auto_map = {"AutoModel": f"{model_class.__module__.split('.')[-1]}.{model_class.__name__}"}
+    config_class.register_for_auto_class()
+    model_class.register_for_auto_class("AutoModelForCausalLM")
+    try:
+        yield
+    finally:
+        config_class._auto_class, model_class._auto_class = before
+        del model.config.auto_map
+        if auto_map is not None:
+            model.config.auto_map = auto_map
+
+
+__all__ = ["export_for_hub", "model_card"]
