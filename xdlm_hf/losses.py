@@ -3,8 +3,8 @@
 t = 0 is clean, t = 1 is noise, s < t. Losses are in nats per token. N counts every row of the output layer, [MASK] and
 padding rows included. Shapes: B batch, L length, N vocabulary, M tokens of one row block.
 
-Both losses are one formula. With phi(y) = y - log(1 + y) and rho(y) = phi(y) / y, every term that cancels in the printed
-form is a value of rho, and rho loses nothing near 0 (derivation: docs/equations.md):
+Both losses are one formula. With phi(y) = y - log(1 + y) and rho(y) = phi(y) / y, every term that cancels in the
+printed form is a value of rho, and rho loses nothing near 0 (derivation: docs/equations.md):
 
     w = (x_z - p_z) / f(p, z),   u = beta k / N,   u_0 = beta r(x_0),   B = b_ts r(z_t) / f_t(x, z_t)
     H = log[f(x, x_0) / f(p, x_0)] + sum_{e not special} p_e rho(alpha p_e / u) - rho(alpha / u_0)
@@ -15,7 +15,8 @@ form is a value of rho, and rho loses nothing near 0 (derivation: docs/equations
 so the limit is the first line with B = 0 inside the braces. The network enters through p = softmax(logits), [MASK] row
 excluded when k < 1, alone; the gradient is closed-form and reads the logits once more.
 
-Per-token scalars are float64, passes over the vocabulary float32 (float64 for float64 logits), whatever the model's dtype.
+Per-token scalars are float64, passes over the vocabulary float32 (float64 for float64 logits), whatever the model's
+dtype.
 """
 
 import math

@@ -139,11 +139,14 @@ def masked_logits(logits: Tensor, kernel: NoiseKernel) -> Tensor:
     return logits
 
 
-def sample_categorical(logits: Tensor, kernel: NoiseKernel, generator: torch.Generator | None = None) -> Tensor:
+def sample_categorical(
+    logits: Tensor, kernel: NoiseKernel | None = None, generator: torch.Generator | None = None
+) -> Tensor:
     """Exact draws from softmax(logits) by inverting the cumulative distribution in float64.
 
     Args:
-        logits: (M, N), float of any dtype; absorbing rows are ignored.
+        logits: (M, N), float of any dtype.
+        kernel: If given, the rows of its absorbing tokens are ignored.
 
     Returns:
         Token ids, (M,).
@@ -153,8 +156,8 @@ def sample_categorical(logits: Tensor, kernel: NoiseKernel, generator: torch.Gen
     u = uniform((logits.shape[0], 1), generator, logits.device)
     draws = []
     for block, u_block in zip(_row_blocks(logits), u.split(_rows_per_block(logits)), strict=True):
-        masked = masked_logits(block, kernel)
-        cdf = (masked - masked.amax(-1, keepdim=True)).double().exp_().cumsum(-1)
+        masked = block if kernel is None else masked_logits(block, kernel)
+        cdf = (masked.double() - masked.amax(-1, keepdim=True)).exp_().cumsum(-1)
         # side="right": the first entry above u, so that a token of probability zero is never the answer.
         draws.append(torch.searchsorted(cdf, u_block * cdf[:, -1:], right=True).squeeze(-1))
     return torch.cat(draws).clamp_max(logits.shape[-1] - 1)
