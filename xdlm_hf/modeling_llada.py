@@ -28,6 +28,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_llada import LLaDAConfig
+from .generation import XDLMGenerationMixin
 from .kernel import NoiseKernel
 
 
@@ -198,8 +199,8 @@ class LLaDAPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": LLaDABlock, "attentions": LLaDAAttention}
 
     def __init__(self, config: LLaDAConfig):
-        config.validate_llada()  # fields may have been set after construction
         super().__init__(config)
+        config.validate_llada()  # fields may have been set after construction
 
     @classmethod
     def from_pretrained(
@@ -319,7 +320,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         return bias.masked_fill(~attention_mask.bool(), torch.finfo(bias.dtype).min)
 
 
-class LLaDAForDiffusionLM(LLaDAPreTrainedModel):
+class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
     """LLaDA with its output layer: token ids (B, L), noisy or masked, to logits of the clean tokens (B, L, N).
 
     Not shifted: the logits at a position are about that position. `noise_kernel()` is the noise the checkpoint was

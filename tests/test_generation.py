@@ -1,0 +1,416 @@
+"""generate() on the recorded checkpoint and on small random models."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, XDLMGenerationConfig
+
+CHECKPOINT = Path(__file__).parent / "fixtures" / "tiny-llada"
+RECORDED = json.loads((CHECKPOINT / "expected_generation.json").read_text())
+MASK, EOS = 510, 500
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return load_file(CHECKPOINT / "expected.safetensors")
+
+
+@pytest.fixture
+def prompt(expected):
+    return {"input_ids": expected["input_ids"], "attention_mask": expected["attention_mask"]}
+
+
+def small_model(**kwargs):
+    config = LLaDAConfig(
+        **{
+            "d_model": 16,
+            "n_heads": 2,
+            "n_layers": 1,
+            "mlp_hidden_size": 32,
+            "vocab_size": 24,
+            "embedding_size": 24,
+            "max_sequence_length": 64,
+            "mask_token_id": 20,
+            "eos_token_id": 21,
+            "pad_token_id": 22,
+            **kwargs,
+        }
+    )
+    torch.manual_seed(0)
+    return LLaDAForDiffusionLM(config).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The released sampler
+
+
+@pytest.mark.parametrize("index", range(len(RECORDED)))
+def test_reference_compat_gives_the_recorded_tokens(model, expected, prompt, index):
+    case = RECORDED[index]
+    inputs = prompt if case["prompt"] == "batch" else {"input_ids": torch.empty(2, 0, dtype=torch.long)}
+    sequences = model.generate(
+        **inputs,
+        steps=case["steps"],
+        max_new_tokens=case["gen_length"],
+        block_length=case["block_length"],
+        mixing_ratio=case["k1"],
+        cfg_scale=case.get("cfg_scale", 0.0),
+        reference_compat=True,
+    )
+    assert sequences.equal(expected[f"gen_{index}"])
+    changed = not sequences[:, : inputs["input_ids"].shape[1]].equal(inputs["input_ids"])
+    assert changed == case["prompt_changed"]
+
+
+@pytest.mark.parametrize("index", [i for i, case in enumerate(RECORDED) if case["k1"] == 0])
+def test_at_k_0_the_default_sampler_is_llada(model, expected, prompt, index):
+    case = RECORDED[index]
+    options = {"steps": case["steps"], "max_new_tokens": case["gen_length"], "block_length": case["block_length"]}
+    sequences = model.generate(**prompt, **options, cfg_scale=case.get("cfg_scale", 0.0))
+    assert sequences.equal(expected[f"gen_{index}"])
+
+
+def test_the_default_sampler_leaves_the_prompt_that_the_released_one_edits(model, prompt):
+    options = {"steps": 8, "max_new_tokens": 32, "mixing_ratio": 0.1}
+    assert not model.generate(**prompt, **options, reference_compat=True)[:, :9].equal(prompt["input_ids"])
+    assert model.generate(**prompt, **options)[:, :9].equal(prompt["input_ids"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every generation keeps
+
+
+@pytest.mark.parametrize("sampler", ["confidence", "ancestral"])
+@pytest.mark.parametrize("k", [0.0, 0.1, 0.5])
+def test_prompt_is_untouched_and_no_mask_is_left(model, prompt, sampler, k):
+    prompt["input_ids"] = prompt["input_ids"].clone()
+    prompt["input_ids"][0, 3] = MASK  # a mask token in the text is text
+    for cfg_scale in (0.0, 1.5):
+        sequences = model.generate(
+            **prompt, steps=8, max_new_tokens=24, mixing_ratio=k, sampler=sampler, cfg_scale=cfg_scale
+        )
+        assert sequences.shape == (2, 33)
+        assert sequences[:, :9].equal(prompt["input_ids"])
+        assert (sequences[:, 9:] != MASK).all()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_greedy_batch_equals_single_rows(attention):
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32, attn_implementation=attention).eval()
+    prompts = [[403, 37, 204], [390, 361, 424, 90, 493, 7, 7], [11]]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[EOS] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    options = {"steps": 12, "max_new_tokens": 36, "block_length": 12, "mixing_ratio": 0.3}
+    together = model.generate(input_ids=ids, attention_mask=mask, **options, return_dict_in_generate=True)
+    for row, text in enumerate(prompts):
+        alone = model.generate(input_ids=torch.tensor([text]), **options, return_dict_in_generate=True)
+        assert together.sequences[row, width:].equal(alone.sequences[0, len(text) :])
+        assert together.num_edits[row] == alone.num_edits[0] > 0
+
+
+def test_the_unseen_padding_id_does_not_matter(model, prompt):
+    other = prompt["input_ids"].masked_fill(prompt["attention_mask"] == 0, 3)
+    options = {"attention_mask": prompt["attention_mask"], "steps": 8, "max_new_tokens": 16, "cfg_scale": 1.0}
+    first, second = (model.generate(input_ids=ids, **options)[:, 9:] for ids in (prompt["input_ids"], other))
+    assert first.equal(second)
+
+
+def test_unconditional_generation_three_ways(model):
+    by_default = model.generate(steps=4, max_new_tokens=16)
+    by_empty = model.generate(input_ids=torch.empty(2, 0, dtype=torch.long), steps=4, max_new_tokens=16)
+    by_empty_text = model.generate(
+        input_ids=torch.empty(1, 0), attention_mask=torch.empty(1, 0), steps=4, max_new_tokens=16
+    )
+    assert by_default.shape == (1, 16) and by_empty.shape == (2, 16)
+    assert by_default.equal(by_empty[:1]) and by_default.equal(by_empty_text)
+
+
+def test_model_generate_with_nothing_but_steps(model):
+    assert model.generate(steps=2).shape == (1, 128)
+
+
+def test_output_counts_and_history(model, prompt):
+    out = model.generate(
+        **prompt, steps=6, max_new_tokens=24, mixing_ratio=0.2, return_dict_in_generate=True, output_history=True
+    )
+    assert out.num_forward_passes == 6 and len(out.history) == 7
+    assert (out.history[0][:, 9:] == MASK).all() and out.history[-1].equal(out.sequences)
+    edits = torch.zeros(2, dtype=torch.long)
+    for before, after in zip(out.history, out.history[1:], strict=False):
+        assert ((before == MASK) & (after != MASK)).sum(-1).tolist() == [4, 4]
+        edits += ((before != MASK) & (after != before)).sum(-1)
+    assert out.num_edits.equal(edits) and edits.tolist() == [6, 6]  # floor(0.25 * 24)
+    guided = model.generate(**prompt, steps=6, max_new_tokens=24, cfg_scale=1.0, return_dict_in_generate=True)
+    assert guided.num_forward_passes == 12 and guided.history is None
+
+
+def test_the_head_runs_only_where_tokens_can_change(model, prompt):
+    widths = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda m, args, out: widths.append(args[0].shape[1]))
+    try:
+        model.generate(**prompt, steps=4, max_new_tokens=16, block_length=8)
+        model.generate(**prompt, steps=4, max_new_tokens=16, block_length=8, mixing_ratio=0.1)
+    finally:
+        handle.remove()
+    assert widths == [8, 8, 8, 8] + [8, 8, 16, 16]
+
+
+def test_bf16_confidences_are_float32(prompt):
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.bfloat16).eval()
+    seen = []
+
+    class Spy(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(scores.dtype)
+            return scores
+
+    model.generate(**prompt, steps=2, max_new_tokens=8, logits_processor=LogitsProcessorList([Spy()]))
+    assert seen == [torch.float32] * 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Draws
+
+
+@pytest.mark.parametrize("options", [{"sampler": "ancestral"}, {"temperature": 0.8}, {"remasking": "random"}])
+def test_seeds(model, prompt, options):
+    def generate(**kwargs):
+        return model.generate(**prompt, steps=8, max_new_tokens=16, mixing_ratio=0.1, **options, **kwargs)
+
+    assert generate(seed=1).equal(generate(seed=1))
+    assert not generate(seed=1).equal(generate(seed=2))
+    assert generate(seed=1).equal(generate(generator=torch.Generator().manual_seed(1)))
+    torch.manual_seed(5)
+    first = generate()
+    torch.manual_seed(5)
+    assert first.equal(generate())
+
+
+def test_top_k_one_is_greedy(model, prompt):
+    options = {"steps": 8, "max_new_tokens": 16}
+    greedy = model.generate(**prompt, **options)
+    assert model.generate(**prompt, **options, temperature=3.0, top_k=1).equal(greedy)
+    assert model.generate(**prompt, **options, temperature=3.0, top_p=1e-6).equal(greedy)
+    assert not model.generate(**prompt, **options, temperature=3.0, seed=0).equal(greedy)
+
+
+def test_ancestral_top_k_draws_only_from_the_top(model):
+    # One step goes straight to p, so every token is one of the two most likely at its position.
+    ids = torch.empty(1, 0, dtype=torch.long)
+    out = model.generate(
+        input_ids=ids,
+        steps=1,
+        max_new_tokens=32,
+        sampler="ancestral",
+        top_k=2,
+        return_dict_in_generate=True,
+        output_history=True,
+        eos_token_id=[],
+    )
+    logits = model(out.history[0]).logits.detach()
+    logits[..., MASK] = -torch.inf
+    top = logits.topk(2, dim=-1).indices
+    assert (top == out.sequences[..., None]).any(-1).all()
+
+
+def test_num_return_sequences(model, prompt):
+    sequences = model.generate(**prompt, steps=4, max_new_tokens=8, temperature=1.0, num_return_sequences=3, seed=0)
+    assert sequences.shape == (6, 17)
+    assert sequences[:3, :9].equal(prompt["input_ids"][:1].expand(3, -1))
+    assert not sequences[0].equal(sequences[1])
+
+
+def test_uniform_model_without_mask_token_generates_ancestrally():
+    model = small_model(mixing_ratio=1.0, mask_token_id=None)
+    assert model.generate(steps=4, max_new_tokens=8, sampler="ancestral").shape == (1, 8)
+    with pytest.raises(ValueError, match="sampler='confidence' needs a mask token.*sampler='ancestral'"):
+        model.generate(steps=4, max_new_tokens=8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hooks, end of text
+
+
+def test_logits_processors_see_current_ids_and_change_the_result(model, prompt):
+    shapes = []
+
+    class Force(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            shapes.append((tuple(input_ids.shape), tuple(scores.shape)))
+            return torch.full_like(scores, -torch.inf).index_fill(-1, torch.tensor([77]), 0.0)
+
+    sequences = model.generate(**prompt, steps=2, max_new_tokens=8, logits_processor=LogitsProcessorList([Force()]))
+    assert (sequences[:, 9:] == 77).all()
+    assert shapes == [((16, 17), (16, 512))] * 2
+    stock = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1e6)])
+    plain = model.generate(steps=8, max_new_tokens=8)
+    assert len(plain.unique()) < 8 == len(model.generate(steps=8, max_new_tokens=8, logits_processor=stock).unique())
+
+
+@pytest.mark.parametrize("sampler", ["confidence", "ancestral"])
+def test_suppressed_tokens_do_not_appear(model, sampler):
+    sequences = model.generate(steps=8, max_new_tokens=32, sampler=sampler, suppress_tokens=list(range(400)), seed=0)
+    assert (sequences >= 400).all() and (sequences != MASK).all()
+
+
+def test_stopping_criteria_are_asked_after_each_block(model, prompt):
+    lengths = []
+
+    class SecondBlock(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            lengths.append(input_ids.shape[1])
+            assert (input_ids[:, 9:] != MASK).all()
+            return torch.tensor([input_ids.shape[1] >= 17, input_ids.shape[1] >= 25])
+
+    out = model.generate(
+        **prompt,
+        steps=8,
+        max_new_tokens=32,
+        block_length=8,
+        stopping_criteria=StoppingCriteriaList([SecondBlock()]),
+        return_dict_in_generate=True,
+        pad_token_id=3,
+    )
+    assert lengths == [17, 25] and out.num_forward_passes == 4
+    assert (out.sequences[0, 17:] == 3).all() and (out.sequences[1, 25:] == 3).all()
+    assert (out.sequences[1, 17:25] != 3).all() and (out.sequences != MASK).all()
+
+
+def test_what_follows_end_of_text_is_padding():
+    model = small_model()
+    with torch.no_grad():  # position-free logits: token 5 or, where the prompt says so, end of text
+        model.get_output_embeddings().weight.zero_()
+    force = LogitsProcessorList([_Script([5, 21, 6, 21, 7])])
+    prompt = torch.tensor([[1, 21]])  # end of text in the prompt ends nothing
+    sequences = model.generate(input_ids=prompt, steps=1, max_new_tokens=5, logits_processor=force)
+    assert sequences.tolist() == [[1, 21, 5, 21, 22, 22, 22]]
+    kept = model.generate(input_ids=prompt, steps=1, max_new_tokens=5, logits_processor=force, eos_token_id=[])
+    assert kept.tolist() == [[1, 21, 5, 21, 6, 21, 7]]
+    several = model.generate(input_ids=prompt, steps=1, max_new_tokens=5, logits_processor=force, eos_token_id=[6, 7])
+    assert several.tolist() == [[1, 21, 5, 21, 6, 22, 22]]
+
+
+class _Script(LogitsProcessor):
+    """Logits that make position i the i-th token of a list."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __call__(self, input_ids, scores):
+        return torch.nn.functional.one_hot(torch.tensor(self.tokens), scores.shape[-1]).float() * 50
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def test_config_is_saved_and_loaded_with_the_model(tmp_path):
+    model = small_model(mixing_ratio=0.1)
+    model.generation_config = XDLMGenerationConfig(steps=4, max_new_tokens=8, block_length=4, temperature=0.5, seed=3)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded.generation_config, XDLMGenerationConfig)
+    stored, given = loaded.generation_config.to_dict(), model.generation_config.to_dict()
+    assert {k: stored[k] for k in XDLMGenerationConfig.OPTIONS} == {k: given[k] for k in XDLMGenerationConfig.OPTIONS}
+    assert loaded.generate().equal(model.generate()) and loaded.generate().shape == (1, 8)
+
+
+def test_precedence_call_then_config_then_model_then_defaults():
+    model = small_model(mixing_ratio=0.5)
+    model.generation_config = XDLMGenerationConfig(max_new_tokens=4, steps=2)
+    assert model.generate().shape == (1, 4)
+    assert model.generate(generation_config=XDLMGenerationConfig(max_new_tokens=6)).shape == (1, 6)
+    assert model.generate(generation_config=XDLMGenerationConfig(max_new_tokens=6), max_new_tokens=8).shape == (1, 8)
+    options = model._resolve_options(None, {"max_new_tokens": 8})
+    assert (options.mixing_ratio, options.mask_token_id, options.steps, options.sampler) == (0.5, 20, 2, "confidence")
+    assert model.generation_config.max_new_tokens == 4
+
+
+def test_a_checkpoints_autoregressive_options_are_dropped_and_said(tmp_path, caplog):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5, "do_sample": true, "use_cache": false}')
+    with caplog.at_level("WARNING", logger="transformers"):
+        logger = __import__("logging").getLogger("transformers")
+        logger.propagate, before = True, logger.propagate
+        config = XDLMGenerationConfig.from_pretrained(tmp_path)
+        logger.propagate = before
+    assert config.eos_token_id == 5 and not hasattr(config, "do_sample")
+    assert "['do_sample', 'use_cache']" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"gen_length": 5}, r"no option gen_length=5 \(use max_new_tokens\)"),
+        ({"do_sample": True}, r"no option do_sample=True \(temperature=0 is greedy"),
+        ({"foo": 1}, r"no option foo=1\. Options: max_new_tokens, steps"),
+        ({"mixing_ratio": 1.5}, r"mixing_ratio=1.5 must lie in \[0, 1\]"),
+        ({"steps": 0}, r"steps=0 must be a positive integer"),
+        ({"steps": 2.5}, r"steps=2.5 must be a positive integer"),
+        ({"max_new_tokens": -1}, r"max_new_tokens=-1 must be a positive integer"),
+        ({"block_length": 5}, r"block_length=5 does not divide max_new_tokens=16; use e.g. block_length=4"),
+        ({"steps": 17}, r"steps=17 is more than max_new_tokens=16"),
+        ({"steps": 3, "block_length": 8}, r"steps=3 does not spread evenly over the 2 blocks"),
+        ({"sampler": "ddim"}, r"sampler='ddim' is not known; choose one of \['confidence', 'ancestral'\]"),
+        ({"remasking": "lucky"}, r"remasking='lucky' is not known"),
+        ({"temperature": -1}, r"temperature=-1 must be a finite number"),
+        ({"top_p": 0.0, "temperature": 1.0}, r"top_p=0.0 must lie in \(0, 1\]"),
+        ({"top_k": 0, "temperature": 1.0}, r"top_k=0 must be a positive integer"),
+        ({"top_k": 5}, r"top_k=5.*temperature=0 draws nothing"),
+        ({"cfg_scale": -1.0}, r"cfg_scale=-1.0 must be 0"),
+        ({"sampler": "ancestral", "block_length": 4}, r"sampler='ancestral' has no option block_length=4"),
+        ({"sampler": "ancestral", "temperature": 0.0}, r"temperature=0.0 must be positive"),
+        ({"sampler": "ancestral", "reference_compat": True}, r"no option reference_compat=True"),
+        ({"reference_compat": True, "mixing_ratio": 1.0}, r"mixing_ratio=1 has no released sampler"),
+        ({"suppress_tokens": [24]}, r"suppress_tokens holds token id 24, outside \[0, 24\)"),
+        ({"max_new_tokens": 65}, r"a prompt of 2 and max_new_tokens=65 make 67 tokens, more than.*=64"),
+        ({"seed": 1, "generator": torch.Generator()}, r"either seed=1 or a generator"),
+        ({"generation_config": {"steps": 3}}, r"must be an XDLMGenerationConfig, not dict"),
+        (
+            {"attention_mask": torch.ones(1, 3)},
+            r"attention_mask of shape \(1, 3\) must have the shape of input_ids, \(1, 2\)",
+        ),
+        ({"attention_mask": torch.tensor([[1, 0]])}, r"padding to the right.*padding_side='left'"),
+        ({"input_ids": torch.tensor([[1, 24]])}, r"input_ids holds token id 24, outside \[0, 24\)"),
+        ({"input_ids": torch.tensor([1, 2])}, r"input_ids must be integers of shape \(B, P\), got \(2,\)"),
+        ({"input_ids": torch.tensor([[1.0, 2.0]])}, r"input_ids must be integers.*torch.float32"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(kwargs, message):
+    model = small_model()
+    model.forward = None  # would raise TypeError, were it called
+    with pytest.raises(ValueError, match=message):
+        model.generate(**{"input_ids": torch.tensor([[1, 2]]), "steps": 4, "max_new_tokens": 16, **kwargs})
+
+
+def test_attention_mask_alone_is_refused():
+    with pytest.raises(ValueError, match="attention_mask was given without input_ids"):
+        small_model().generate(attention_mask=torch.ones(1, 2), steps=2)
+
+
+def test_stopping_needs_a_padding_token():
+    model = small_model(eos_token_id=None, pad_token_id=None)
+    with pytest.raises(ValueError, match="stopping_criteria need a pad_token_id"):
+        model.generate(steps=2, max_new_tokens=8, stopping_criteria=StoppingCriteriaList([_Script([1])]))
+
+
+def test_unknown_option_in_the_config_class():
+    with pytest.raises(ValueError, match=r"no option num_beams=4\."):
+        XDLMGenerationConfig(num_beams=4)
