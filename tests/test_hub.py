@@ -1,0 +1,242 @@
+"""Export for the Hub: loads where the package cannot be imported, states the facts on its card, never half-written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_configuration_llada import TINY
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
+from xdlm_hf.hub import export_for_hub, model_card
+
+FIXTURE = Path(__file__).parent / "fixtures" / "tiny-llada"
+
+# Runs in another process, with an import hook that refuses the package, and exports once more from what it loaded.
+REMOTE = """
+import sys
+
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "xdlm_hf":
+            raise ModuleNotFoundError("No module named 'xdlm_hf'")
+
+
+sys.meta_path.insert(0, Refuse())
+try:
+    import xdlm_hf
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("the package can be imported, so this proves nothing")
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+folder, inputs, outputs, again = sys.argv[1:]
+ids = load_file(inputs)["input_ids"]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+same = AutoModel.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    logits = model(ids).logits
+    assert torch.equal(same(ids).logits, logits)
+kernel = model.noise_kernel()
+sequences = model.generate(ids, steps=4, max_new_tokens=8)
+assert sequences.shape == (ids.shape[0], ids.shape[1] + 8)
+assert model.generate(steps=4, max_new_tokens=8).shape == (1, 8)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+assert tokenizer.mask_token_id == kernel.mask_token_id == model.config.mask_token_id
+save_file({"logits": logits, "sequences": sequences, "k": torch.tensor(kernel.mixing_ratio)}, outputs)
+model.save_pretrained(again)
+with torch.no_grad():
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)(ids).logits, logits)
+"""
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = LLaDAConfig(**TINY, init_std=0.2, mixing_ratio=0.1, eos_token_id=47, pad_token_id=47)
+    return LLaDAForDiffusionLM(config).eval()
+
+
+def make_tokenizer(size=50, mask="<mask>"):
+    vocabulary = {f"w{i}": i for i in range(size)} | {"<mask>": 49, "<eot>": 47}
+    del vocabulary["w49"], vocabulary["w47"]
+    names = {"mask_token": mask, "eos_token": "<eot>", "pad_token": "<eot>"}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in names.items() if v})
+
+
+def test_export_loads_where_the_package_is_not_importable(model, tmp_path):
+    ids = torch.randint(0, 47, (2, 7), generator=torch.Generator().manual_seed(1))
+    folder = export_for_hub(model, tmp_path / "my-model.v1", make_tokenizer(), base_model="a/b", license="mit")
+    save_file({"input_ids": ids}, tmp_path / "inputs.safetensors")
+    arguments = [folder, tmp_path / "inputs.safetensors", tmp_path / "outputs.safetensors", tmp_path / "again"]
+    caches = {"HF_HOME": tmp_path / "home", "HF_MODULES_CACHE": tmp_path / "modules", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", REMOTE, *map(str, arguments)],
+        cwd=tmp_path,
+        env=os.environ | {name: str(value) for name, value in caches.items()},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    outputs = load_file(tmp_path / "outputs.safetensors")
+    with torch.no_grad():
+        assert (outputs["logits"] - model(ids).logits).abs().max() < 1e-6
+    assert outputs["k"].item() == pytest.approx(0.1)
+    # Confidence sampling at temperature 0 draws nothing at random: the copied code gives the same text.
+    assert torch.equal(outputs["sequences"], model.generate(ids, steps=4, max_new_tokens=8))
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert saved["auto_map"]["AutoModelForCausalLM"] == "modeling_llada.LLaDAForDiffusionLM"
+    assert (tmp_path / "again" / "modeling_llada.py").read_text() == (folder / "modeling_llada.py").read_text()
+
+
+def test_export_loads_with_the_package_and_leaves_no_trace(model, tmp_path):
+    folder = export_for_hub(model, tmp_path / "exported")
+    written = json.loads((folder / "config.json").read_text())
+    assert written["auto_map"] == {
+        "AutoConfig": "configuration_llada.LLaDAConfig",
+        "AutoModel": "modeling_llada.LLaDAForDiffusionLM",
+        "AutoModelForCausalLM": "modeling_llada.LLaDAForDiffusionLM",
+    }
+    assert {name: written[name] for name in ("mask_token_id", "eos_token_id", "pad_token_id", "mixing_ratio")} == {
+        "mask_token_id": 49,
+        "eos_token_id": 47,
+        "pad_token_id": 47,
+        "mixing_ratio": 0.1,
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(loaded) is LLaDAForDiffusionLM
+    # Neither the exported model nor one loaded from the export writes code files afterwards.
+    for name, other in {"loaded": loaded, "exported": model}.items():
+        other.save_pretrained(tmp_path / name / "plain")
+        assert not list((tmp_path / name / "plain").glob("*.py"))
+        assert "auto_map" not in json.loads((tmp_path / name / "plain" / "config.json").read_text())
+
+
+def test_transformers_own_registration_works_too(tmp_path):
+    script = (
+        "import sys; from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM; "
+        "LLaDAConfig.register_for_auto_class(); LLaDAForDiffusionLM.register_for_auto_class('AutoModelForCausalLM'); "
+        "LLaDAForDiffusionLM.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
+    )
+    root = Path(__file__).parent.parent
+    subprocess.run(
+        [sys.executable, "-c", script, str(FIXTURE), str(tmp_path)], check=True, cwd=root, capture_output=True
+    )
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_llada.LLaDAConfig",
+        "AutoModelForCausalLM": "modeling_llada.LLaDAForDiffusionLM",
+    }
+    for name in ("configuration_llada.py", "modeling_llada.py", "kernel.py", "schedules.py", "generation.py"):
+        assert (tmp_path / name).read_text() == (root / "xdlm_hf" / name).read_text()
+
+
+def test_card_states_the_facts(model):
+    card = model_card(
+        model, make_tokenizer(), name="me/tiny-xdlm", base_model="GSAI-ML/LLaDA-8B-Base", license="mit", notes="## Data"
+    )
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["base_model"] == "GSAI-ML/LLaDA-8B-Base" and header["license"] == "mit"
+    assert header["library_name"] == "transformers" and "xdlm" in header["tags"]
+    for line in (
+        "# me/tiny-xdlm",
+        "| Base model | GSAI-ML/LLaDA-8B-Base |",
+        "| Mixing ratio k (Eq. 7) | 0.1, masked and uniform noise (XDLM) |",
+        "| Noise schedule | linear |",
+        f"| Parameters | {model.num_parameters():,}, float32 |",
+        "| Vocabulary N | 50 rows of the output layer |",
+        "| Mask token | 49, `<mask>` |",
+        "| Eos token | 47, `<eot>` |",
+        "| Pad token | 47, `<eot>` |",
+        "import xdlm_hf  # registers the model type",
+        'model = AutoModelForCausalLM.from_pretrained("me/tiny-xdlm", dtype="auto", device_map="auto", '
+        "trust_remote_code=True)",
+        "## Data",
+        "The code files: Apache-2.0. The weights: mit.",
+    ):
+        assert line in card.splitlines()
+
+
+def test_card_of_a_model_from_scratch(model):
+    model.config.mixing_ratio, model.config.pad_token_id = 0, None
+    card = model_card(model, name="scratch")
+    assert "base_model" not in yaml.safe_load(card.split("---")[1])
+    assert "| Base model | none: trained from scratch |" in card
+    assert "| Mixing ratio k (Eq. 7) | 0, masked noise only (MDLM) |" in card
+    assert "| Mask token | 49 |" in card and "| Pad token | none |" in card
+
+
+def test_occupied_folder_is_refused(model, tmp_path):
+    (tmp_path / "other.txt").write_text("kept")
+    with pytest.raises(ValueError, match="exists and is not an empty folder; export to a new one"):
+        export_for_hub(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.txt"]
+
+
+def test_empty_folder_is_used(model, tmp_path):
+    assert (export_for_hub(model, tmp_path) / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (make_tokenizer(mask="w3"), r"the tokenizer's mask_token_id=3 is not the model's 49"),
+        (make_tokenizer(size=60), r"the tokenizer has 60 tokens, the model 50 rows"),
+    ],
+)
+def test_foreign_tokenizer_is_refused(model, tmp_path, tokenizer, message):
+    with pytest.raises(ValueError, match=message):
+        export_for_hub(model, tmp_path / "out", tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokenizer_without_mask_token_is_accepted(model, tmp_path):
+    export_for_hub(model, tmp_path / "out", make_tokenizer(mask=None))
+
+
+def test_other_models_are_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="cannot export a LLaDAModel; pass a LLaDAForDiffusionLM"):
+        export_for_hub(model.model, tmp_path / "out")
+
+
+def test_unmerged_adapters_are_refused(model, tmp_path):
+    lora = LoraConfig(r=2, target_modules=r".*blocks\.\d+\.q_proj", task_type=None)
+    adapted = get_peft_model(model, lora)
+    with pytest.raises(ValueError, match="cannot export a PeftModel; merge the adapter first"):
+        export_for_hub(adapted, tmp_path / "out")
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "base")
+    get_peft_model(merged, lora).save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "base")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    # Transformers injects this adapter into a LLaDAForDiffusionLM, whose save_pretrained then writes the adapter only.
+    injected = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="cannot export a LLaDAForDiffusionLM with an adapter"):
+        export_for_hub(injected, tmp_path / "out")
+
+
+def test_failure_leaves_nothing(model, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    tokenizer = make_tokenizer()
+    monkeypatch.setattr(tokenizer, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export_for_hub(model, tmp_path / "out", tokenizer)
+    assert list(tmp_path.iterdir()) == []
+    assert LLaDAForDiffusionLM._auto_class is None and LLaDAConfig._auto_class is None
