@@ -1,0 +1,57 @@
+"""What the terminal view says happened in a step."""
+
+import pytest
+import torch
+from rich.console import Console
+
+from xdlm_hf.display import history_table, step_text, token_changes
+
+MASK = 0
+
+
+class Letters:
+    def decode(self, ids):
+        return "".join("?abcdefgh\n"[i] for i in ids)
+
+
+BEFORE, AFTER = torch.tensor([1, 0, 2, 3, 0]), torch.tensor([1, 2, 4, 0, 0])
+
+
+def test_changes_are_told_apart():
+    changes = token_changes(BEFORE, AFTER, MASK)
+    assert changes.filled.tolist() == [False, True, False, False, False]
+    assert changes.refined.tolist() == [False, False, True, False, False]
+    assert changes.remasked.tolist() == [False, False, False, True, False]
+
+
+def test_without_a_mask_token_every_change_is_a_refinement():
+    changes = token_changes(BEFORE, AFTER, None)
+    assert changes.refined.tolist() == [False, True, True, True, False]
+    assert not changes.filled.any() and not changes.remasked.any()
+
+
+def test_step_text_colours_the_changes():
+    text = step_text(BEFORE, AFTER, Letters(), MASK)
+    assert text.plain == "abd▁▁"
+    styles = [(text.plain[span.start : span.end], str(span.style)) for span in text.spans]
+    assert styles == [("b", "bold green"), ("d", "bold blue"), ("▁", "bold red"), ("▁", "dim")]
+    assert step_text(torch.tensor([9]), torch.tensor([9]), Letters(), MASK).plain == "↵"
+
+
+def test_table_adds_up_what_happens_between_the_steps_shown():
+    history = [torch.tensor([[1, 0, 0, 0, 0]]), torch.tensor([[1, 2, 0, 0, 0]]), torch.tensor([[1, 3, 4, 0, 0]])]
+    history += [torch.tensor([[1, 3, 4, 5, 0]]), torch.tensor([[1, 3, 4, 6, 7]])]
+    console = Console(width=80, record=True, color_system=None, force_terminal=False)
+    console.print(history_table(history, Letters(), MASK, start=1, every=2))
+    lines = [line.replace("│", " ").split() for line in console.export_text().splitlines() if "│" in line]
+    assert lines[0] == ["2", "2", "0", "0", "cd▁▁"]
+    assert lines[1] == ["4", "2", "0", "0", "cdfg"]
+
+
+@pytest.mark.parametrize(
+    "history, every, message",
+    [([torch.zeros(1, 2)], 1, "history of 1 states.*output_history=True"), ([torch.zeros(1, 2)] * 2, 0, "every=0")],
+)
+def test_refusals(history, every, message):
+    with pytest.raises(ValueError, match=message):
+        history_table(history, Letters(), MASK, every=every)
