@@ -76,7 +76,7 @@ def test_public_config_round_trips(original, tmp_path):
     assert type(config) is LLaDAConfig
     config.save_pretrained(tmp_path / "again")
     saved = json.loads((tmp_path / "again" / "config.json").read_text())
-    # torch_dtype is Transformers' old name of dtype, auto_map names files that are not ours, the version is the writer's.
+    # torch_dtype is the old name of dtype, auto_map names files that are not ours, the version is the writer's.
     renamed = {"torch_dtype", "auto_map", "transformers_version"}
     assert {name: saved[name] for name in original.keys() - renamed} == {
         name: original[name] for name in original.keys() - renamed
