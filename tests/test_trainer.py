@@ -1,0 +1,509 @@
+"""The trainer: one trajectory however the global batch is split, noise by row, NELBO, resume, refusals."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import LENGTH, MASK, VOCAB, arguments, launch, losses, rows, tiny_model, trainer
+from transformers.trainer_utils import EvalPrediction
+
+from xdlm_hf import LLaDAForDiffusionLM
+from xdlm_hf.data import DiffusionCollator, PackedStream, train_tokenizer
+from xdlm_hf.losses import diffusion_loss
+from xdlm_hf.trainer import XDLMTrainer, nelbo_metrics, refuse_other_run
+
+SCRIPT = Path(__file__).parent / "training.py"
+# 18 rows in global batches of 4: the last step of an epoch holds 2 rows, and is reached within 8 steps.
+SPLIT_OPTIONS = {"train_rows": 18, "eval_rows": 9, "time_sampling": "stratified"}
+
+
+def parameter_gap(model, end):
+    return max((p - end[name]).abs().max().item() for name, p in model.named_parameters())
+
+
+def state(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def one_batch(run, row_count=4):
+    """The first global batch, as the training loop would hand it over."""
+    batches, tokens = run.get_batch_samples(iter([run.data_collator(run.train_dataset[:row_count])]), 1, "cpu")
+    return batches[0], tokens
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One trajectory
+
+
+@pytest.fixture(scope="module")
+def whole_batch(tmp_path_factory):
+    run = trainer(tmp_path_factory.mktemp("whole"), per_device_train_batch_size=4, **SPLIT_OPTIONS)
+    run.train()
+    return run, run.evaluate()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"per_device_train_batch_size": 2, "global_batch_size": 4},
+        {"per_device_train_batch_size": 4, "fused_loss": False},
+        {"per_device_train_batch_size": 4, "loss_chunk_size": 5, "activation_checkpointing": True},
+    ],
+    ids=["1x4", "2x2", "dense", "chunks+checkpointing"],
+)
+def test_trajectory_does_not_depend_on_the_split(whole_batch, options, tmp_path):
+    reference, metrics = whole_batch
+    run = trainer(tmp_path, per_device_eval_batch_size=2, **SPLIT_OPTIONS, **options)
+    run.train()
+    assert losses(run) == pytest.approx(losses(reference), abs=1e-5)
+    assert parameter_gap(run.model, state(reference.model)) < 1e-5
+    assert run.evaluate()["eval_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-5)
+
+
+def test_trajectory_does_not_depend_on_the_number_of_processes(whole_batch, tmp_path):
+    reference, metrics = whole_batch
+    options = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "per_device_eval_batch_size": 2,
+        **SPLIT_OPTIONS,
+    }
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    status, output = launch(*torchrun, str(SCRIPT), json.dumps(options))
+    assert status == 0, output[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["processes"] == 2
+    assert result["losses"] == pytest.approx(losses(reference), abs=1e-5)
+    assert parameter_gap(reference.model, load_file(tmp_path / "end.st")) < 1e-5
+    for name in ("eval_loss", "eval_loss_standard_error", "eval_tokens"):
+        assert result["metrics"][name] == pytest.approx(metrics[name], abs=1e-5)
+
+
+def test_split_test_would_notice_a_mean_of_means(whole_batch):
+    """The rows are uneven enough: a mean of row means instead of one over tokens moves the first loss by 1e-2."""
+    run, _ = whole_batch
+    run.state.global_step = 0
+    batch, tokens = one_batch(run)
+    _, outputs = run.compute_loss(run.model, batch, return_outputs=True, num_items_in_batch=tokens)
+    weights, per_token = batch["token_weights"], outputs["token_losses"]
+    over_tokens = (weights * per_token).sum() / weights.sum()
+    over_rows = ((weights * per_token).sum(1) / weights.sum(1)).mean()
+    assert abs(over_tokens - over_rows) > 1e-2
+
+
+def test_first_loss_is_the_objective_over_the_global_batch(tmp_path):
+    run = trainer(tmp_path, max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    model = tiny_model()
+    # The same rows, in the sampler's order, as one batch through the plain formula.
+    run.accelerator.gradient_state._set_sync_gradients(True)
+    batches, tokens = run.get_batch_samples(iter(run.get_train_dataloader()), 4, "cpu")
+    nats, count = 0.0, 0.0
+    for batch in batches:
+        z_t, alpha_t, d_alpha_t = run._training_noise(batch)
+        with torch.no_grad():
+            logits = model(z_t, attention_mask=batch.get("attention_mask")).logits
+            per_token = diffusion_loss(logits, batch["input_ids"], z_t, alpha_t, d_alpha_t, model.noise_kernel(0.1))
+        nats += (batch["token_weights"] * per_token).sum().item()
+        count += batch["token_weights"].sum().item()
+    assert count == tokens
+    run.train()
+    assert losses(run) == [pytest.approx(nats / count, rel=1e-5)]
+
+
+def test_committed_trajectory(tmp_path):
+    """Guards against silent changes of noise, objective or optimiser; tests/invariant/README.md says when to renew."""
+    path = Path(__file__).parent / "invariant" / "tiny_trajectory.json"
+    recorded = json.loads(path.read_text())
+    for name, trajectory in recorded.items():
+        run = trainer(tmp_path / name, train_rows=18, **trajectory["options"])
+        run.train()
+        gaps = np.abs(np.array(losses(run)) - trajectory["losses"])
+        assert gaps.max() < 1e-3 and gaps.mean() < 2e-4, f"{name}: {gaps}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Noise
+
+
+def test_noise_is_a_function_of_seed_and_place(tmp_path):
+    run = trainer(tmp_path)
+    batch, _ = one_batch(run)
+    torch.manual_seed(1)
+    first = run._training_noise(batch)
+    torch.manual_seed(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, run._training_noise(batch), strict=True))
+    # Row 2 alone, unpadded, gets the noise it has in the batch.
+    alone = {**run.data_collator([run.train_dataset[2]]), "sample_index": batch["sample_index"][2:3]}
+    z_t, alpha_t, _ = run._training_noise(alone)
+    assert torch.equal(z_t[0], first[0][2, : z_t.shape[1]]) and alpha_t[0] == first[1][2]
+    # Another step, or another seed, gives other noise.
+    run.state.global_step = 1
+    assert not torch.equal(first[1], run._training_noise(one_batch(run)[0])[1])
+    run.noise_seed += 1
+    assert not torch.equal(first[1], run._training_noise(batch)[1])
+
+
+def times(run, steps, global_batch):
+    batch = run.data_collator([{"input_ids": [7]}] * global_batch)
+    drawn = []
+    for step in range(steps):
+        index = step * global_batch + torch.arange(global_batch)
+        _, alpha_t, _ = run._training_noise({**batch, "sample_index": index})
+        drawn.append(1 - alpha_t)
+    return torch.stack(drawn)
+
+
+def test_stratified_times_fill_every_interval_of_the_global_batch(tmp_path):
+    run = trainer(tmp_path, time_sampling="antithetic", t_eps=0.0, per_device_train_batch_size=8)
+    t = times(run, 300, 8)
+    assert torch.equal((t * 8).long().sort(1).values, torch.arange(8).expand(300, 8))
+    # Each place is uniform over time: 300 draws have a mean within 5 standard errors (false alarm 5e-6 over 8 places).
+    assert ((t.mean(0) - 0.5).abs() < 5 / math.sqrt(12 * 300)).all()
+
+
+def test_independent_times_are_uniform_between_t_eps_and_one(tmp_path):
+    run = trainer(tmp_path, t_eps=0.25, per_device_train_batch_size=8)
+    t = times(run, 250, 8).flatten()
+    assert t.min() >= 0.25 and t.max() <= 1
+    # Kolmogorov-Smirnov distance of 2000 draws: above 0.05 with probability below 1e-4.
+    gap = (t.sort().values - 0.25) / 0.75 - (torch.arange(2000) + 0.5) / 2000
+    assert gap.abs().max() < 0.05
+    assert len((times(run, 1, 8)[0] * 8).long().unique()) < 8, "stratified by accident: choose another seed"
+
+
+def test_prompt_and_padding_are_neither_noised_nor_scored(tmp_path):
+    run = trainer(tmp_path, mixing_ratio=0.0, t_eps=0.999)
+    batch, tokens = one_batch(run)
+    z_t, _, _ = run._training_noise(batch)
+    protected = ~batch["noise_mask"]
+    assert protected[:, 0].tolist() == [False, True, True, False]  # rows 1 and 2 open with a prompt
+    assert torch.equal(z_t[protected], batch["input_ids"][protected])
+    assert (z_t[~protected] == MASK).float().mean() > 0.9
+    assert tokens == batch["noise_mask"].sum()
+
+    loss = run.compute_loss(run.model, batch, num_items_in_batch=tokens).item()
+    padding = batch["attention_mask"] == 0
+    assert padding.any()
+    other = {**batch, "input_ids": batch["input_ids"].masked_fill(padding, 9)}
+    assert run.compute_loss(run.model, other, num_items_in_batch=tokens).item() == pytest.approx(loss, rel=1e-6)
+
+
+def test_token_weights_weigh_the_mean(tmp_path):
+    run = trainer(tmp_path)
+    run.train_dataset = [
+        {"input_ids": [7, 8, 9, 10], "token_weights": [0.25, 0.0, 1.0, 3.0]},
+        {"input_ids": [11, 12]},
+    ]
+    batch, tokens = one_batch(run, 2)
+    assert tokens == 6.25
+    loss, outputs = run.compute_loss(run.model, batch, return_outputs=True, num_items_in_batch=tokens)
+    expected = (batch["token_weights"] * outputs["token_losses"]).sum() / 6.25
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_weights_survive_a_cast_to_the_models_dtype(tmp_path):
+    """DeepSpeed has the Trainer cast float inputs to bfloat16, where 0.3 is 0.30078."""
+    run = trainer(tmp_path)
+    run._prepare_input = lambda data: {
+        name: value.bfloat16() if value.is_floating_point() else value for name, value in data.items()
+    }
+    weights = torch.tensor([[0.3]])
+    assert torch.equal(run._prepare_inputs({"token_weights": weights})["token_weights"], weights)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# NELBO
+
+
+def test_nelbo_of_a_uniform_model_is_log_of_the_vocabulary(tmp_path):
+    """k = 0 and equal logits: every masked token costs log(N - 1), and the weight 1/t undoes P(masked) = t."""
+    model = tiny_model()
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    run = trainer(tmp_path, eval_rows=200, model=model, mixing_ratio=0.0, nelbo_samples=8)
+    metrics = run.evaluate()
+    error = metrics["eval_loss_standard_error"]
+    assert 0 < error < 0.1
+    # Off by more than 5 standard errors with probability below 1e-6.
+    assert abs(metrics["eval_loss"] - math.log(VOCAB - 1)) < 5 * error
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
+    assert metrics["eval_perplexity_standard_error"] == pytest.approx(metrics["eval_perplexity"] * error)
+    assert metrics["eval_tokens"] == sum(len(r["input_ids"]) - sum(r["prompt_mask"]) for r in run.eval_dataset)
+
+
+def test_nelbo_is_deterministic_and_logged(tmp_path):
+    run = trainer(tmp_path, eval_rows=9)
+    first = run.evaluate()
+    torch.manual_seed(123)
+    second = run.evaluate()
+    assert first["eval_loss"] == second["eval_loss"]
+    assert run.state.log_history[-1]["eval_loss"] == first["eval_loss"]
+    assert {"eval_loss_standard_error", "eval_perplexity", "eval_runtime"} <= run.state.log_history[-1].keys()
+
+
+def test_nelbo_times_cover_the_unit_interval_evenly(tmp_path):
+    run = trainer(tmp_path, nelbo_samples=4)
+    batch = run.data_collator([{"input_ids": [7]}] * 16)
+    t = torch.cat([1 - run._evaluation_noise(batch, range(16), sample)[1] for sample in range(4)])
+    assert 0 < t.min() and t.max() <= 1
+    assert (t * 64).ceil().sort().values.tolist() == list(range(1, 65))  # one in each of (0, 1/64], (1/64, 2/64], ...
+
+
+def test_metrics_by_hand():
+    # NELBO (6 + 12) / (3 + 3) = 3; residuals 6 - 9 = -3 and 12 - 9 = 3; error sqrt((9 + 9) * 2/1) / 6 = 1.
+    metrics = nelbo_metrics(EvalPrediction(predictions=np.array([6.0, 12.0]), label_ids=np.array([3.0, 3.0])))
+    assert metrics["loss"] == 3 and metrics["loss_standard_error"] == 1 and metrics["tokens"] == 6
+    single = nelbo_metrics(EvalPrediction(predictions=np.array([6.0]), label_ids=np.array([3.0])))
+    assert single == {"loss": 2.0, "perplexity": pytest.approx(math.e**2), "tokens": 3.0}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_checkpoint_knows_its_noise_and_resumes_exactly(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 5, "mixing_ratio": 0.3, "noise_schedule": "cosine"}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    saved = tmp_path / "whole" / "checkpoint-5"
+    restored = LLaDAForDiffusionLM.from_pretrained(saved)
+    assert (restored.config.mixing_ratio, restored.config.noise_schedule) == (0.3, "cosine")
+    assert restored.noise_kernel().mixing_ratio == 0.3
+
+    # Other initial weights: only a real restore can continue the old trajectory.
+    other = tiny_model()
+    other.init_weights()
+    torch.manual_seed(99)
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter)
+    resumed = trainer(tmp_path / "resumed", model=other, **options)
+    resumed.train(resume_from_checkpoint=str(saved))
+    assert resumed.state.global_step == 8
+    assert losses(resumed)[5:] == losses(whole)[5:]
+    assert parameter_gap(resumed.model, state(whole.model)) == 0
+
+
+def test_output_dir_with_another_run_is_refused(tmp_path):
+    run = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    run.train()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"holds another run \(checkpoint-2\): resume it .* or choose another folder"):
+        trainer(tmp_path, max_steps=3).train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    again = trainer(tmp_path, max_steps=3)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds another run \(config\.json\)"):
+        refuse_other_run(tmp_path / "model")
+    refuse_other_run(tmp_path / "missing")
+
+
+def test_resume_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Streams, adapters, precision
+
+
+def stream(seed=0, **options):
+    import datasets
+
+    texts = [f"text number {i} with {'many ' * (i % 5)}words" for i in range(40)]
+    documents = datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset(2).shuffle(seed=seed, buffer_size=16)
+    return PackedStream(documents, train_tokenizer(texts, 300), LENGTH, **options)
+
+
+def streaming_trainer(output_dir, **options):
+    return XDLMTrainer(model=tiny_model(vocab_size=300), args=arguments(output_dir, **options), train_dataset=stream())
+
+
+def test_stream_trains_and_resumes_exactly(tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+    whole = streaming_trainer(tmp_path / "whole", **options)
+    whole.train()
+    assert len(losses(whole)) == 6 and whole.state.num_input_tokens_seen == 6 * 8 * LENGTH
+    resumed = streaming_trainer(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert losses(resumed)[3:] == losses(whole)[3:]
+
+
+def test_stream_must_fit_the_process_and_repeat(tmp_path):
+    for options, message in (
+        ({"rank": 1, "world_size": 2}, "built for rank 1 of 2, but this is rank 0 of 1"),
+        ({"repeat": False}, "repeat=False ends on some ranks before others"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            XDLMTrainer(model=tiny_model(), args=arguments(tmp_path), train_dataset=stream(**options))
+    run = XDLMTrainer(model=tiny_model(vocab_size=300), args=arguments(tmp_path), eval_dataset=stream())
+    with pytest.raises(ValueError, match="the NELBO needs a dataset with a length"):
+        run.evaluate()
+
+
+def test_lora_trains_the_adapter_alone(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_model()
+    frozen = state(base)
+    targets = r".*blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets, task_type=None))
+    run = trainer(tmp_path, model=model, max_steps=3, per_device_train_batch_size=2)
+    assert run._fused
+    run.train()
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            original = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(parameter, frozen[original]), name
+    assert any(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+    assert base.config.mixing_ratio == 0.1
+
+
+def test_bfloat16_stays_close_to_float32(tmp_path):
+    full, half = (trainer(tmp_path / str(bf16), max_steps=4, bf16=bf16, eval_rows=9) for bf16 in (False, True))
+    for run in (full, half):
+        run.train()
+    assert losses(half) != losses(full)
+    assert losses(half) == pytest.approx(losses(full), rel=0.03)
+    assert half.evaluate()["eval_loss"] == pytest.approx(full.evaluate()["eval_loss"], rel=0.03)
+
+
+@pytest.mark.parametrize("mixing_ratio", [0.0, 1.0])
+def test_training_lowers_the_nelbo(tmp_path, mixing_ratio):
+    """Rows that repeat one pattern: learnable in a few steps at both ends of k."""
+    data = [{"input_ids": [10, 20, 30, 40] * 3}] * 16
+    mask = MASK if mixing_ratio < 1 else None
+    run = XDLMTrainer(
+        model=tiny_model(mask_token_id=mask),
+        args=arguments(tmp_path, mixing_ratio=mixing_ratio, max_steps=40, learning_rate=1e-2),
+        train_dataset=data,
+        eval_dataset=data,
+    )
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < 0.5 * before
+    assert run.train_dataset is data and run.data_collator.mask_token_id == mask
+
+
+def test_a_nan_is_shown(tmp_path):
+    model = tiny_model()
+    model.get_output_embeddings().weight.data.fill_(math.nan)
+    run = trainer(tmp_path, model=model, max_steps=1)
+    run.train()
+    assert math.isnan(losses(run)[0])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixing_ratio": 1.5}, r"mixing_ratio=1\.5 must lie in \[0, 1\]"),
+        ({"mixing_ratio": -0.1}, r"mixing_ratio=-0\.1 must lie in \[0, 1\]"),
+        ({"mixing_ratio": math.nan}, r"mixing_ratio=nan must lie in \[0, 1\]"),
+        ({"noise_schedule": "quadratic"}, "noise_schedule='quadratic' is not known; choose one of"),
+        ({"t_eps": 1.0}, r"t_eps=1\.0 must lie in \[0, 1\)"),
+        ({"t_eps": -1e-3}, r"t_eps=-0\.001 must lie in \[0, 1\)"),
+        ({"time_sampling": "sobol"}, "time_sampling='sobol' is not known"),
+        ({"nelbo_samples": 0}, "nelbo_samples=0 must be at least 1"),
+        ({"loss_chunk_size": 0}, "loss_chunk_size=0 must be at least 1"),
+        ({"noise_seed": -1}, "noise_seed=-1 must not be negative"),
+        ({"remove_unused_columns": True}, "remove_unused_columns=True would drop"),
+        ({"average_tokens_across_devices": False}, "would weigh tokens by the process"),
+        ({"global_batch_size": 6}, "global_batch_size=6 is not a multiple of 4 .*4 on 1 processes"),
+        ({"global_batch_size": 2}, "global_batch_size=2 is not a multiple of 4"),
+        ({"global_batch_size": 8, "gradient_accumulation_steps": 3}, "=3 disagrees with global_batch_size=8 .*make 2"),
+    ],
+)
+def test_arguments_are_checked(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **options)
+
+
+def test_arguments_survive_a_round_trip(tmp_path):
+    args = arguments(tmp_path, global_batch_size=8, time_sampling="antithetic")
+    assert args.gradient_accumulation_steps == 2 and args.time_sampling == "stratified"
+    assert type(args)(**{**args.to_dict(), "accelerator_config": None}).gradient_accumulation_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accelerator_config": {"split_batches": True}}, "split_batches=True"),
+        ({"accelerator_config": {"even_batches": False}}, "even_batches=False"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True is only supported for streams"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance.* is not supported"),
+    ],
+)
+def test_data_layouts_that_would_move_rows_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **options)
+
+
+def test_model_and_tokenizer_are_checked_before_anything_changes(tmp_path):
+    model = tiny_model(mask_token_id=None)
+    with pytest.raises(ValueError, match="mixing_ratio=0.1 puts weight 0.9 on a mask token"):
+        trainer(tmp_path / "run", model=model)
+    assert model.config.mixing_ratio == 0.0 and not (tmp_path / "run").exists()
+
+    tokenizer = train_tokenizer(["text"], 262)
+    with pytest.raises(ValueError, match="the tokenizer has 262 tokens but the model's output layer 48 rows"):
+        XDLMTrainer(model=tiny_model(), args=arguments(tmp_path / "run"), processing_class=tokenizer)
+    model = tiny_model(vocab_size=300, mask_token_id=7)
+    with pytest.raises(ValueError, match="has id 5, the model's mask_token_id is 7"):
+        XDLMTrainer(model=model, args=arguments(tmp_path / "run"), processing_class=tokenizer)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fused_loss_needs_a_plain_head(tmp_path):
+    model = tiny_model()
+    model.set_output_embeddings(torch.nn.Linear(32, VOCAB, bias=True))
+    assert not trainer(tmp_path, model=model)._fused
+    with pytest.raises(ValueError, match="fused_loss=True needs an output layer that is a plain nn.Linear"):
+        trainer(tmp_path, model=model, fused_loss=True)
+
+
+def test_tied_head_takes_the_fused_path(tmp_path):
+    tied, dense = (
+        trainer(tmp_path / str(fused), model=tiny_model(weight_tying=True), max_steps=3, fused_loss=fused)
+        for fused in (True, False)
+    )
+    for run in (tied, dense):
+        run.train()
+    assert losses(tied) == pytest.approx(losses(dense), abs=1e-5)
+
+
+def test_a_batch_without_scored_tokens_is_refused(tmp_path):
+    run = trainer(tmp_path, max_steps=1)
+    run.train_dataset = [{"input_ids": [7, 8], "prompt_mask": [True, True]}] * 4
+    with pytest.raises(ValueError, match="step 0: no token of the global batch is to be scored"):
+        run.train()
+
+
+def test_mask_token_in_a_row_is_refused(tmp_path):
+    run = trainer(tmp_path, max_steps=1)
+    assert isinstance(run.data_collator, DiffusionCollator)
+    run.train_dataset = [{"input_ids": [7, MASK]}] * 4
+    with pytest.raises(ValueError, match=r"holds the mask token \(id 5\) as text"):
+        run.train()
+
+
+def test_plain_training_arguments_are_refused(tmp_path):
+    from transformers import TrainingArguments
+
+    with pytest.raises(ValueError, match="args must be XDLMTrainingArguments, got TrainingArguments"):
+        XDLMTrainer(model=tiny_model(), args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+
+
+def test_rows_helper_is_uneven():
+    lengths = [len(row["input_ids"]) for row in rows(18)]
+    assert min(lengths) < max(lengths) <= LENGTH

@@ -1,0 +1,544 @@
+"""Transformers' Trainer with the XDLM objective (Eqs. 14, 15) and the NELBO as evaluation loss.
+
+One optimizer step minimises, over the whole global batch (all processes, all accumulation steps),
+
+    sum of token_weights * loss  /  sum of token_weights        in nats per token,
+
+whatever the way the batch is split. Noise level and noise of a row come from a generator seeded by (noise seed, global
+sample index), on the CPU: the index is the row's place in the run, so the training trajectory depends neither on the
+number of processes, nor on accumulation, nor on the device, nor on the global random state.
+
+t = 0 is clean, t = 1 is noise. Shapes: B batch, L length, N vocabulary (rows of the output layer).
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import EvalPrediction, has_length
+
+from .data import DiffusionCollator, PackedStream, check_tokenizer
+from .losses import diffusion_loss, fused_linear_diffusion_loss
+from .schedules import get_schedule
+
+logger = logging.getLogger(__name__)
+
+TIME_SAMPLING = ("independent", "stratified", "antithetic")
+# Second word of the seed: training and evaluation draw from unrelated streams.
+_TRAIN_ROW, _TRAIN_STEP, _EVAL_ROW, _EVAL_SHIFT = range(4)
+
+
+@dataclass
+class XDLMTrainingArguments(TrainingArguments):
+    r"""`TrainingArguments` with the options of the objective.
+
+    Args:
+        mixing_ratio (`float`, *optional*, defaults to `0.1`): k in Eq. 7; 0 trains an MDLM, 1 a UDLM. Stored in the
+            model's config.
+        noise_schedule (`str`, *optional*, defaults to `"linear"`): Name in `xdlm_hf.schedules.SCHEDULES`. Stored in
+            the model's config.
+        t_eps (`float`, *optional*, defaults to `1e-3`): Training times are (1 - t_eps) t + t_eps, t in [0, 1].
+        time_sampling (`str`, *optional*, defaults to `"independent"`): One t per row, drawn `"independent"`ly, as in
+            the paper's LLaDA run, or `"stratified"` over the global batch: one row in each of its G equal intervals
+            of time, in random order. `"antithetic"`, the name of the same thing in small-scale MDLM code, is
+            accepted for it.
+        noise_seed (`int`, *optional*, defaults to `seed`): Seed of noise levels and noise.
+        global_batch_size (`int`, *optional*): Rows per optimizer step over all processes. Sets
+            `gradient_accumulation_steps`; refused when it does not divide.
+        nelbo_samples (`int`, *optional*, defaults to `4`): Noise levels per row in evaluation.
+        fused_loss (`bool`, *optional*): Compute head and loss together, without the logits of whole rows. By default
+            wherever possible: when the head is a plain linear layer and the model is not compiled.
+        loss_chunk_size (`int`, *optional*): Tokens per chunk of the fused loss; its own default otherwise.
+
+    These defaults of `TrainingArguments` change: `remove_unused_columns=False` (the collator reads them),
+    `ddp_find_unused_parameters=False` (every parameter is used), `logging_nan_inf_filter=False` (a NaN is shown, not
+    replaced by an average) and `include_num_input_tokens_seen="all"` (logs tokens per second).
+
+    Raises:
+        ValueError: If an option is out of range, or the global batch does not divide.
+    """
+
+    mixing_ratio: float = field(default=0.1, metadata={"help": "k in Eq. 7: 0 trains an MDLM, 1 a UDLM."})
+    noise_schedule: str = field(default="linear", metadata={"help": "Noise schedule, e.g. linear or cosine."})
+    t_eps: float = field(default=1e-3, metadata={"help": "Training times are (1 - t_eps) t + t_eps."})
+    time_sampling: str = field(
+        default="independent", metadata={"help": "independent, or stratified over the global batch."}
+    )
+    noise_seed: int | None = field(default=None, metadata={"help": "Seed of noise levels and noise; default: seed."})
+    global_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows per optimizer step; sets gradient_accumulation_steps."}
+    )
+    nelbo_samples: int = field(default=4, metadata={"help": "Noise levels per row in evaluation."})
+    fused_loss: bool | None = field(
+        default=None, metadata={"help": "Compute head and loss together; default: wherever possible."}
+    )
+    loss_chunk_size: int | None = field(default=None, metadata={"help": "Tokens per chunk of the fused loss."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false: the collator reads them."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without a gradient; every one has one here."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses; off here."})
+    include_num_input_tokens_seen: str | bool = field(
+        default="all", metadata={"help": "Count tokens, which also logs tokens per second: all, non_padding or no."}
+    )
+
+    def __post_init__(self):
+        self._check_objective()
+        super().__post_init__()
+        if self.time_sampling == "antithetic":
+            self.time_sampling = "stratified"
+        if self.global_batch_size is not None:
+            self.gradient_accumulation_steps = self._accumulation_steps()
+
+    def _check_objective(self) -> None:
+        if not 0 <= self.mixing_ratio <= 1:
+            raise ValueError(f"mixing_ratio={self.mixing_ratio} must lie in [0, 1]: 0 is MDLM, 1 is UDLM.")
+        if not 0 <= self.t_eps < 1:
+            raise ValueError(f"t_eps={self.t_eps} must lie in [0, 1); the paper uses 1e-3.")
+        get_schedule(self.noise_schedule)
+        if self.time_sampling not in TIME_SAMPLING:
+            raise ValueError(f"time_sampling={self.time_sampling!r} is not known; choose one of {TIME_SAMPLING}.")
+        for name in ("nelbo_samples", "loss_chunk_size", "global_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if self.noise_seed is not None and self.noise_seed < 0:
+            raise ValueError(f"noise_seed={self.noise_seed} must not be negative.")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop what the collator needs; leave it False.")
+        if not self.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices=False would weigh tokens by the process they fall on; leave it True."
+            )
+
+    def _accumulation_steps(self) -> int:
+        rows = self.train_batch_size * self.world_size
+        steps, rest = divmod(self.global_batch_size, rows)
+        layout = f"per_device_train_batch_size={self.per_device_train_batch_size} on {self.world_size} processes"
+        if rest or steps == 0:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of {rows} ({layout}): "
+                "change one of the three so that it divides."
+            )
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} disagrees with "
+                f"global_batch_size={self.global_batch_size} ({layout} make {steps}): leave one of them out."
+            )
+        return steps
+
+
+def refuse_other_run(output_dir: str | Path) -> None:
+    """Refuse to write into a folder that holds a run or a model.
+
+    Raises:
+        ValueError: If there is a checkpoint, a model, an adapter or a trainer state in `output_dir`.
+    """
+    patterns = ("checkpoint-*", "*.safetensors", "config.json", "adapter_config.json", "trainer_state.json")
+    found = sorted(path.name for pattern in patterns for path in Path(output_dir).glob(pattern))
+    if found:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds another run ({', '.join(found[:4])}): "
+            "resume it with resume_from_checkpoint, or choose another folder."
+        )
+
+
+class XDLMTrainer(Trainer):
+    """Trains a masked, uniform or mixed diffusion language model, and evaluates its NELBO.
+
+    `evaluate()` reports, under the usual prefix: `loss`, the NELBO in nats per token; `loss_standard_error` over rows
+    (conservative: noise levels are stratified); `perplexity` = exp(NELBO) and `perplexity_standard_error`; `tokens`.
+    It depends on the noise seed and the data, not on batch size or the number of processes.
+
+    Args:
+        model: A `LLaDAForDiffusionLM` or a peft model around it. Its config is given the run's `mixing_ratio` and
+            `noise_schedule`, so that checkpoints know them.
+        args: The run.
+        data_collator: By default a `DiffusionCollator` with the tokenizer's, else the model's padding id.
+        train_dataset: Rows with `input_ids`: a `PackedDataset`, a `PackedStream` (built for this rank, repeating;
+            needs `max_steps`), or any dataset of such rows.
+        eval_dataset: As above, with a length.
+        processing_class: The tokenizer; saved with the model.
+        callbacks, optimizers: As in `Trainer`.
+
+    Raises:
+        ValueError: If k < 1 and the model has no mask token, the tokenizer does not belong to the model, several GPUs
+            are visible to one process, a data-loading option would move rows to other places, or the fused loss is
+            asked for where it cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: XDLMTrainingArguments,
+        data_collator: Callable[[list], dict[str, Tensor]] | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+    ):
+        if not isinstance(args, XDLMTrainingArguments):
+            raise ValueError(f"args must be XDLMTrainingArguments, got {type(args).__name__}.")
+        self.kernel = model.noise_kernel(args.mixing_ratio)
+        self.schedule = get_schedule(args.noise_schedule)
+        self.noise_seed = args.seed if args.noise_seed is None else args.noise_seed
+        if processing_class is not None:
+            check_tokenizer(processing_class, model.config)
+        self._check_layout(args, train_dataset)
+        self._fused = self._use_fused_loss(model, args)
+        if data_collator is None:
+            # With k = 1 no token absorbs, and none is special.
+            mask_id = self.kernel.mask_token_id if self.kernel.absorbing_ids else None
+            data_collator = DiffusionCollator(_pad_token_id(processing_class, model.config), mask_id)
+        model.config.mixing_ratio = args.mixing_ratio
+        model.config.noise_schedule = args.noise_schedule
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=nelbo_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the global batch
+        self._strata: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._eval_batches = 0
+
+    @staticmethod
+    def _check_layout(args: XDLMTrainingArguments, train_dataset: Dataset | None) -> None:
+        """Refuse what breaks `_sample_index`: it must know which row of the global batch each row is."""
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process: start with accelerate launch (one process per GPU), "
+                "or show one GPU with CUDA_VISIBLE_DEVICES=0."
+            )
+        config = args.accelerator_config
+        if config.split_batches or not config.even_batches:
+            raise ValueError(
+                f"accelerator_config split_batches={config.split_batches}, even_batches={config.even_batches} is not "
+                "supported: leave them at False and True; set global_batch_size instead."
+            )
+        if config.dispatch_batches and has_length(train_dataset):
+            raise ValueError("dispatch_batches=True is only supported for streams: leave it out.")
+        if args.train_sampling_strategy == "batch_rebalance":
+            raise ValueError("train_sampling_strategy='batch_rebalance' is not supported: rows are packed evenly.")
+        if isinstance(train_dataset, PackedStream):
+            if (train_dataset.rank, train_dataset.world_size) != (args.process_index, args.world_size):
+                raise ValueError(
+                    f"the stream was built for rank {train_dataset.rank} of {train_dataset.world_size}, but this is "
+                    f"rank {args.process_index} of {args.world_size}: pass rank=args.process_index, "
+                    "world_size=args.world_size to PackedStream."
+                )
+            if not train_dataset.repeat:
+                raise ValueError("a PackedStream with repeat=False ends on some ranks before others: use repeat=True.")
+
+    @staticmethod
+    def _use_fused_loss(model: nn.Module, args: XDLMTrainingArguments) -> bool:
+        head = model.get_output_embeddings()
+        # A subclass (quantised), an adapter or a patched forward computes something else than hidden @ weight.T.
+        plain = type(head) is nn.Linear and head.bias is None and "forward" not in vars(head)
+        if args.fused_loss and not plain:
+            raise ValueError(
+                f"fused_loss=True needs an output layer that is a plain nn.Linear without bias, not {head}: "
+                "leave fused_loss out."
+            )
+        return (plain and not args.torch_compile) if args.fused_loss is None else args.fused_loss
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Data: which row is which
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in `Trainer`, except that a `PackedStream`, sharded by itself, is not sharded a second time."""
+        if not isinstance(self.train_dataset, PackedStream):
+            return super().get_train_dataloader()
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return prepare_data_loader(
+            loader,
+            self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor | None]:
+        """The batches of one optimizer step, with `sample_index`, and the token count of the global batch.
+
+        Raises:
+            ValueError: If no token of the global batch is to be scored.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        tokens = torch.zeros((), dtype=torch.float64, device=device)
+        for number, batch in enumerate(batches):
+            index, repeated = self._sample_index(number, len(batch["input_ids"]))
+            batch["sample_index"] = index
+            batch["token_weights"][repeated.to(batch["token_weights"].device)] = 0
+            tokens += batch["token_weights"].sum(dtype=torch.float64).to(device)
+        tokens = self.accelerator.gather(tokens).sum()
+        if tokens == 0:
+            raise ValueError(
+                f"step {self.state.global_step}: no token of the global batch is to be scored; every position is "
+                "prompt or padding. Raise the row length, or remove such rows."
+            )
+        return batches, tokens
+
+    def _sample_index(self, micro_batch: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Places of a batch's rows in the run, and which rows only fill up the last global batch of an epoch.
+
+        Accelerate deals batches out in turn, so place p of the global batch is row p % b of batch p // b, read by
+        process (p // b) % W. At the end of an epoch it repeats first rows to make all processes equal.
+        """
+        batch_size, world_size = self._train_batch_size, self.accelerator.num_processes
+        global_batch = self.get_total_train_batch_size(self.args)
+        place = (micro_batch * world_size + self.accelerator.process_index) * batch_size + torch.arange(rows)
+        index = self.state.global_step * global_batch + place
+        if not has_length(self.train_dataset) or self.args.dataloader_drop_last:
+            return index, torch.zeros(rows, dtype=torch.bool)
+        epoch_rows = len(self.train_dataset)
+        step_in_epoch = self.state.global_step % math.ceil(epoch_rows / global_batch)
+        return index, step_in_epoch * global_batch + place >= epoch_rows
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        weights = inputs["token_weights"]
+        prepared = super()._prepare_inputs(inputs)
+        # Under DeepSpeed every float input is cast to the model's dtype: bfloat16 would round the weights.
+        prepared["token_weights"] = weights.to(self.args.device)
+        return prepared
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Objective
+
+    def _generator(self, stream: int, index: int) -> torch.Generator:
+        """Generator of its own for one row (or step), unrelated to that of any other."""
+        state = np.random.SeedSequence((self.noise_seed, stream, index)).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state[0]))
+
+    def _training_noise(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw t and z_t for one batch; (z_t, alpha_t, d_alpha_t) of shapes (B, L), (B,), (B,)."""
+        indices = inputs["sample_index"].tolist()
+        generators = [self._generator(_TRAIN_ROW, index) for index in indices]
+        t = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+        if self.args.time_sampling == "stratified":
+            global_batch = self.get_total_train_batch_size(self.args)
+            strata = [self._stratum(*divmod(index, global_batch), global_batch) for index in indices]
+            t = (torch.tensor(strata, dtype=torch.float64) + t) / global_batch
+        t = (1 - self.args.t_eps) * t + self.args.t_eps
+        return self._corrupt(inputs, t, generators)
+
+    def _stratum(self, step: int, place: int, global_batch: int) -> int:
+        if self._strata[0] != step:
+            self._strata = (step, torch.randperm(global_batch, generator=self._generator(_TRAIN_STEP, step)))
+        return int(self._strata[1][place])
+
+    def _corrupt(
+        self, inputs: dict[str, Tensor], t: Tensor, generators: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """z_t at times t (B,), each row from its own generator; prompt and padding stay as they are."""
+        x_0 = inputs["input_ids"]
+        # float64 throughout: near t = 0, 1 - alpha_t in float32 has lost the digits that weigh the loss.
+        alpha_t, d_alpha_t = self.schedule(t)
+        z_t, noise_mask = x_0.cpu().clone(), inputs["noise_mask"].cpu()
+        for row, (generator, alpha, free) in enumerate(zip(generators, alpha_t, noise_mask, strict=True)):
+            # Only the free positions are drawn: the padding, which depends on the batch, must not shift the noise.
+            z_t[row, free] = self.kernel.corrupt(z_t[row : row + 1, free], alpha, generator=generator)[0]
+        z_t = z_t.to(x_0.device)
+        return z_t, alpha_t.to(x_0.device), d_alpha_t.to(x_0.device)
+
+    def _weighted_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], noise: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of token_weights * loss, a scalar that carries the gradient, and the losses (B, L), detached."""
+        x_0, weights = inputs["input_ids"], inputs["token_weights"]
+        z_t, alpha_t, d_alpha_t = noise
+        network_inputs = {"input_ids": z_t}
+        if "attention_mask" in inputs:
+            network_inputs["attention_mask"] = inputs["attention_mask"]
+        if not self._fused:
+            logits = model(**network_inputs).logits
+            losses = diffusion_loss(logits, x_0, z_t, alpha_t, d_alpha_t, self.kernel)
+            return (weights * losses).sum(), losses.detach()
+
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        losses = []
+
+        def loss_instead_of_logits(hidden: Tensor) -> Tensor:
+            total, per_token = fused_linear_diffusion_loss(
+                hidden,
+                head.weight,
+                x_0,
+                z_t,
+                alpha_t,
+                d_alpha_t,
+                self.kernel,
+                token_weights=weights,
+                chunk_size=self.args.loss_chunk_size,
+            )
+            losses.append(per_token)
+            return total
+
+        with _replaced_forward(head, loss_instead_of_logits):
+            total = model(**network_inputs).logits
+        return total, losses[0]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """This batch's share of the loss of the global batch, times the number of processes.
+
+        Processes average their gradients, and the Trainer its logged losses, so the factor makes both the sum over
+        processes: the loss in nats per token of the global batch.
+        """
+        noise = self._training_noise(inputs)
+        total, losses = self._weighted_loss(model, inputs, noise)
+        if num_items_in_batch is None:
+            loss = total / inputs["token_weights"].sum()
+        else:
+            loss = total * (self.accelerator.num_processes / num_items_in_batch).to(total.dtype)
+        return (loss, {"token_losses": losses}) if return_outputs else loss
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Evaluation
+
+    def evaluation_loop(self, dataloader: DataLoader, *args, **kwargs):
+        """As in `Trainer`, over data of known length: rows are numbered, for their noise.
+
+        Raises:
+            ValueError: If the data has no length.
+        """
+        if not has_length(dataloader.dataset):
+            raise ValueError("the NELBO needs a dataset with a length: use PackedDataset(..., max_rows=...).")
+        self._eval_batches = 0
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """NELBO of each row: (None, nats summed over its tokens (B,), its tokens (B,)); `nelbo_metrics` adds up."""
+        inputs = self._prepare_inputs(inputs)
+        rows = len(inputs["input_ids"])
+        first = self._eval_batches * self.accelerator.num_processes + self.accelerator.process_index
+        indices = range(first * self.args.eval_batch_size, first * self.args.eval_batch_size + rows)
+        self._eval_batches += 1
+        nats = torch.zeros(rows, dtype=torch.float64, device=inputs["input_ids"].device)
+        for sample in range(self.args.nelbo_samples):
+            noise = self._evaluation_noise(inputs, indices, sample)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                _, losses = self._weighted_loss(model, inputs, noise)
+            nats += (inputs["token_weights"] * losses).sum(1, dtype=torch.float64) / self.args.nelbo_samples
+        return None, nats, inputs["token_weights"].sum(1, dtype=torch.float64)
+
+    def _evaluation_noise(
+        self, inputs: dict[str, Tensor], indices: range, sample: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Times stratified over (0, 1] within a row and across rows, the same at every evaluation.
+
+        Sample j of row i has t = 1 - (j + v_i) / S with v the van der Corput sequence, shifted by a random number
+        that depends on the seed alone: any number of rows covers time evenly, and the estimate has no bias.
+        """
+        samples = self.args.nelbo_samples
+        shift = torch.rand((), generator=self._generator(_EVAL_SHIFT, 0), dtype=torch.float64)
+        v = torch.tensor([_van_der_corput(index) for index in indices], dtype=torch.float64)
+        t = 1 - (sample + (v + shift) % 1) / samples
+        generators = [self._generator(_EVAL_ROW, index * samples + sample) for index in indices]
+        return self._corrupt(inputs, t, generators)
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As in `Trainer`.
+
+        Raises:
+            ValueError: If `output_dir` holds another run and `resume_from_checkpoint` is not given.
+        """
+        if not resume_from_checkpoint:
+            refuse_other_run(self.args.output_dir)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+def nelbo_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """NELBO in nats per token from per-row sums, a ratio estimate, with its standard error over rows.
+
+    Args:
+        prediction: `predictions` nats per row, `label_ids` tokens per row.
+
+    Returns:
+        `loss`, `perplexity`, `tokens`; with two rows or more also `loss_standard_error` and
+        `perplexity_standard_error` (delta method).
+    """
+    nats, tokens = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    rows, total = len(nats), tokens.sum()
+    nelbo = nats.sum() / total
+    perplexity = np.exp(nelbo)
+    metrics = {"loss": float(nelbo), "perplexity": float(perplexity), "tokens": float(total)}
+    if rows > 1:
+        residuals = nats - nelbo * tokens
+        error = np.sqrt((residuals**2).sum() * rows / (rows - 1)) / total
+        metrics["loss_standard_error"] = float(error)
+        metrics["perplexity_standard_error"] = float(perplexity * error)
+    return metrics
+
+
+def _van_der_corput(index: int) -> float:
+    """Bits of `index` mirrored at the binary point: 0, 1/2, 1/4, 3/4, 1/8, ..."""
+    return int(f"{index:b}"[::-1], 2) / 2 ** index.bit_length() if index else 0.0
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> int:
+    """Any id will do where there is none: padding is neither attended to, noised nor scored."""
+    candidates = (getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None))
+    return next((token_id for token_id in candidates if token_id is not None), 0)
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let `module(x)` return `forward(x)` for the time being.
+
+    The module is still called as a module inside the wrapped model's forward, which is what DDP, FSDP and ZeRO-3 hang
+    their gathering and reduction on; reading `module.weight` from outside would find an empty shard under ZeRO-3.
+    """
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
