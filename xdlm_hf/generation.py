@@ -298,11 +298,7 @@ class XDLMGenerationMixin:
         if options.cfg_scale and options.mask_token_id is None:
             raise ValueError(f"cfg_scale={options.cfg_scale} masks the prompt and needs a mask_token_id.")
         if options.suppress_tokens:
-            validate_ids("suppress_tokens", torch.tensor(options.suppress_tokens), self._vocab_rows)
-
-    @property
-    def _vocab_rows(self) -> int:
-        return self.get_output_embeddings().weight.shape[0]
+            validate_ids("suppress_tokens", torch.tensor(options.suppress_tokens), self.config.embedding_size)
 
     def _prepare_prompt(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, options: XDLMGenerationConfig
@@ -325,7 +321,7 @@ class XDLMGenerationMixin:
                 f"attention_mask of shape {tuple(attention_mask.shape)} must have the shape of input_ids, "
                 f"{tuple(input_ids.shape)}."
             )
-        validate_ids("input_ids", input_ids, self._vocab_rows)
+        validate_ids("input_ids", input_ids, self.config.embedding_size)
         if attention_mask.shape[1] and (attention_mask[:, 1:].bool() < attention_mask[:, :-1].bool()).any():
             raise ValueError(
                 "attention_mask has padding to the right of text; pad prompts on the left (padding_side='left')."
@@ -348,7 +344,7 @@ class XDLMGenerationMixin:
             "generator": generator,
         }
         if options.sampler == "ancestral":
-            kernel = NoiseKernel(self._vocab_rows, options.mixing_ratio, options.mask_token_id)
+            kernel = NoiseKernel(self.config.embedding_size, options.mixing_ratio, options.mask_token_id)
             temperature = 1.0 if options.temperature is None else options.temperature
             return AncestralSampler(kernel, get_schedule(self.config.noise_schedule), temperature=temperature, **common)
         cls = ReferenceConfidenceSampler if options.reference_compat else ConfidenceSampler
