@@ -6,9 +6,12 @@ lm-eval has no hook for models or tasks of other packages. Every flag is lm-eval
 
 import argparse
 
-from lm_eval._cli import HarnessCLI
-from lm_eval.config.evaluate_config import EvaluatorConfig
-from lm_eval.utils import setup_logging
+try:
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+    from lm_eval.utils import setup_logging
+except ModuleNotFoundError as error:
+    raise SystemExit(f"xdlm-eval: {error}; install the extra: pip install 'xdlm_hf[eval]'") from error
 
 from xdlm_hf.evaluation import TASKS
 from xdlm_hf.evaluation import adapter as adapter  # registers the model
