@@ -277,15 +277,17 @@ def _row_losses(state: _RowState, terms: _TokenTerms, kernel: NoiseKernel, buffe
 
 def _stay_gap(state: _RowState, terms: _TokenTerms) -> Tensor:
     """T = w [rho(alpha w) - rho(B alpha w)], (M,): what p gets wrong about staying at z."""
-    y = terms.alpha * state.w
-    # 1 + alpha w = f(x,z)/f(p,z); formed from w it would cancel where p is sure of a wrong z.
-    log_ratio = (state.f_x_z / state.f_p_z).log()
-    gap = state.w * (_rho(y, log_ratio) - _rho(terms.step * y))
-    # There, and where q all but certainly leaves, both rho diverge together: the same T from f_t(p,z)/f_t(x,z).
+    y, step_y = terms.alpha * state.w, terms.step * terms.alpha * state.w
+    # 1 + alpha w = f(x,z)/f(p,z); formed from w it would cancel where p is sure of a wrong z. At s = 0 it is 1/p_0 for
+    # z = x_0, also where p_0 underflows.
+    log_ratio = torch.where(state.f_p_z > 0, (state.f_x_z / state.f_p_z).log(), -state.log_p_0)
+    gap = state.w * (_rho(y, log_ratio) - _rho(step_y))
+    # Where p is sure of a wrong z and q all but certainly leaves, both rho diverge together; where p all but excludes a
+    # z that may well be x_0, both tend to 1. There the same T from f_t(p,z)/f_t(x,z).
     stays = terms.stay * state.f_x_z
     log_ratio_t = -(terms.stay * state.f_p_z + terms.step).log()
     other = (torch.where(stays > 0, stays * log_ratio, 0.0) - log_ratio_t) / (terms.alpha * terms.step)
-    return torch.where((y < -0.5) & (terms.step > 0.5), other, gap)
+    return torch.where(((y < -0.5) & (terms.step > 0.5)) | (step_y > 1), other, gap)
 
 
 def _amplification(terms: _TokenTerms, kernel: NoiseKernel) -> Tensor:
