@@ -51,7 +51,7 @@ class NoiseKernel:
             ValueError: If a weight is negative, they sum to more than 1, or an id is not a row of the vocabulary.
         """
         total = sum(special_weights.values())
-        if min(special_weights.values(), default=0) < 0 or total > 1 + 1e-12:
+        if not all(mu >= 0 for mu in special_weights.values()) or not total <= 1 + 1e-12:  # NaN fails both
             raise ValueError(f"special_weights={dict(special_weights)} must be non-negative and sum to at most 1.")
         kernel = cls.__new__(cls)
         kernel._set(vocab_size, max(1 - total, 0.0), special_weights)
