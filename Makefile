@@ -44,9 +44,9 @@ format: $(INSTALLED)  ## apply the linter's fixes and the formatter
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## run every script benchmarks/bench_*.py
-	@ls benchmarks/bench_*.py >/dev/null 2>&1 || { echo "[bench] no benchmarks/bench_*.py to run"; exit 1; }
-	@for script in benchmarks/bench_*.py; do echo "[bench] $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+bench: $(INSTALLED)  ## every benchmark, one after the other
+	@for script in $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py)); do \
+		echo "[bench] $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
 
 clean:  ## remove caches and builds; outputs and the virtual environment stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

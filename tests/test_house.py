@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import xdlm_hf
+from xdlm_hf.data import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,11 +22,13 @@ LAYERS = [
     ["posterior", "losses"],
     ["samplers"],
     ["configuration_llada", "modeling_llada", "generation", "hub"],
-    ["data", "trainer"],
+    ["data", "trainer", "display"],
 ]
 CORE = [module for layer in LAYERS[:3] for module in layer]
 LIBRARY = sorted((ROOT / "xdlm_hf").glob("*.py"))
-SHIPPED = LIBRARY + sorted((ROOT / "eval").rglob("*.py")) + sorted((ROOT / "recipes").rglob("*.py"))
+SHIPPED = LIBRARY + [
+    path for folder in ("eval", "recipes", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))
+]
 
 
 def relative(path: Path) -> str:
@@ -125,6 +128,21 @@ def test_nothing_named_eval_is_installed():
 
 def test_readme_names_both_commands():
     assert "make demo" in README and "make test" in README
+
+
+def test_readme_example_runs_as_it_stands(tmp_path, capsys):
+    tokenizer = train_tokenizer(["The capital of France is Paris. def fibonacci(n): return n"], vocab_size=270)
+    ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
+    config = xdlm_hf.LLaDAConfig(
+        d_model=32, n_heads=2, n_layers=1, mlp_hidden_size=64, vocab_size=len(tokenizer), **ids
+    )
+    xdlm_hf.LLaDAForDiffusionLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert example.count("GSAI-ML/LLaDA-8B-Base") == 2
+    exec(example.replace("GSAI-ML/LLaDA-8B-Base", str(tmp_path)), {})
+    printed = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])  # DeepSpeed may log to stdout before
+    assert len(printed) == 2 and printed[0].startswith("The capital of France is")
 
 
 def test_readme_map_has_one_line_per_file():
