@@ -214,7 +214,7 @@ class XDLMGenerationMixin:
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, P)`, *optional*):
-                Prompts, left-padded. Without them, or with P = 0, text is generated unconditionally.
+                Prompts, padded on either side. Without them, or with P = 0, text is generated unconditionally.
             generation_config ([`XDLMGenerationConfig`], *optional*): Options; keywords of the call win over it.
             attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): 0 at padding.
             logits_processor (`LogitsProcessorList`, *optional*):
@@ -322,10 +322,6 @@ class XDLMGenerationMixin:
                 f"{tuple(input_ids.shape)}."
             )
         validate_ids("input_ids", input_ids, self.config.embedding_size)
-        if attention_mask.shape[1] and (attention_mask[:, 1:].bool() < attention_mask[:, :-1].bool()).any():
-            raise ValueError(
-                "attention_mask has padding to the right of text; pad prompts on the left (padding_side='left')."
-            )
         total, limit = input_ids.shape[1] + options.max_new_tokens, self.config.max_sequence_length
         if total > limit:
             raise ValueError(
@@ -414,7 +410,8 @@ class _Network:
             whole = torch.nn.functional.pad(attention_mask, (0, options.max_new_tokens), value=1)
             self.inputs = {"attention_mask": whole}
             if not options.reference_compat:
-                # Positions count text alone, so that a padded row computes what it computes by itself.
+                # Positions count text alone, so that a row computes what it computes by itself, wherever its
+                # padding stands.
                 self.inputs["position_ids"] = (whole.cumsum(-1) - 1).clamp_min(0)
 
     def logits(self, ids: Tensor, columns: tuple[int, int]) -> Tensor:
