@@ -130,6 +130,12 @@ def test_readme_names_both_commands():
     assert "make demo" in README and "make test" in README
 
 
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(document):
+    targets = re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / document).read_text(encoding="utf-8"))
+    assert not [target for target in targets if not (ROOT / target).exists()]
+
+
 def test_readme_example_runs_as_it_stands(tmp_path, capsys):
     tokenizer = train_tokenizer(["The capital of France is Paris. def fibonacci(n): return n"], vocab_size=270)
     ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
