@@ -705,17 +705,17 @@ def test_dtypes_and_untouched_arguments(k, dtype):
     leaf = logits.clone().requires_grad_()
     for needs_grad in (False, True):
         inputs = leaf if needs_grad else logits
-        losses = (
+        results = (
             kl_divergence(inputs, x_0, z_t, alpha_s, alpha_t, kernel_of(case)),
             diffusion_loss(inputs, x_0, z_t, alpha_t, d_alpha_t, kernel_of(case)),
             *fused_linear_diffusion_loss(inputs, weight, x_0, z_t, alpha_t, d_alpha_t, kernel_of(case), chunk_size=3),
         )
-        for loss in losses:
+        for loss in results:
             assert loss.dtype == (F64 if dtype == F64 else torch.float32)
             if needs_grad and loss.requires_grad:
                 (gradient,) = torch.autograd.grad(loss.sum(), leaf)
                 assert gradient.dtype == dtype and gradient.shape == leaf.shape
-        assert losses[2].shape == () and not losses[3].requires_grad
+        assert results[2].shape == () and not results[3].requires_grad
     assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
     assert torch.equal(leaf.detach(), logits) and torch.equal(hidden, logits)
     assert torch.equal(weight, torch.eye(N, dtype=dtype))
@@ -747,6 +747,25 @@ def test_rows_do_not_see_each_other():
             cell = (slice(b, b + 1), slice(i, i + 1))
             rows = case.logits[cell], case.x_0[cell], case.z_t[cell], alpha_t[b : b + 1], d_alpha_t[b : b + 1]
             assert torch.equal(diffusion_loss(*rows, kernel_of(case)), whole[cell])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 19])
+def test_row_blocks_change_nothing(rows, monkeypatch):
+    """Losses and gradients are the same bit for bit when the vocabulary passes take a few rows at a time."""
+    case = draw_case(0.1, 0)
+    hidden, weight, token_weights, args = fused_setting(0.1)
+
+    def everything():
+        logits = case.logits.clone().requires_grad_()
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = diffusion_loss(logits, *args)
+        total, per_token = fused_linear_diffusion_loss(h, w, *args, token_weights=token_weights, chunk_size=20)
+        gradients = torch.autograd.grad((token_weights * loss).sum() + total, (logits, h, w))
+        return loss.detach(), total.detach(), per_token, *gradients
+
+    whole = everything()
+    monkeypatch.setattr("xdlm_hf.losses._BLOCK_ELEMENTS", {"cpu": rows * N, "other": rows * N})
+    assert all(torch.equal(a, b) for a, b in zip(everything(), whole, strict=True))
 
 
 # --- fused ----------------------------------------------------------------------------------------------------

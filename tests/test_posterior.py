@@ -297,6 +297,15 @@ def test_same_generator_state_same_draws_and_ids_untouched():
     assert torch.equal(z_t, before) and torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_row_blocks_change_nothing(monkeypatch):
+    """The draw is the same when the vocabulary is read a few rows at a time."""
+    args = torch.randn(2, 50, N), torch.randint(0, N, (2, 50)), torch.tensor([0.9]), torch.tensor([0.2])
+    kernel = NoiseKernel(N, 0.5, 0)
+    whole = sample_posterior(*args, kernel, torch.Generator().manual_seed(1))
+    monkeypatch.setattr("xdlm_hf.posterior._DRAW_ELEMENTS", 3 * N)
+    assert torch.equal(sample_posterior(*args, kernel, torch.Generator().manual_seed(1)), whole)
+
+
 def test_positions_are_drawn_independently():
     """Pairs of neighbours, all from [MASK], against the product of the dense law."""
     noise = Noise.mixing(N, 0.5, 0)

@@ -111,6 +111,30 @@ def test_erratum_equation_17_needs_the_mask_indicator():
     assert -(0.8 - 0.4) / (1 - 0.4) * math.log(p[1]) == pytest.approx(1.194506, abs=1e-6)
 
 
+def test_erratum_equations_43_to_50_misprint_the_evidence():
+    """Eq. 42 has f_t(p, z_t); Eqs. 43, 44 print f_t|s(e, z_t) in its place, Eqs. 45, 48, 50 print f_t|s(z_t, p)."""
+    a_s, a_t, z, x_0 = 0.7, 0.5, 1, 2
+    noise, N = Noise.mixing(VOCABULARY, 0.5, 0), VOCABULARY
+    p = clean_distribution(torch.linspace(-1, 1, N), noise)
+    kl = dense_kl(x_0, p, z, a_s, a_t, noise)
+
+    def divergence(evidence):
+        """Eq. 43 with evidence[e] in the place in question."""
+        K = noise.kernel()
+        q = bayes_posterior(one_hot(x_0, N), z, a_s, a_t, K)
+        f_x, f_p = marginal(one_hot(x_0, N), a_s, K), marginal(p, a_s, K)
+        return float((q * (f_x * evidence / (marginal(one_hot(x_0, N), a_t, K)[z] * f_p)).log()).sum())
+
+    step = transition(a_t / a_s, noise.kernel())[:, z]  # f_t|s(e, z_t) for each e
+    assert divergence(f(p, z, a_t, noise)) == pytest.approx(float(kl), abs=1e-14)
+    assert float(kl) == pytest.approx(0.9344, abs=1e-4)
+    assert divergence(step) == pytest.approx(1.3302, abs=1e-4)
+    # Eq. 45 is the part that stays; there f_t|s(z_t, p) can only mean the average of the steps to z_t over p
+    stays = a_t / a_s * f(one_hot(x_0, N), z, a_s, noise) / f(one_hot(x_0, N), z, a_t, noise)
+    error = stays * ((step @ p) / f(p, z, a_t, noise)).log()
+    assert float(kl + error) == pytest.approx(0.9211, abs=1e-4)
+
+
 def test_erratum_equation_52_drops_a_term_that_is_zero_only_without_mask_probability():
     """mu log f(x,m)/f(p,m) is said to vanish for all x and p; with p_m = 0.3 leaving it out makes the KL wrong."""
     N, k, m, a_s, a_t = 5, 0.1, 4, 0.7, 0.5
