@@ -68,7 +68,7 @@ class XDLMTrainingArguments(TrainingArguments):
 
     These defaults of `TrainingArguments` change: `remove_unused_columns=False` (the collator reads them),
     `ddp_find_unused_parameters=False` (every parameter is used), `logging_nan_inf_filter=False` (a NaN is shown, not
-    replaced by an average) and `include_num_input_tokens_seen="all"` (logs tokens per second).
+    replaced by an average) and `include_num_input_tokens_seen=True` (logs tokens per second).
 
     Raises:
         ValueError: If an option is out of range, or the global batch does not divide.
@@ -95,7 +95,7 @@ class XDLMTrainingArguments(TrainingArguments):
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses; off here."})
     include_num_input_tokens_seen: str | bool = field(
-        default="all", metadata={"help": "Count tokens, which also logs tokens per second: all, non_padding or no."}
+        default=True, metadata={"help": "Count tokens, which also logs tokens per second."}
     )
 
     def __post_init__(self):

@@ -1,0 +1,329 @@
+"""The continual-pretraining recipe: its config files, a small run from start to end, its refusals, its launchers."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from training import launch, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from xdlm_hf.data import train_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "recipes" / "llada_cpt.py"
+CONFIGS = ROOT / "recipes" / "configs"
+sys.path.insert(0, str(RECIPE.parent))
+
+import llada_cpt  # noqa: E402
+
+TEXTS = [f"Sentence {i}: the {word} fox jumps over {i % 9} dogs." for i in range(40) for word in ("quick", "slow")]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a tiny LLaDA model, its tokenizer, and text."""
+    folder = tmp_path_factory.mktemp("base")
+    model = tiny_model(vocab_size=320)
+    model.save_pretrained(folder / "model")
+    train_tokenizer(TEXTS, 320).save_pretrained(folder / "model")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return folder
+
+
+def options(base, output_dir, **changes):
+    """The command line of a small run; None leaves an option out."""
+    values = {
+        "model_name_or_path": base / "model",
+        "data_files": base / "text.jsonl",
+        "sequence_length": 16,
+        "max_steps": 6,
+        "global_batch_size": 8,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "validation_fraction": 0.2,
+        "validation_rows": 9,
+        "report_to": "none",
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+        "output_dir": output_dir,
+        **changes,
+    }
+    return [str(part) for name, value in values.items() if value is not None for part in (f"--{name}", value)]
+
+
+def logged(output_dir, name="loss"):
+    history = json.loads((Path(output_dir) / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in history if name in entry]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def test_the_papers_run(tmp_path):
+    model, data, args = llada_cpt.parse(["--config", str(CONFIGS / "llada_8b.yaml"), "--use_cpu", "true"])
+    assert (model.model_name_or_path, data.dataset, data.dataset_config) == (
+        "GSAI-ML/LLaDA-8B-Base",
+        "HuggingFaceFW/fineweb-edu",
+        "sample-10BT",
+    )
+    assert (args.mixing_ratio, args.noise_schedule, args.t_eps, args.time_sampling) == (
+        0.1,
+        "linear",
+        1e-3,
+        "independent",
+    )
+    assert (data.sequence_length, args.global_batch_size, args.max_steps) == (4096, 512, 600)
+    assert (args.optim, args.learning_rate, args.weight_decay, args.max_grad_norm) == ("adamw_torch", 2e-5, 0.1, 1.0)
+    assert (args.lr_scheduler_type, args.warmup_steps) == ("constant_with_warmup", 100)
+    assert args.bf16 and model.dtype == "bfloat16" and args.activation_checkpointing
+    assert args.gradient_accumulation_steps * args.per_device_train_batch_size == 512
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in sorted(CONFIGS.glob("*.yaml")) if "zero" not in path.name], ids=lambda path: path.name
+)
+def test_every_config_file_parses(path):
+    llada_cpt.parse(["--config", str(path), "--use_cpu", "true"])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_configs_are_accelerates(stage):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(CONFIGS / f"zero{stage}.yaml"))
+    assert config.distributed_type == "DEEPSPEED" and config.deepspeed_config["zero_stage"] == stage
+    assert config.deepspeed_config["gradient_accumulation_steps"] == "auto"
+
+
+def test_the_command_line_wins_over_the_config_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "learning_rate: 2e-5\nmax_steps: 7\nmixing_ratio: 0\ndata_files: [a.jsonl, b.jsonl]\nuse_cpu: true\n"
+    )
+    _, data, args = llada_cpt.parse(["--max_steps", "9", "--config", str(path)])
+    assert (args.learning_rate, args.max_steps, args.mixing_ratio) == (2e-5, 9, 0)
+    assert data.data_files == ["a.jsonl", "b.jsonl"] and data.text_column == "text"
+
+
+def test_unknown_options_are_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("mixing_ration: 0.1\n")
+    with pytest.raises(ValueError, match=r"run\.yaml: unknown option 'mixing_ration'; did you mean 'mixing_ratio'\?"):
+        llada_cpt.parse(["--config", str(path)])
+    with pytest.raises(ValueError, match="unknown options on the command line: --mixing_rate 0.1"):
+        llada_cpt.parse(["--use_cpu", "true", "--mixing_rate", "0.1"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def test_run_writes_a_model_that_knows_its_noise(base, tmp_path):
+    output = tmp_path / "run"
+    llada_cpt.main(options(base, output, eval_strategy="steps", eval_steps=3, mixing_ratio=0.2))
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.config.mixing_ratio == 0.2 and model.noise_kernel().mixing_ratio == 0.2
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.mask_token_id == model.config.mask_token_id
+    before = load_file(base / "model" / "model.safetensors")
+    after = load_file(output / "model.safetensors")
+    assert before.keys() == after.keys() and all((before[n] != after[n]).any() for n in before)
+    # What a loss curve and a report need.
+    assert len(logged(output)) == 6 and len(logged(output, "eval_loss")) == 3
+    for name in ("grad_norm", "learning_rate", "num_input_tokens_seen", "train_tokens_per_second", "eval_perplexity"):
+        assert logged(output, name), name
+    results = json.loads((output / "eval_results.json").read_text())
+    assert results["eval_loss"] == logged(output, "eval_loss")[-1] and results["eval_loss_standard_error"] > 0
+
+
+def test_run_on_pythons_documentation_by_stream(base, tmp_path):
+    changes = {"data_files": None, "dataset": "python-reference", "streaming": "true", "validation_fraction": None}
+    trainer = llada_cpt.main(options(base, tmp_path / "run", max_steps=2, **changes))
+    assert trainer.state.global_step == 2
+    text = trainer.processing_class.decode(next(iter(trainer.train_dataset))["input_ids"])
+    assert text.strip()
+
+
+def test_second_run_is_refused_and_resume_continues(base, tmp_path):
+    output = tmp_path / "run"
+    llada_cpt.main(options(base, output, max_steps=4, save_strategy="steps", save_steps=2))
+    with pytest.raises(ValueError, match=r"holds another run \(checkpoint-2, checkpoint-4"):
+        llada_cpt.main(options(base, output))
+    llada_cpt.main(options(base, output, max_steps=6, resume_from_checkpoint="true"))
+    whole = tmp_path / "whole"
+    llada_cpt.main(options(base, whole, max_steps=6))
+    assert logged(output) == logged(whole)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (output, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_lora_run_writes_the_merged_model_and_the_adapter(base, tmp_path):
+    from peft import PeftModel
+
+    output = tmp_path / "run"
+    llada_cpt.main(options(base, output, lora_rank=2))
+    merged = AutoModelForCausalLM.from_pretrained(output)
+    assert merged.config.mixing_ratio == 0.1
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base / "model"), output / "adapter")
+    ids = torch.arange(6, 30)[None]
+    with torch.no_grad():
+        plain, expected = AutoModelForCausalLM.from_pretrained(base / "model")(ids).logits, adapted(ids).logits
+        assert torch.allclose(merged(ids).logits, expected, atol=1e-5)
+    assert (plain - expected).abs().max() > 1e-3
+    adapter = load_file(output / "adapter" / "adapter_model.safetensors")
+    # Seven projections, two matrices each, in two blocks; the output layer, also called ff_out, has none.
+    assert len(adapter) == 28 and all(".blocks." in name for name in adapter)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Refusals: before anything is written
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixing_ratio": 1.5}, r"mixing_ratio=1\.5 must lie in \[0, 1\]"),
+        ({"global_batch_size": 6}, "global_batch_size=6 is not a multiple of 4"),
+        ({"sequence_length": 100}, "sequence_length=100 exceeds the model's max_sequence_length=64"),
+        ({"text_column": "body"}, r"text\.jsonl, line 1: no column 'body'; it has \['text'\]"),
+        ({"data_files": "nowhere*.jsonl"}, r"'nowhere\*\.jsonl' matches no file"),
+        ({"streaming": "true", "max_steps": None}, "max_steps=-1: a stream has no end"),
+        ({"validation_fraction": 1.0}, r"validation fraction 1\.0 must lie strictly between 0 and 1"),
+    ],
+)
+def test_bad_options_are_refused(base, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        llada_cpt.main(options(base, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_models_tokenizer_is_refused(base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base / "model")
+    tokenizer.mask_token = "<|eot_id|>"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=r"mask token '<\|eot_id\|>' has id 4, the model's mask_token_id is 5"):
+        llada_cpt.main(options(base, tmp_path / "run", tokenizer_name=tmp_path / "tokenizer"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bfloat16_weights_without_deepspeed_are_warned_about(base, tmp_path, caplog):
+    llada_cpt.main(options(base, tmp_path / "run", dtype="bfloat16", max_steps=1))
+    assert "updates smaller than their rounding are lost" in caplog.text
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Launchers
+
+
+def accelerate(*arguments):
+    status, output = launch("-m", "accelerate.commands.launch", *arguments, timeout=600, HF_HUB_OFFLINE="1")
+    assert status == 0, output[-3000:]
+
+
+def test_accelerate_launch_with_a_config_file(base, tmp_path):
+    run = options(base, tmp_path / "run", max_steps=None)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"max_steps": 3, "mixing_ratio": 0.3}))
+    accelerate("--num_processes", "1", "--cpu", str(RECIPE), "--config", str(path), *run)
+    assert len(logged(tmp_path / "run")) == 3
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.mixing_ratio == 0.3
+
+
+@pytest.fixture(scope="module")
+def one_process(base, tmp_path_factory):
+    output = tmp_path_factory.mktemp("one")
+    llada_cpt.main(options(base, output, per_device_train_batch_size=8))
+    return output
+
+
+def compare(output, one_process, limit=1e-5):
+    assert logged(output) == pytest.approx(logged(one_process), abs=limit)
+    assert logged(output, "eval_loss") == pytest.approx(logged(one_process, "eval_loss"), abs=limit)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (output, one_process))
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < limit
+    AutoModelForCausalLM.from_pretrained(output)
+
+
+def partitioned(tmp_path, stage):
+    """The repository's ZeRO config, except that ZeRO-3 spreads even tiny parameters, which it would keep whole."""
+    config = yaml.safe_load((CONFIGS / f"zero{stage}.yaml").read_text())
+    if stage < 3:
+        return CONFIGS / f"zero{stage}.yaml"
+    ours = config["deepspeed_config"]
+    engine = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": ours["gradient_accumulation_steps"],
+        "gradient_clipping": ours["gradient_clipping"],
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_gather_16bit_weights_on_model_save": ours["zero3_save_16bit_model"],
+            "stage3_param_persistence_threshold": 0,
+        },
+    }
+    (tmp_path / "engine.json").write_text(json.dumps(engine))
+    config["deepspeed_config"] = {
+        "deepspeed_config_file": str(tmp_path / "engine.json"),
+        "zero3_init_flag": ours["zero3_init_flag"],
+    }
+    del config["mixed_precision"]  # the engine's file says it
+    (tmp_path / "zero.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path / "zero.yaml"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_takes_the_same_trajectory_and_resumes(base, one_process, tmp_path, stage):
+    config = ("--config_file", str(partitioned(tmp_path, stage)), "--num_processes", "2", str(RECIPE))
+    changes = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 4}
+    accelerate(*config, *options(base, tmp_path / "run", **changes))
+    compare(tmp_path / "run", one_process)
+
+    (tmp_path / "again").mkdir()
+    (tmp_path / "run" / "checkpoint-4").rename(tmp_path / "again" / "checkpoint-4")
+    accelerate(*config, *options(base, tmp_path / "again", resume_from_checkpoint="true", **changes))
+    assert logged(tmp_path / "again") == logged(tmp_path / "run")
+    compare(tmp_path / "again", one_process)
+
+
+@pytest.mark.slow
+def test_shipped_zero3_config_runs_as_it_is(base, one_process, tmp_path):
+    config = ("--config_file", str(CONFIGS / "zero3.yaml"), "--num_processes", "2", str(RECIPE))
+    accelerate(*config, *options(base, tmp_path / "run", per_device_train_batch_size=2))
+    compare(tmp_path / "run", one_process)
+
+
+@pytest.mark.slow
+def test_lora_under_zero3_merges_whole_weights(base, tmp_path):
+    config = ("--config_file", str(partitioned(tmp_path, 3)), "--num_processes", "2", str(RECIPE))
+    accelerate(*config, *options(base, tmp_path / "run", per_device_train_batch_size=2, lora_rank=2))
+    llada_cpt.main(options(base, tmp_path / "one", lora_rank=2))
+    compare(tmp_path / "run", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_bfloat16_under_zero2_stays_close(base, one_process, tmp_path):
+    config = ("--config_file", str(CONFIGS / "zero2.yaml"), "--num_processes", "2", str(RECIPE))
+    changes = {"per_device_train_batch_size": 2, "bf16": "true", "dtype": "bfloat16"}
+    accelerate(*config, *options(base, tmp_path / "run", **changes))
+    assert logged(tmp_path / "run") == pytest.approx(logged(one_process), rel=0.02)
+    assert logged(tmp_path / "run") != logged(one_process)
+
+
+@pytest.mark.slow
+def test_stream_trains_over_two_processes(base, tmp_path):
+    """One file is one shard: each rank packs its own half of the documents (test_data.py says which)."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(RECIPE))
+    run = options(base, tmp_path / "run", streaming="true", max_steps=4, validation_fraction=None)
+    status, output = launch(*torchrun, *run)
+    assert status == 0, output[-3000:]
+    assert len(logged(tmp_path / "run")) == 4
+    assert logged(tmp_path / "run", "num_input_tokens_seen")[-1] == 4 * 8 * 16
