@@ -540,6 +540,14 @@ def test_underflow_at_an_unmasked_token_gives_zero_at_k_0():
         assert loss == 0 and (gradient == 0).all()
 
 
+def test_noise_that_k_0_cannot_make_has_no_loss():
+    """Another ordinary token as z_t (text corrupted at k > 0, scored at k = 0): r(z) = 0, so 0 and not 0/0."""
+    logits = torch.linspace(-1, 1, N)
+    for alpha_t, alpha_s in ((0.4, None), (1.0, None), (0.0, None), (0.4, 0.7), (0.4, 1.0), (0.0, 0.5)):
+        loss, gradient = one_token(logits, 2, 5, 0.0, 0, alpha_t, alpha_s)
+        assert loss == 0 and (gradient == 0).all()
+
+
 @pytest.mark.parametrize("k", MIXING_RATIOS)
 def test_tokens_suppressed_by_the_caller(k):
     """Logits of -inf other than at x_0 are probabilities of zero; their gradient is zero."""
@@ -848,6 +856,20 @@ def test_fused_in_bfloat16_is_as_good_as_plain(k):
     for ours, plain, exact in zip(*(results[n] for n in ("fused", "plain", "exact")), strict=True):
         allowed = 2 * (plain - exact).norm() + 2**-8 * exact.norm()
         assert (ours - exact).norm() <= allowed
+
+
+def test_fused_adds_up_many_chunks_in_float32():
+    """2000 chunks of one token: a bfloat16 sum would stop growing after a few hundred. Relative error under 1 %."""
+    hidden = torch.ones(1, 2000, 2, dtype=torch.bfloat16)
+    weight = torch.zeros(N, 2, dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.full((1, 2000), 3), torch.zeros(1, 2000, dtype=torch.long)
+    rates = torch.tensor([0.5]), torch.tensor([-1.0])
+    total, _ = fused_linear_diffusion_loss(hidden, weight, *ids, *rates, NoiseKernel(N, 0.1, 0), chunk_size=1)
+    (gradient,) = torch.autograd.grad(total, weight)
+    exact = weight.detach().double().requires_grad_()
+    plain = diffusion_loss(hidden.double() @ exact.T, *ids, *rates, NoiseKernel(N, 0.1, 0))
+    (expected,) = torch.autograd.grad(plain.sum(), exact)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [0.0, 0.1, 1.0])

@@ -297,6 +297,20 @@ def test_same_generator_state_same_draws_and_ids_untouched():
     assert torch.equal(z_t, before) and torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("u", [0.0, 1 - 2.0**-53])
+def test_extreme_uniform_numbers_never_choose_a_token_of_probability_zero(u, monkeypatch):
+    """[0, 1) holds 0 and ends at 1 - 2^-53; [MASK] is row 0 and a suppressed token the last row."""
+
+    def constant(shape, generator, device):
+        return torch.full(shape, u, dtype=torch.float64, device=device)
+
+    monkeypatch.setattr("xdlm_hf.posterior.uniform", constant)
+    logits = torch.randn(N, generator=torch.Generator().manual_seed(2))
+    logits[-1] = -torch.inf
+    z_s = draw(logits, 0, 1.0, 0.0, NoiseKernel(N, 0.5, 0), n=3)
+    assert (z_s == (1 if u == 0 else N - 2)).all()
+
+
 def test_row_blocks_change_nothing(monkeypatch):
     """The draw is the same when the vocabulary is read a few rows at a time."""
     args = torch.randn(2, 50, N), torch.randint(0, N, (2, 50)), torch.tensor([0.9]), torch.tensor([0.2])
