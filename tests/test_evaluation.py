@@ -139,7 +139,7 @@ class TestTask:
         [
             ("", "holds no rows"),
             ('{"question": "a"}\n', "line 1: needs the texts 'question' and 'answer'"),
-            (json.dumps(ROWS[0]) + "\n[1]\n", "line 2: needs the texts"),
+            (json.dumps(ROWS[0]) + "\n[1]\n", "line 2: needs an object"),
             ("{\n", "line 1: not JSON"),
             ('{"question": "a", "answer": "5"}\n', "line 1: the answer must end in '#### <number>', got '5'"),
             ('{"question": "a", "answer": "5 #### x"}\n', "must end in '#### <number>'"),

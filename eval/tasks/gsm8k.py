@@ -6,12 +6,12 @@ if shots are wanted, `gsm8k/train.jsonl`.
 """
 
 import json
-import os
 import re
 from decimal import Decimal
-from pathlib import Path
 
 from datasets import Dataset, DatasetDict
+
+from xdlm_hf.evaluation.rows import read_rows, task_file
 
 MARKER = "####"
 # A minus directly after a digit is a subtraction, not a sign: "12-5" holds 12 and 5.
@@ -24,40 +24,17 @@ def load(data: str | None = None, **_metadata) -> DatasetDict:
     Raises:
         ValueError: If no path is set, a file is missing or empty, or a row lacks a question or a final number.
     """
-    setting = data or os.environ.get("XDLM_DATA")
-    if not setting:
-        raise ValueError(
-            "xdlm_gsm8k reads local files and none are set: pass --metadata data=PATH or set XDLM_DATA, PATH "
-            "being a JSONL file or a folder with gsm8k/test.jsonl"
-        )
-    path = Path(setting).expanduser()
-    if path.is_dir():
-        test, train = path / "gsm8k" / "test.jsonl", path / "gsm8k" / "train.jsonl"
-    else:
-        test, train = path, None
-    shots = read_rows(train) if train is not None and train.is_file() else []
-    return DatasetDict(test=Dataset.from_list(read_rows(test)), train=Dataset.from_list(shots))
+    test = task_file("xdlm_gsm8k", data, "gsm8k/test.jsonl")
+    train = test.with_name("train.jsonl")
+    in_folder = test.name == "test.jsonl" and train.is_file()
+    shots = read_rows(train, parse_row) if in_folder else []
+    return DatasetDict(test=Dataset.from_list(read_rows(test, parse_row)), train=Dataset.from_list(shots))
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a JSONL file, each checked, with the fields `question` and `answer` and no others."""
-    if not path.is_file():
-        raise ValueError(f"no such file: {path} (set by --metadata data=PATH or XDLM_DATA)")
-    with path.open(encoding="utf-8") as lines:
-        rows = [parse_row(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
-    if not rows:
-        raise ValueError(f"{path} holds no rows")
-    return rows
-
-
-def parse_row(line: str, where: str) -> dict[str, str]:
-    """One row; `where` opens the message of the ValueError raised when it is not one."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
-        raise ValueError(f"{where}: needs the texts 'question' and 'answer', got {line[:80]!r}")
+def parse_row(row: dict, where: str) -> dict[str, str]:
+    """`question` and `answer` of one row; `where` opens the message of the ValueError raised when it has none."""
+    if not all(isinstance(row.get(key), str) for key in ("question", "answer")):
+        raise ValueError(f"{where}: needs the texts 'question' and 'answer', got {json.dumps(row)[:80]}")
     if final_number(row["answer"].partition(MARKER)[2]) is None:
         raise ValueError(f"{where}: the answer must end in '{MARKER} <number>', got {row['answer'][-80:]!r}")
     return {"question": row["question"], "answer": row["answer"]}

@@ -1,0 +1,40 @@
+"""LAMBADA's layout, read from local files: a row is `{"text": ...}`, and its last word is to be found.
+
+One setting says where the rows are: `--metadata data=PATH`, or the environment variable XDLM_DATA. PATH is a JSONL
+file, or a folder holding `text/lambada_openai_test.jsonl`.
+"""
+
+import json
+from string import punctuation
+
+from datasets import Dataset, DatasetDict
+
+from xdlm_hf.evaluation.rows import read_rows, task_file
+
+
+def load(data: str | None = None, **_metadata) -> DatasetDict:
+    """Reads the rows lm-eval asks for, split before the last space; `_metadata` is whatever else the run was given.
+
+    Raises:
+        ValueError: If no path is set, the file is missing or empty, or a row has no text of two words.
+    """
+    path = task_file("xdlm_last_word", data, "text/lambada_openai_test.jsonl")
+    return DatasetDict(test=Dataset.from_list(read_rows(path, parse_row)))
+
+
+def parse_row(row: dict, where: str) -> dict[str, str]:
+    """`context` and `word` of one row; `where` opens the message of the ValueError raised when it has none."""
+    context, _, word = str(row.get("text", "")).rstrip().rpartition(" ")
+    if not context or not bare(word):
+        raise ValueError(f"{where}: needs a 'text' of two words or more, got {json.dumps(row)[:80]}")
+    return {"context": context, "word": word}
+
+
+def bare(word: str) -> str:
+    return word.strip(punctuation)
+
+
+def process_results(doc: dict, results: list[str]) -> dict[str, float]:
+    """1.0 when the first word of the answer is the row's, punctuation around either left out, else 0.0."""
+    words = results[0].split()
+    return {"exact_match": float(bool(words) and bare(words[0]) == bare(doc["word"]))}
