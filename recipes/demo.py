@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -168,10 +169,10 @@ def history(folder: Path) -> list[dict]:
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
-def training_figures(folder: Path) -> dict:
-    """Losses before and after, and the NELBO on held-out text, of both runs."""
+def training_figures(folder: Path, runs: Sequence[str] = ("base", "xdlm")) -> dict:
+    """Losses before and after, and the NELBO on held-out text, of the runs named."""
     figures = {}
-    for name in ("base", "xdlm"):
+    for name in runs:
         log = history(folder / name)
         losses = [entry["loss"] for entry in log if "loss" in entry]
         evaluation = [entry for entry in log if "eval_loss" in entry][-1]
