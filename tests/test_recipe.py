@@ -224,7 +224,8 @@ def test_bfloat16_weights_without_deepspeed_are_warned_about(base, tmp_path, cap
 
 
 def accelerate(*arguments):
-    status, output = launch("-m", "accelerate.commands.launch", *arguments, timeout=600, HF_HUB_OFFLINE="1")
+    port = ("--main_process_port", "0")  # any free one
+    status, output = launch("-m", "accelerate.commands.launch", *port, *arguments, timeout=600, HF_HUB_OFFLINE="1")
     assert status == 0, output[-3000:]
 
 

@@ -326,8 +326,10 @@ def streaming_trainer(output_dir, **options):
     return XDLMTrainer(model=tiny_model(vocab_size=300), args=arguments(output_dir, **options), train_dataset=stream())
 
 
-def test_stream_trains_and_resumes_exactly(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stream_trains_and_resumes_exactly(tmp_path, workers):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+    options["dataloader_num_workers"] = workers
     whole = streaming_trainer(tmp_path / "whole", **options)
     whole.train()
     assert len(losses(whole)) == 6 and whole.state.num_input_tokens_seen == 6 * 8 * LENGTH

@@ -20,6 +20,7 @@ import gzip
 import itertools
 import json
 import logging
+import os
 import pathlib
 import sysconfig
 import zlib
@@ -217,13 +218,18 @@ def python_reference_documents() -> "datasets.IterableDataset":
 
     texts = [topics[name] for name in sorted(topics)]
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    paths = (path for path in root.rglob("*.py") if _OPTIONAL_PACKAGES.isdisjoint(path.relative_to(root).parts))
-    for path in sorted(paths):
+    for path in sorted(_python_files(root)):
         name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         text = _docstrings(ast.parse(path.read_bytes()), name)
         if text:
             texts.append(text)
     return datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset()
+
+
+def _python_files(root: pathlib.Path) -> Iterator[pathlib.Path]:
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = set(subfolders) - _OPTIONAL_PACKAGES  # in place: site-packages is not even entered
+        yield from (pathlib.Path(folder, file) for file in files if file.endswith(".py"))
 
 
 def _docstrings(tree: ast.Module, module: str) -> str:
