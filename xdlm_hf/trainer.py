@@ -537,8 +537,11 @@ def _replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) ->
     The module is still called as a module inside the wrapped model's forward, which is what DDP, FSDP and ZeRO-3 hang
     their gathering and reduction on; reading `module.weight` from outside would find an empty shard under ZeRO-3.
     """
+    patched = vars(module).get("forward")  # by a library that replaced it on the instance after the trainer was built
     module.forward = forward
     try:
         yield
     finally:
         del module.forward
+        if patched is not None:
+            module.forward = patched
