@@ -1,6 +1,9 @@
 """The oracle against itself: its three levels agree, and each erratum of docs/equations.md shows in numbers."""
 
+import importlib
 import math
+import re
+from pathlib import Path
 
 import mpmath
 import pytest
@@ -211,6 +214,23 @@ def test_frequency_tests_accept_the_right_law_and_reject_a_close_one():
     assert binomial_bound(60, 100, 0.5) == pytest.approx(0.267, abs=1e-3)
     assert binomial_bound(25, 100, 0.5) < 1e-5 and binomial_bound(0, 100, 0.5) < 1e-29
     assert binomial_bound(1, 100, 0.0) == 0 and binomial_bound(0, 100, 0.0) == 1
+
+
+def test_the_equation_page_names_what_exists():
+    """Every test and every module.name in backticks of docs/equations.md is there."""
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "equations.md").read_text()
+    tests = "".join(path.read_text() for path in (root / "tests").glob("test_*.py"))
+    tests += "".join(f"def {path.stem}(" for path in (root / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 25 and not [name for name in named if f"def {name}(" not in tests]
+    named = set(re.findall(r"`((?:schedules|kernel|posterior|losses)\.[\w.]+)`", page))
+    assert len(named) > 10
+    for name in named:
+        module, *attributes = name.split(".")
+        found = importlib.import_module(f"xdlm_hf.{module}")
+        for attribute in attributes:
+            found = getattr(found, attribute)
 
 
 def test_marginal_and_kl_by_hand():
