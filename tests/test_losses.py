@@ -746,6 +746,21 @@ def test_strided_logits():
     torch.testing.assert_close(gradient[0, 0], cells.sum((0, 1)))
 
 
+def test_no_token_no_loss():
+    """L = 0 gives empty results and gradients, not an error."""
+    ids, alpha, kernel = torch.empty(2, 0, dtype=torch.long), torch.tensor([0.5, 0.5]), NoiseKernel(N, 0.1, 0)
+    logits = torch.empty(2, 0, N, requires_grad=True)
+    for loss in (
+        kl_divergence(logits, ids, ids, alpha, alpha, kernel),
+        diffusion_loss(logits, ids, ids, alpha, -alpha, kernel),
+        fused_linear_diffusion_loss(logits, torch.eye(N), ids, ids, alpha, -alpha, kernel)[1],
+    ):
+        assert loss.shape == (2, 0)
+    total, _ = fused_linear_diffusion_loss(logits, torch.eye(N), ids, ids, alpha, -alpha, kernel)
+    (diffusion_loss(logits, ids, ids, alpha, -alpha, kernel).sum() + total).backward()
+    assert total == 0 and logits.grad.shape == (2, 0, N)
+
+
 def test_rows_do_not_see_each_other():
     """A token's loss is the same alone, in another order and beside an outlier."""
     case = draw_case(0.1, 0)

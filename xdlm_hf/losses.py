@@ -434,7 +434,7 @@ class _FusedLinearLoss(torch.autograd.Function):
 def _row_blocks(logits: Tensor):
     """Yield (start, stop, block, buffer): a float32-or-wider scratch copy of rows [start, stop) and scratch like it."""
     rows = max(1, math.ceil(_per_device(_BLOCK_ELEMENTS, logits) / logits.shape[-1]))
-    rows = min(rows, logits.shape[0])
+    rows = max(1, min(rows, logits.shape[0]))
     scratch = torch.empty(2, rows, logits.shape[-1], dtype=_work_dtype(logits), device=logits.device)
     for start in range(0, logits.shape[0], rows):
         stop = min(start + rows, logits.shape[0])
