@@ -1,0 +1,444 @@
+"""The sandbox against code that means harm: every attack is contained, and none of them passes.
+
+Each attack's function returns the expected value only if the attack worked, or after it did its harm; so `pass` means
+that it got through. Every attack runs with namespaces and, as on a machine without them, with the other layers alone.
+"""
+
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from xdlm_hf.evaluation import judge, sandbox
+from xdlm_hf.evaluation.sandbox import Job, Limits
+
+SECRET = secrets.randbelow(10**12)  # the value tests expect; nobody guesses it
+QUICK = Limits(seconds=4.0, memory=2**28)
+needs_namespaces = pytest.mark.skipif(not sandbox.namespace_prefix(), reason="unshare does not work on this machine")
+needs_filter = pytest.mark.skipif(not sandbox.system_call_filter(), reason="needs pyseccomp and libseccomp2")
+
+
+@pytest.fixture(autouse=True)
+def consent(monkeypatch):
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+
+
+@pytest.fixture(params=[pytest.param(None, id="namespaces", marks=needs_namespaces), pytest.param((), id="none")])
+def prefix(request):
+    return request.param
+
+
+def attack(program, prefix=None, limits=QUICK, known=False):
+    """Verdict on a program whose `one()` should be SECRET; `known`: the program may use that value."""
+    program = program.replace("SECRET", str(SECRET)) if known else program
+    assert known or str(SECRET) not in program
+    return sandbox.run(Job(program, [f"assert one() == {SECRET}"], ["one"]), limits, prefix)
+
+
+def processes():
+    """Processes of the sandbox that are still there."""
+    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listing.splitlines() if str(sandbox._judge()) in line]
+
+
+class TestVerdicts:
+    @pytest.mark.parametrize(
+        ("program", "result", "why"),
+        [
+            ("def one():\n    return SECRET", "pass", ""),
+            ("def one():\n    return 0", "wrong", ""),
+            ("def one(:\n    return 0", "failed", "SyntaxError"),
+            ("", "failed", "AttributeError.*one"),
+            ("def two():\n    return SECRET", "failed", "AttributeError.*one"),
+            ("1 / 0\ndef one():\n    return SECRET", "failed", "ZeroDivisionError"),
+            ("assert False\ndef one():\n    return SECRET", "failed", ""),
+            ("def one():\n    return 1 / 0", "failed", "ZeroDivisionError: division by zero"),
+            ("def one():\n    assert False, 'mine'", "wrong", "mine"),
+            ("import numpy\ndef one():\n    return SECRET", "failed", "ModuleNotFoundError"),
+            ("def one():\n    while True: pass", "timeout", "not done after 4 s"),
+            ("def one():\n    a = []\n    a.append(a)\n    return a", "failed", ""),
+            ("print('to standard output')\ndef one():\n    return SECRET", "pass", ""),
+        ],
+    )
+    def test_each(self, program, result, why, prefix):
+        verdict = attack(program, prefix, known=True)
+        assert verdict.result == result, verdict
+        assert re.search(why, verdict.why), verdict
+
+    def test_names_of_the_standard_library_are_there(self, prefix):
+        modules = "re math cmath collections heapq itertools operator sys array copy random string typing datetime"
+        imports = "".join(f"import {name}\n" for name in f"{modules} functools statistics bisect hashlib".split())
+        assert attack(f"{imports}def one():\n    return SECRET", prefix, known=True).result == "pass"
+
+    def test_values_cross_as_they_are(self):
+        program = """
+import collections, fractions, re
+class Node:
+    def __init__(self, value): self.value, self.next = value, None
+def same(x): return x
+def count(x): return collections.Counter(x)
+def squares(n): return (i * i for i in range(n))
+def half(): return fractions.Fraction(1, 2)
+def match(x): return re.match('a', x)
+def total(node): return 0 if node is None else node.value + total(node.next)
+"""
+        literals = "None, True, -1, 10**5000, 1.5, 2j, 'aé\\ud800', b'a', [1, (2, {3}), {'a': {4: [5]}}], range(3)"
+        tests = [
+            f"for x in ({literals}, float('inf')):\n    assert same(x) == x and type(same(x)) is type(x), x",
+            "assert same(float('nan')) != same(float('nan'))",
+            "assert count('aab') == {'a': 2, 'b': 1}",
+            "assert list(squares(4)) == [0, 1, 4, 9]",
+            "assert half() == 0.5",
+            "assert match('abc') and not match('b')",
+            "head = Node(1); head.next = Node(2); head.next.next = Node(3)",
+            "assert total(head) == 6 and total(head.next) == 5 and head != Node(1) and head.next == head.next",
+        ]
+        job = Job(program, tests, ["same", "count", "squares", "half", "match", "Node", "total"])
+        assert sandbox.run(job).result == "pass", sandbox.run(job)
+
+    def test_a_test_that_cannot_be_asked_has_no_pass(self):
+        verdict = sandbox.run(Job("def f(g): return g()", ["assert f(lambda: 1) == 1"], ["f"]))
+        assert verdict.result == "failed" and "no plain value" in verdict.why
+
+    def test_many_at_once_keep_their_order(self):
+        jobs = [Job(f"def one(): return {i}", [f"assert one() == {i // 2 * 2}"], ["one"]) for i in range(12)]
+        assert [v.result for v in sandbox.run_all(jobs, workers=4)] == ["pass", "wrong"] * 6
+
+    def test_names_a_module_defines(self):
+        source = "import a\nx = y, (z, w) = f()\nclass C: v = 1\ndef f():\n    inner = 1\nasync def g(): pass"
+        assert judge.top_level_names(source) == {"x", "y", "z", "w", "C", "f", "g"}
+
+
+class TestResources:
+    @pytest.mark.parametrize(
+        "harm",
+        [
+            "os.fork()",
+            "[os.fork() for _ in range(20)]",
+            "subprocess.Popen([sys.executable, '-c', ''])",
+            "os.execv('/bin/true', ['true'])",
+            "multiprocessing.Process(target=print).start()",
+            "os.posix_spawn('/bin/true', ['true'], {})",
+            "os.system('true') == 0 or 1 / 0",
+        ],
+    )
+    def test_fork_bomb(self, harm, prefix):
+        program = f"import os, subprocess, sys, multiprocessing\n{harm}\ndef one():\n    return SECRET"
+        assert attack(program, prefix, known=True).result == "failed"
+        assert not processes()
+
+    @pytest.mark.parametrize("harm", ["bytearray(8 << 30)", "x = [0]\nwhile True: x += x", "'a' * 10**11"])
+    def test_memory_bomb(self, harm, prefix):
+        verdict = attack(f"{harm}\ndef one():\n    return SECRET", prefix, known=True)
+        assert verdict.result == "failed" and "MemoryError" in verdict.why
+
+    @pytest.mark.parametrize(
+        "harm",
+        [
+            "while True: pass",
+            "import time\ntime.sleep(1000)",
+            "9 ** 9 ** 9",
+            "import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
+        ],
+    )
+    def test_infinite_loop(self, harm, prefix):
+        start = time.perf_counter()
+        verdict = attack(f"{harm}\ndef one():\n    return SECRET", prefix, Limits(seconds=1.5), known=True)
+        assert verdict.result in ("timeout", "failed")
+        assert time.perf_counter() - start < 1.5 + 3
+        assert not processes()
+
+    def test_signals_that_end_a_loop_can_be_ignored_but_not_the_end(self, prefix):
+        program = "import signal\nfor n in range(1, 65):\n    try: signal.signal(n, signal.SIG_IGN)\n"
+        program += "    except Exception: pass\nwhile True: pass"
+        assert attack(program, prefix, Limits(seconds=1.5)).result == "timeout"
+        assert not processes()
+
+    @pytest.mark.parametrize(
+        "harm",
+        [
+            "while True: print('x' * 10**6, flush=True)",
+            "while True:\n    for fd in range(64):\n        try: os.write(fd, b'x' * 4096)\n        except OSError: pass",
+            "def one():\n    return 'x' * 10**8",
+        ],
+    )
+    def test_endless_output(self, harm, prefix, capfd):
+        assert attack(f"import os\n{harm}", prefix).result in ("timeout", "failed")
+        assert capfd.readouterr() == ("", "")
+
+    def test_endless_iterator_is_cut(self, prefix):
+        program = "import itertools\ndef one():\n    return itertools.count()"
+        assert attack(program, prefix, Limits(seconds=20)).result in ("wrong", "failed")
+
+    def test_file_size(self, prefix):
+        program = "with open('big', 'wb') as f:\n    for _ in range(64): f.write(bytes(2**20))\n"
+        assert attack(program + "def one():\n    return SECRET", prefix, known=True).result == "failed"
+
+    def test_open_files(self, prefix):
+        program = "files = [open(f'f{i}', 'w') for i in range(500)]\ndef one():\n    return SECRET"
+        verdict = attack(program, prefix, known=True)
+        assert verdict.result == "failed" and "OSError" in verdict.why
+
+    @needs_namespaces
+    def test_many_files_do_not_fill_the_disk(self):
+        program = "for i in range(60):\n    with open(f'f{i}', 'wb') as f: f.write(bytes(2**20 - 1))\n"
+        verdict = attack(program + "def one():\n    return SECRET", known=True)
+        assert verdict.result == "failed" and "No space left" in verdict.why
+
+
+class TestOutside:
+    def test_own_folder_can_be_written_and_is_gone_afterwards(self, prefix, tmp_path):
+        program = "import os\nopen('a', 'w').write('b')\ndef one():\n    return open('a').read() + os.getcwd()"
+        job = Job(program, ["x = one()\nassert x[:1] == 'b' and 'xdlm-sandbox-' in x, x"], ["one"])
+        assert sandbox.run(job, QUICK, prefix).result == "pass"
+        assert not [name for name in os.listdir(os.path.dirname(tmp_path.anchor)) if name.startswith("xdlm-sandbox-")]
+
+    def test_writing(self, prefix, tmp_path):
+        (tmp_path / "mine").write_text("mine")
+        for path in (tmp_path, tmp_path.parent, tmp_path / "mine"):
+            path.chmod(0o777)
+        program = f"""
+import os, shutil
+def tried(action, *args):
+    try: action(*args)
+    except OSError: return False
+    return True
+def one():
+    worked = [tried(open, {str(tmp_path / "new")!r}, "w"), tried(open, {str(tmp_path / "mine")!r}, "a"),
+              tried(os.remove, {str(tmp_path / "mine")!r}), tried(os.mkdir, {str(tmp_path / "folder")!r}),
+              tried(open, "/tmp/xdlm-escaped", "w"), tried(os.symlink, "/tmp", {str(tmp_path / "link")!r}),
+              tried(os.rename, {str(tmp_path / "mine")!r}, "stolen"), tried(shutil.rmtree, {str(tmp_path)!r})]
+    return SECRET if any(worked) else worked
+"""
+        assert attack(program, prefix, known=True).result == "wrong"
+        assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+        assert (tmp_path / "mine").read_text() == "mine" and not os.path.exists("/tmp/xdlm-escaped")
+
+    def test_reading_files_and_environment(self, prefix, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDLM_CANARY", str(SECRET))
+        (tmp_path / "secret").write_text(str(SECRET))
+        for path in (tmp_path, tmp_path.parent, tmp_path / "secret"):
+            path.chmod(0o777)
+        program = f"""
+import os, glob, re
+def one():
+    found = repr(dict(os.environ))
+    paths = [{str(tmp_path / "secret")!r}, "/etc/passwd", "/etc/shadow", *glob.glob("/proc/[0-9]*/environ")]
+    paths += ["/proc/self/environ", "/proc/%d/environ" % os.getppid(), "/proc/{os.getpid()}/environ"]
+    for path in paths:
+        try: found += open(path, "rb").read().decode(errors="replace") + "READ"
+        except OSError: pass
+    found += repr(os.listdir("."))
+    try: found += repr(os.listdir({str(tmp_path)!r})) + "READ"
+    except OSError: pass
+    number = re.search(r"XDLM_CANARY=(\\d+)", found)
+    return int(number[1]) if number else found.count("READ")
+"""
+        assert attack(program, prefix).result == "wrong"
+        # Not one of the files could be opened.
+        assert sandbox.run(Job(program, ["assert one() == 0, one()"], ["one"]), QUICK, prefix).result == "pass"
+
+    @needs_filter
+    def test_opening_a_socket(self, prefix):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            server.settimeout(0.1)
+            program = f"""
+import socket, ctypes
+def one():
+    for family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX, socket.AF_NETLINK):
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW):
+            try: socket.socket(family, kind); return SECRET
+            except OSError: pass
+            if ctypes.CDLL(None).socket(int(family), int(kind), 0) >= 0: return SECRET
+    try: socket.create_connection(("127.0.0.1", {server.getsockname()[1]}), 1); return SECRET
+    except OSError: return 0
+"""
+            assert attack(program, prefix, known=True).result == "wrong"
+            with pytest.raises(TimeoutError):
+                server.accept()
+
+    @needs_namespaces
+    def test_no_network_without_the_filter_either(self, monkeypatch):
+        monkeypatch.setattr(sandbox, "system_call_filter", lambda: "")
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)\ndef one(): return SECRET"
+            assert attack(program, known=True).result == "failed"
+
+    @pytest.mark.parametrize(
+        "harm",
+        [
+            "os.kill(os.getppid(), 9)",
+            "os.killpg(0, 9)",
+            "os.kill(-1, 9)",
+            "os.kill(1, 9)",
+            "signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9)",
+            "os.setsid()",
+            "[os.kill(pid, 9) for pid in range(2, 5000) if pid != os.getpid()]",
+            f"os.kill({os.getpid()}, 9)",
+        ],
+    )
+    def test_killing_the_parent(self, harm, prefix):
+        program = f"import os, signal\n{harm}\ndef one():\n    return SECRET"
+        bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        try:
+            assert attack(program, prefix, known=True).result == "failed"
+            assert bystander.poll() is None
+        finally:
+            bystander.kill()
+            bystander.wait()
+        assert not processes()
+
+
+FAKES = {
+    "exit 0": "import sys\nsys.exit(0)",
+    "_exit 0": "import os\nos._exit(0)",
+    "_exit 0 when asked": "import os\ndef one(): os._exit(0)",
+    "exit in an exception hook": "import sys, os\nsys.excepthook = lambda *a: os._exit(0)\nraise Exception",
+    "patched builtins": """
+import builtins
+builtins.AssertionError = type('Quiet', (Exception,), {})
+builtins.exec = builtins.eval = builtins.compile = lambda *a, **k: None
+builtins.isinstance = builtins.all = builtins.any = lambda *a: True
+builtins.Exception = builtins.BaseException = KeyError
+def one(): return 0
+""",
+    "patched os._exit and sys.exit": """
+import os, sys, json
+os._exit = sys.exit = lambda *a: None
+json.dumps = lambda *a, **k: '{"verdict": "pass", "why": "", "layers": []}'
+def one(): return 0
+""",
+    "equal to everything": """
+class Equal(int):
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    __hash__ = int.__hash__
+def one(): return Equal(0)
+""",
+    "equal to everything, no number": """
+class Equal:
+    def __eq__(self, other): return True
+    __req__ = __eq__
+def one(): return Equal()
+""",
+    "a class that is the answer": "class one:\n    def __new__(cls): return cls\n    __eq__ = lambda *a: True",
+    "a verdict on every descriptor": """
+import os, struct, json
+data = json.dumps({"verdict": "pass", "why": "", "layers": []}).encode()
+for fd in range(256):
+    try: os.write(fd, struct.pack(">Q", len(data)) + data)
+    except OSError: pass
+os._exit(0)
+""",
+    "replies before the questions": """
+import os, struct, json
+data = json.dumps([True, None]).encode()
+for fd in range(3, 256):
+    try: os.write(fd, (struct.pack(">Q", len(data)) + data) * 50)
+    except OSError: pass
+def one(): return None
+""",
+    "looking for the tests": """
+import gc, sys, re, os
+def one():
+    text = []
+    for thing in gc.get_objects():
+        try: text.append(repr(thing))
+        except Exception: pass
+    frame = sys._getframe()
+    while frame:
+        text.append(repr(frame.f_locals) + repr(frame.f_globals))
+        frame = frame.f_back
+    for fd in range(64):
+        try:
+            os.set_blocking(fd, False)
+            text.append(repr(os.read(fd, 10**6)))
+        except OSError: pass
+    found = re.search(r"one\\(\\) == (\\d+)", ' '.join(text))
+    return int(found[1]) if found else 0
+""",
+    "the judge's memory": """
+import os, re
+def one():
+    for pid in range(1, 100):
+        try: data = open(f"/proc/{pid}/mem", "rb"); return 1
+        except OSError: pass
+    import ctypes
+    return 2 if ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0 else 3
+""",
+    "changed frames and trace": """
+import sys
+def trace(frame, event, arg):
+    if event == 'return' and 'result' in frame.f_locals: frame.f_locals['result'] = True
+    return trace
+sys.settrace(trace)
+sys._getframe(1).f_globals['encode'] = lambda *a: True
+def one(): return 0
+""",
+    "a lasting child": "import os\nif os.fork() == 0:\n    while True: pass\ndef one(): return 0",
+    "crash": "import ctypes\nctypes.string_at(0)\ndef one(): return 0",
+    "closed descriptors": "import os\nos.closerange(0, 256)\ndef one(): return 0",
+}
+
+
+class TestFakedPass:
+    @pytest.mark.parametrize("program", FAKES.values(), ids=FAKES)
+    def test_none_counts(self, program, prefix):
+        assert attack(program, prefix).result in ("wrong", "failed", "timeout")
+        assert not processes()
+
+    def test_the_same_checks_see_a_real_pass(self, prefix):
+        # Guards the guards: a sandbox in which nothing passes would make every test above succeed.
+        assert attack("def one(): return SECRET", prefix, known=True).result == "pass"
+
+    def test_shadowing_a_builtin_reaches_no_test(self):
+        program = "def sorted(x): return [1, 2]\ndef f(x): return x"
+        assert sandbox.run(Job(program, ["assert sorted(f([3, 1])) == [1, 2]"], ["f"])).result == "wrong"
+
+
+class TestConsentAndReport:
+    def test_refused_without_consent(self, monkeypatch):
+        monkeypatch.delenv("HF_ALLOW_CODE_EVAL")
+        job = Job("", [], [])
+        for action in (lambda: sandbox.run(job), lambda: sandbox.run_all([job])):
+            with pytest.raises(ValueError, match="set HF_ALLOW_CODE_EVAL=1 .*--confirm_run_unsafe_code"):
+                action()
+
+    def test_layers_are_named_and_missing_ones_warned_of(self, monkeypatch, caplog):
+        held = sandbox.layers()
+        assert {"limits", "dies with its parent"} <= set(held) <= set(sandbox.LAYERS)
+        sandbox.announce.cache_clear()
+        monkeypatch.setattr(sandbox, "layers", lambda: ("limits", "files", "unprivileged"))
+        sandbox.announce()
+        warnings = [record.message for record in caplog.records]
+        assert any("no network or process namespace" in text for text in warnings)
+        assert any("no seccomp: install pyseccomp" in text for text in warnings)
+        assert not any("Landlock" in text for text in warnings)
+        sandbox.announce.cache_clear()
+
+    def test_ended_harness_ends_the_answer(self, tmp_path):
+        # The caller is killed, not asked: nothing of the sandbox may outlive it.
+        script = tmp_path / "caller.py"
+        script.write_text(
+            "from xdlm_hf.evaluation import sandbox\n"
+            "sandbox._judge = lambda: __import__('pathlib').Path(__import__('sys').argv[1])\n"
+            "sandbox.run(sandbox.Job('while True: pass', [], []), sandbox.Limits(seconds=60))\n"
+        )
+        caller = subprocess.Popen([sys.executable, script, str(sandbox._judge())])
+        deadline = time.monotonic() + 20
+        while not processes() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert processes()
+        time.sleep(0.3)
+        caller.send_signal(signal.SIGKILL)
+        caller.wait()
+        while processes() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not processes()
