@@ -20,6 +20,9 @@ stand in the config file, and on the command line, which wins. One process, a lo
     python recipes/llada_cpt.py --model_name_or_path path/to/model --dataset python-reference \
         --sequence_length 128 --max_steps 100 --per_device_train_batch_size 8 --output_dir outputs/small
 
+With `--resume_from_checkpoint auto` the same command starts a run and, after a crash, goes on from its last checkpoint,
+bit for bit; `true` insists on there being one.
+
 It writes to `output_dir`: the model (`save_pretrained`, config with k), the tokenizer, trainer_state.json with every
 logged figure, and checkpoint-* folders; with LoRA, the merged model, and the adapter alone in `adapter/`.
 """
@@ -37,15 +40,17 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from xdlm_hf.checkpoints import last_checkpoint, refuse_other_run
 from xdlm_hf.data import (
     PackedDataset,
-    PackedStream,
     check_tokenizer,
+    fingerprint_files,
     hold_out,
     load_documents,
     python_reference_documents,
 )
-from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments, refuse_other_run
+from xdlm_hf.stream import PackedStream
+from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
 
 logger = logging.getLogger("llada_cpt")
 
@@ -83,6 +88,9 @@ class DataArguments:
         default=None, metadata={"help": "Read while training; default: for Hub datasets. Needs max_steps."}
     )
     shuffle_buffer: int = field(default=10_000, metadata={"help": "Documents shuffled together when streaming."})
+    skip_corrupted: bool = field(
+        default=False, metadata={"help": "Leave out corrupted lines of JSONL files, counted, instead of stopping."}
+    )
     validation_fraction: float = field(default=0.0, metadata={"help": "Documents held out, chosen by a text hash."})
     validation_rows: int | None = field(default=None, metadata={"help": "At most so many rows for evaluation."})
 
@@ -143,7 +151,9 @@ def load_model(options: ModelArguments, args: XDLMTrainingArguments):
 def load_rows(options: DataArguments, tokenizer, args: XDLMTrainingArguments):
     """Training rows and, if documents are held out, validation rows."""
     if options.data_files is not None:
-        documents = load_documents(data_files=options.data_files, text_column=options.text_column)
+        documents = load_documents(
+            data_files=options.data_files, text_column=options.text_column, skip_corrupted=options.skip_corrupted
+        )
     elif options.dataset == "python-reference":
         documents = python_reference_documents()
     else:
@@ -163,11 +173,26 @@ def load_rows(options: DataArguments, tokenizer, args: XDLMTrainingArguments):
         return PackedDataset(documents, tokenizer, options.sequence_length, show_progress=show), validation
     if args.max_steps <= 0:
         raise ValueError(f"max_steps={args.max_steps}: a stream has no end, so the number of steps must be given.")
-    documents = documents.shuffle(seed=args.seed, buffer_size=options.shuffle_buffer)
     stream = PackedStream(
-        documents, tokenizer, options.sequence_length, rank=args.process_index, world_size=args.world_size
+        documents,
+        tokenizer,
+        options.sequence_length,
+        rank=args.process_index,
+        world_size=args.world_size,
+        shuffle_seed=args.seed,
+        shuffle_buffer=options.shuffle_buffer,
+        source=source(options),
     )
     return stream, validation
+
+
+def source(options: DataArguments) -> dict:
+    """What a checkpoint remembers of a stream's data, to notice when it changed."""
+    if options.data_files is not None:
+        data = {"files": fingerprint_files(options.data_files)}
+    else:
+        data = {"dataset": [options.dataset, options.dataset_config, options.dataset_split]}
+    return {**data, "text_column": options.text_column, "validation_fraction": options.validation_fraction}
 
 
 def save(trainer: XDLMTrainer, merge: bool) -> None:
@@ -193,6 +218,8 @@ def save(trainer: XDLMTrainer, merge: bool) -> None:
 def main(argv: list[str] | None = None) -> XDLMTrainer:
     model_options, data_options, args = parse(sys.argv[1:] if argv is None else argv)
     resume = {"true": True, "false": None, None: None}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
+    if resume == "auto":
+        resume = last_checkpoint(args.output_dir) is not None
     if not resume:
         refuse_other_run(args.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_options.tokenizer_name or model_options.model_name_or_path)

@@ -17,13 +17,13 @@ from xdlm_hf.data import (
     SPECIAL_TOKENS,
     DiffusionCollator,
     PackedDataset,
-    PackedStream,
     check_tokenizer,
     hold_out,
     load_documents,
     python_reference_documents,
     train_tokenizer,
 )
+from xdlm_hf.stream import PackedStream
 
 TEXTS = [f"Document {i} says: " + "word " * (i % 7) + f"end {i}." for i in range(60)]
 
@@ -223,7 +223,7 @@ def test_repeating_stream_carries_the_tail_over_and_reshuffles(tokenizer):
     ids = flatten(next(rows) for _ in range(2 * len(once) // 16))
     assert ids == (once * 2)[: len(ids)]
 
-    shuffled = PackedStream(as_documents(TEXTS).shuffle(seed=0, buffer_size=100), tokenizer, 1)
+    shuffled = PackedStream(as_documents(TEXTS), tokenizer, 1, shuffle_seed=0)
     ids = flatten(row for row, _ in zip(shuffled, range(2 * len(once)), strict=False))
     first, second = (split_documents(tokenizer, part) for part in (ids[: len(once)], ids[len(once) :]))
     assert sorted(first) == sorted(second) == sorted(TEXTS)

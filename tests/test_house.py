@@ -22,7 +22,9 @@ LAYERS = [
     ["posterior", "losses"],
     ["samplers"],
     ["configuration_llada", "modeling_llada", "generation", "hub"],
-    ["data", "trainer", "display"],
+    ["data", "checkpoints", "training_metrics", "display"],
+    ["stream"],
+    ["trainer"],
 ]
 CORE = [module for layer in LAYERS[:3] for module in layer]
 LIBRARY = sorted((ROOT / "xdlm_hf").glob("*.py"))

@@ -6,13 +6,17 @@ torchrun --standalone --nproc_per_node 2 tests/training.py '{"output_dir": "..."
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
+import datasets
 import torch
 from safetensors.torch import save_file
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
+from xdlm_hf.data import train_tokenizer
+from xdlm_hf.stream import PackedStream
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
 
 VOCAB, MASK, LENGTH = 48, 5, 12
@@ -67,17 +71,58 @@ def arguments(output_dir, **options):
     )
 
 
-def trainer(output_dir, train_rows=20, eval_rows=0, model=None, **options):
-    return XDLMTrainer(
-        model=tiny_model() if model is None else model,
-        args=arguments(output_dir, **options),
-        train_dataset=rows(train_rows),
-        eval_dataset=rows(eval_rows, seed=1) if eval_rows else None,
+def stream(texts=40, seed=0, shards=2, **options):
+    """A shuffled stream; each document holds its number, so that rows tell which were read."""
+    documents = [f"text number {i} with {'many ' * (i % 5)}words" for i in range(texts)]
+    return PackedStream(
+        datasets.Dataset.from_dict({"text": documents}).to_iterable_dataset(shards),
+        train_tokenizer([f"text number {i} with many words" for i in range(40)], 300),
+        LENGTH,
+        **{"shuffle_seed": seed, "shuffle_buffer": 16, **options},
     )
+
+
+class RecordingTrainer(XDLMTrainer):
+    """Keeps the batches of every step; may kill its own process, as a power cut would, in a step or in a save."""
+
+    kill_in_step = kill_in_save = None
+
+    def get_batch_samples(self, *args):
+        batches, tokens = super().get_batch_samples(*args)
+        self.__dict__.setdefault("seen", []).append([batch["input_ids"].tolist() for batch in batches])
+        return batches, tokens
+
+    def _get_grad_norm(self, *args, **kwargs):  # after the backward pass, before the weights change
+        if self.state.global_step + 1 == self.kill_in_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._get_grad_norm(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir):  # weights and optimizer are written, the rest is not
+        if self.state.global_step == self.kill_in_save:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._save_rng_state(output_dir)
+
+
+def trainer(output_dir, train_rows=20, eval_rows=0, model=None, streaming=False, kind=XDLMTrainer, **options):
+    args = arguments(output_dir, **options)
+    if streaming:
+        rank = {"rank": args.process_index, "world_size": args.world_size}
+        model, data = model or tiny_model(vocab_size=300), stream(**rank)
+    else:
+        model, data = model or tiny_model(), rows(train_rows)
+    return kind(model=model, args=args, train_dataset=data, eval_dataset=rows(eval_rows, seed=1) if eval_rows else None)
 
 
 def losses(run):
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def parameter_gap(model, end):
+    return max((p - end[name]).abs().max().item() for name, p in model.named_parameters())
+
+
+def state(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def launch(*command, timeout=300, **environment):
@@ -101,13 +146,18 @@ def launch(*command, timeout=300, **environment):
 def main():
     options = json.loads(sys.argv[1])
     output_dir = pathlib.Path(options.pop("output_dir"))
-    run = trainer(output_dir, **options)
-    run.train()
+    resume = options.pop("resume", None)
+    kill = {name: options.pop(name, None) for name in ("kill_in_step", "kill_in_save")}
+    run = trainer(output_dir, kind=RecordingTrainer, **options)
+    vars(run).update(kill)
+    run.train(resume_from_checkpoint=resume)
     metrics = run.evaluate() if run.eval_dataset else {}
+    rank = run.args.process_index
+    (output_dir / f"seen_{rank}.json").write_text(json.dumps(run.seen))
     if run.is_world_process_zero():
         result = {"losses": losses(run), "metrics": metrics, "processes": run.args.world_size}
         (output_dir / "result.json").write_text(json.dumps(result))
-        save_file({name: p.detach().clone() for name, p in run.model.named_parameters()}, output_dir / "end.st")
+        save_file(state(run.model), output_dir / "end.st")
 
 
 if __name__ == "__main__":

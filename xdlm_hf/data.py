@@ -58,7 +58,7 @@ _OPTIONAL_PACKAGES = frozenset(
     {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idlelib", "tkinter", "turtledemo"}
     | {"lib2to3", "distutils", "ensurepip", "__phello__", "pydoc_data"}
 )
-_DOCUMENTS_PER_CALL = 256  # fast tokenizers work through a batch in parallel
+DOCUMENTS_PER_CALL = 256  # fast tokenizers work through a batch in parallel
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -71,6 +71,7 @@ def load_documents(
     split: str = "train",
     data_files: Sequence[str] | None = None,
     text_column: str = "text",
+    skip_corrupted: bool = False,
 ) -> "datasets.IterableDataset":
     """Stream of documents `{"text": str}` from a Hub dataset or from local files.
 
@@ -81,10 +82,12 @@ def load_documents(
         data_files: Local paths or glob patterns: `.jsonl` (one object per line), `.parquet`, and `.txt` or `.md`
             (one document per file); `.gz` of the text formats. One file is one shard.
         text_column: Field that holds the text.
+        skip_corrupted: Leave out lines of local JSONL files that are not JSON objects with text in that field; they
+            are counted and their numbers logged. By default such a line is an error.
 
     Raises:
         ValueError: If not exactly one source is given, a pattern matches no file, a suffix is unknown, or there is no
-            such column. While reading: a corrupted line, naming file and line.
+            such column. While reading: a corrupted line, naming file and line, or a damaged file.
     """
     import datasets
 
@@ -93,11 +96,14 @@ def load_documents(
     if data_files is not None:
         files = _expand(data_files)
         return datasets.IterableDataset.from_generator(
-            _read_files, gen_kwargs={"files": files, "columns": [text_column] * len(files)}
+            _read_files,
+            gen_kwargs={"files": files, "columns": [text_column] * len(files), "skip_corrupted": skip_corrupted},
         )
+    if skip_corrupted:
+        raise ValueError("skip_corrupted=True is for the lines of local JSONL files: give data_files.")
     documents = datasets.load_dataset(dataset, config, split=split, streaming=True)
     names = documents.column_names or list(next(iter(documents)))
-    _check_column(text_column, names, f"dataset {dataset!r}")
+    check_column(text_column, names, f"dataset {dataset!r}")
     documents = documents.select_columns([text_column])
     return documents if text_column == "text" else documents.rename_column(text_column, "text")
 
@@ -119,50 +125,100 @@ def _suffix(file: str) -> str:
     return pathlib.Path(file.removesuffix(".gz")).suffix
 
 
-def _read_files(files: list[str], columns: list[str]) -> Iterator[dict[str, str | None]]:
-    # Both arguments are lists because `datasets` takes every list of a generator as sharded.
+def fingerprint_files(patterns: Sequence[str]) -> dict[str, list[int]]:
+    """Size and a checksum of both ends of each file: tells, in no time, whether local data changed.
+
+    Args:
+        patterns: As `data_files` of `load_documents`.
+
+    Returns:
+        `{file name: [bytes, CRC-32 of its first and last 64 KiB]}`, in reading order. A change of equal size far from
+        both ends is not seen here; a stream that resumes notices it by the document where it goes on.
+
+    Raises:
+        ValueError: As `load_documents`.
+    """
+    fingerprint = {}
+    for file in _expand(patterns):
+        with open(file, "rb") as content:
+            size = content.seek(0, os.SEEK_END)
+            content.seek(0)
+            checksum = zlib.crc32(content.read(1 << 16))
+            content.seek(max(size - (1 << 16), 0))
+            fingerprint[os.path.basename(file)] = [size, zlib.crc32(content.read(1 << 16), checksum)]
+    return fingerprint
+
+
+def _read_files(files: list[str], columns: list[str], skip_corrupted: bool) -> Iterator[dict[str, str | None]]:
+    # Files and columns are lists because `datasets` takes every list of a generator as sharded.
     for file, column in zip(files, columns, strict=True):
-        for text in _READERS[_suffix(file)](file, column):
+        for text in _READERS[_suffix(file)](file, column, skip_corrupted):
             yield {"text": text}
 
 
-def _open(file: str):
-    return gzip.open(file, "rb") if file.endswith(".gz") else open(file, "rb")
+def _lines(file: str) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    try:
+        with gzip.open(file, "rb") if file.endswith(".gz") else open(file, "rb") as lines:
+            for number, line in enumerate(lines, start=1):  # noqa: B007  (the handler names the last line read)
+                yield number, line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{file}, after line {number}: damaged gzip file ({error}); fetch it again.") from error
 
 
-def _read_jsonl(file: str, column: str) -> Iterator[str | None]:
-    with _open(file) as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:  # bad JSON or bad UTF-8
-                raise ValueError(f"{file}, line {number}: not valid JSON ({error}); repair or remove it.") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{file}, line {number}: expected a JSON object, got {type(record).__name__}.")
-            _check_column(column, record, f"{file}, line {number}")
-            yield record[column]
+def _read_jsonl(file: str, column: str, skip_corrupted: bool) -> Iterator[str | None]:
+    corrupted = []
+    for number, line in _lines(file):
+        if not line.strip():
+            continue
+        try:
+            text = _parse_line(line, column, f"{file}, line {number}")
+        except ValueError:
+            if not skip_corrupted:
+                raise
+            corrupted.append(number)
+        else:
+            yield text
+    if corrupted:
+        shown = ", ".join(map(str, corrupted[:20])) + (", ..." if len(corrupted) > 20 else "")
+        logger.warning("%s: skipped %d corrupted lines (%s)", file, len(corrupted), shown)
 
 
-def _read_parquet(file: str, column: str) -> Iterator[str | None]:
+def _parse_line(line: bytes, column: str, where: str) -> str | None:
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # bad JSON or bad UTF-8
+        raise ValueError(f"{where}: not valid JSON ({error}); repair it, remove it or skip_corrupted lines.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}.")
+    check_column(column, record, where)
+    if record[column] is not None and not isinstance(record[column], str):
+        raise ValueError(f"{where}: {column!r} holds {type(record[column]).__name__}, not text.")
+    return record[column]
+
+
+def _read_parquet(file: str, column: str, skip_corrupted: bool) -> Iterator[str | None]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(file) as table:
-        _check_column(column, table.schema_arrow.names, file)
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{file}: damaged Parquet file ({error}); fetch it again.") from error
+    with table:
+        check_column(column, table.schema_arrow.names, file)
         for batch in table.iter_batches(columns=[column]):
             yield from batch.column(0).to_pylist()
 
 
-def _read_text(file: str, column: str) -> Iterator[str]:
-    with _open(file) as content:
-        try:
-            yield content.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: not UTF-8 text ({error}).") from error
+def _read_text(file: str, column: str, skip_corrupted: bool) -> Iterator[str]:
+    content = b"".join(line for _, line in _lines(file))
+    try:
+        yield content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text ({error}).") from error
 
 
-_READERS: dict[str, Callable[[str, str], Iterator[str | None]]] = {
+_READERS: dict[str, Callable[[str, str, bool], Iterator[str | None]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_jsonl,
     ".parquet": _read_parquet,
@@ -171,7 +227,7 @@ _READERS: dict[str, Callable[[str, str], Iterator[str | None]]] = {
 }
 
 
-def _check_column(column: str, names: Iterable[str], where: str) -> None:
+def check_column(column: str, names: Iterable[str], where: str) -> None:
     if column not in names:
         raise ValueError(f"{where}: no column {column!r}; it has {sorted(names)}. Set text_column to one of them.")
 
@@ -195,14 +251,17 @@ def hold_out(
     return train, documents.filter(_HashFilter(threshold, held_out=True), input_columns=["text"])
 
 
+def checksum(text: str | None) -> int:
+    return zlib.crc32((text or "").encode("utf-8", "surrogatepass"))
+
+
 @dataclass(frozen=True)
 class _HashFilter:
     threshold: int
     held_out: bool
 
     def __call__(self, text: str | None) -> bool:
-        checksum = zlib.crc32((text or "").encode("utf-8", "surrogatepass"))
-        return (checksum < self.threshold) == self.held_out
+        return (checksum(text) < self.threshold) == self.held_out
 
 
 def python_reference_documents() -> "datasets.IterableDataset":
@@ -324,7 +383,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
 # Packing
 
 
-class _Encoder:
+class Encoder:
     """Turns batches of documents into token ids with the separator after each; counts what it skips."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text_column: str):
@@ -336,9 +395,13 @@ class _Encoder:
         self.empty = 0
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> Iterator[list[int]]:
-        _check_column(self.text_column, batch, "the dataset")
-        texts = []
-        for text in batch[self.text_column]:
+        check_column(self.text_column, batch, "the dataset")
+        return (ids for _, _, ids in self.encode(batch[self.text_column]))
+
+    def encode(self, documents: Sequence[Any]) -> Iterator[tuple[int, str, list[int]]]:
+        """Number, text and ids of each document that is not empty."""
+        texts, numbers = [], []
+        for number, text in enumerate(documents):
             self.documents += 1
             if text is not None and not isinstance(text, str):
                 raise ValueError(
@@ -349,6 +412,7 @@ class _Encoder:
                 self.empty += 1
             else:
                 texts.append(text)
+                numbers.append(number)
         if not texts:
             return
         encoded = self.tokenizer(
@@ -358,13 +422,13 @@ class _Encoder:
             return_attention_mask=False,
             verbose=False,  # silences the length warning: rows are cut below
         )["input_ids"]
-        for ids in encoded:
+        for number, text, ids in zip(numbers, texts, encoded, strict=True):
             if self.tokenizer.mask_token_id in ids:
                 raise ValueError(
                     f"a document encodes to the mask token {self.tokenizer.mask_token!r} although special tokens are "
                     "split: use a fast tokenizer, or remove that string from the text."
                 )
-            yield ids + [self.tokenizer.eos_token_id]
+            yield number, text, ids + [self.tokenizer.eos_token_id]
 
     def end_of_pass(self) -> None:
         """Log how many empty documents were skipped, and start counting anew.
@@ -381,7 +445,7 @@ class _Encoder:
         self.documents = self.empty = 0
 
 
-def _check_length(length: int) -> None:
+def check_length(length: int) -> None:
     if length < 1:
         raise ValueError(f"row length {length} must be positive.")
 
@@ -413,12 +477,12 @@ class PackedDataset(torch.utils.data.Dataset):
         max_rows: int | None = None,
         show_progress: bool = False,
     ):
-        _check_length(length)
-        encoder = _Encoder(tokenizer, text_column)
+        check_length(length)
+        encoder = Encoder(tokenizer, text_column)
         chunks, total = [], 0
         limit = None if max_rows is None else max_rows * length
         with tqdm(desc="Packing", unit=" tokens", unit_scale=True, disable=not show_progress) as bar:
-            for ids in itertools.chain.from_iterable(map(encoder, documents.iter(_DOCUMENTS_PER_CALL))):
+            for ids in itertools.chain.from_iterable(map(encoder, documents.iter(DOCUMENTS_PER_CALL))):
                 chunks.append(np.asarray(ids, dtype=np.int32))
                 total += len(ids)
                 bar.update(len(ids))
@@ -428,6 +492,11 @@ class PackedDataset(torch.utils.data.Dataset):
         self.tokens = np.concatenate(chunks)[:limit]
         self.length = length
 
+    @property
+    def fingerprint(self) -> dict[str, int]:
+        """What tells this data from other data: `{"tokens": ..., "length": L, "crc32": ...}`, over every token."""
+        return {"tokens": len(self.tokens), "length": self.length, "crc32": zlib.crc32(self.tokens.tobytes())}
+
     def __len__(self) -> int:
         return -(-len(self.tokens) // self.length)
 
@@ -436,76 +505,6 @@ class PackedDataset(torch.utils.data.Dataset):
             raise IndexError(f"row {index} of {len(self)}")
         start = (index % len(self)) * self.length
         return {"input_ids": torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))}
-
-
-class PackedStream(torch.utils.data.IterableDataset):
-    """Documents packed into rows while they are read; every document goes to exactly one rank and worker.
-
-    Whole shards (files) are dealt out when there is at least one for each reader (rank times worker); otherwise every
-    reader goes through all shards and keeps each n-th document, so that no reader idles on a one-shard stream.
-    Each reader packs its own documents: rows depend on the number of readers, their tokens together do not.
-
-    Args:
-        documents: `datasets.IterableDataset` with a text column. Shuffle it beforehand, with a seed.
-        tokenizer: Its end-of-text token separates documents.
-        length: L, tokens per row.
-        text_column: Column that holds the text.
-        rank, world_size: Which of how many processes this one is.
-        repeat: Start over (reshuffled when shuffled) at the end, so that no rank runs dry before another: the tokens
-            left over open the next pass. Otherwise they become a last, shorter row.
-
-    Raises:
-        ValueError: As `PackedDataset`, while reading; and if a reader gets no document at all.
-    """
-
-    def __init__(
-        self,
-        documents: "datasets.IterableDataset",
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        text_column: str = "text",
-        rank: int = 0,
-        world_size: int = 1,
-        repeat: bool = True,
-    ):
-        _check_length(length)
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} must lie in [0, world_size={world_size}).")
-        self.documents = documents
-        self.tokenizer = tokenizer
-        self.length = length
-        self.text_column = text_column
-        self.rank = rank
-        self.world_size = world_size
-        self.repeat = repeat
-
-    def _own_documents(self) -> "datasets.IterableDataset":
-        from datasets.distributed import split_dataset_by_node
-
-        worker = torch.utils.data.get_worker_info()
-        workers, worker_id = (1, 0) if worker is None else (worker.num_workers, worker.id)
-        readers = self.world_size * workers
-        reader = self.rank * workers + worker_id
-        strategy = "shards" if self.documents.num_shards >= readers else "examples"
-        return split_dataset_by_node(self.documents, rank=reader, world_size=readers, strategy=strategy)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        documents = self._own_documents()
-        encoder = _Encoder(self.tokenizer, self.text_column)
-        buffer: list[int] = []
-        for epoch in itertools.count():
-            documents.set_epoch(epoch)
-            # `iter` in batches, unlike `__iter__`, leaves the split by worker to us.
-            for ids in itertools.chain.from_iterable(map(encoder, documents.iter(_DOCUMENTS_PER_CALL))):
-                buffer.extend(ids)
-                while len(buffer) >= self.length:
-                    yield {"input_ids": torch.tensor(buffer[: self.length])}
-                    del buffer[: self.length]
-            encoder.end_of_pass()
-            if not self.repeat:
-                break
-        if buffer:
-            yield {"input_ids": torch.tensor(buffer)}
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -11,10 +11,13 @@ number of processes, nor on accumulation, nor on the device, nor on the global r
 t = 0 is clean, t = 1 is noise. Shapes: B batch, L length, N vocabulary (rows of the output layer).
 """
 
+import contextlib
+import json
 import logging
 import math
+import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,11 +34,24 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalPrediction, has_length
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalPrediction, has_length, rotate_checkpoints
 
-from .data import DiffusionCollator, PackedStream, check_tokenizer
+from .checkpoints import (
+    RUN_RECORD,
+    UNFINISHED,
+    check_same_run,
+    explained_failure,
+    last_checkpoint,
+    publish,
+    refuse_other_run,
+    tokenizer_checksum,
+)
+from .data import DiffusionCollator, check_tokenizer
 from .losses import diffusion_loss, fused_linear_diffusion_loss
 from .schedules import get_schedule
+from .stream import PackedStream, StreamPosition, stream_loader
+from .training_metrics import TrainingMetrics, flops_per_token, peak_tflops
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +81,8 @@ class XDLMTrainingArguments(TrainingArguments):
         fused_loss (`bool`, *optional*): Compute head and loss together, without the logits of whole rows. By default
             wherever possible: when the head is a plain linear layer and the model is not compiled.
         loss_chunk_size (`int`, *optional*): Tokens per chunk of the fused loss; its own default otherwise.
+        peak_tflops (`float`, *optional*): What one device can do at best, for the logged utilisation; by default from
+            a table of GPUs, and none for others.
 
     These defaults of `TrainingArguments` change: `remove_unused_columns=False` (the collator reads them),
     `ddp_find_unused_parameters=False` (every parameter is used), `logging_nan_inf_filter=False` (a NaN is shown, not
@@ -89,6 +107,9 @@ class XDLMTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Compute head and loss together; default: wherever possible."}
     )
     loss_chunk_size: int | None = field(default=None, metadata={"help": "Tokens per chunk of the fused loss."})
+    peak_tflops: float | None = field(
+        default=None, metadata={"help": "TFLOP/s of one device at best, for the logged utilisation; default: a table."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false: the collator reads them."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Look for parameters without a gradient; every one has one here."}
@@ -118,6 +139,8 @@ class XDLMTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ValueError(f"peak_tflops={self.peak_tflops} must be positive.")
         if self.noise_seed is not None and self.noise_seed < 0:
             raise ValueError(f"noise_seed={self.noise_seed} must not be negative.")
         if self.remove_unused_columns:
@@ -144,19 +167,15 @@ class XDLMTrainingArguments(TrainingArguments):
         return steps
 
 
-def refuse_other_run(output_dir: str | Path) -> None:
-    """Refuse to write into a folder that holds a run or a model.
+class NonFiniteError(ArithmeticError):
+    """A loss or a gradient that is not a finite number; the message names step, rows and times."""
 
-    Raises:
-        ValueError: If there is a checkpoint, a model, an adapter or a trainer state in `output_dir`.
-    """
-    patterns = ("checkpoint-*", "*.safetensors", "config.json", "adapter_config.json", "trainer_state.json")
-    found = sorted(path.name for pattern in patterns for path in Path(output_dir).glob(pattern))
-    if found:
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} holds another run ({', '.join(found[:4])}): "
-            "resume it with resume_from_checkpoint, or choose another folder."
-        )
+
+class _StreamEpoch(TrainerCallback):
+    """Keeps the logged epoch right when a stream resumes where it stood: the Trainer counts its steps from zero."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.epoch = state.global_step / state.max_steps
 
 
 class XDLMTrainer(Trainer):
@@ -165,6 +184,10 @@ class XDLMTrainer(Trainer):
     `evaluate()` reports, under the usual prefix: `loss`, the NELBO in nats per token; `loss_standard_error` over rows
     (conservative: noise levels are stratified); `perplexity` = exp(NELBO) and `perplexity_standard_error`; `tokens`.
     It depends on the noise seed and the data, not on batch size or the number of processes.
+
+    Training logs what `training_metrics` lists. A loss or gradient that is not finite stops the run, with an error
+    that names step, rows and times, before it can reach a checkpoint. Checkpoints are whole or absent, and resuming
+    repeats the uninterrupted run bit for bit; see `checkpoints`.
 
     Args:
         model: A `LLaDAForDiffusionLM` or a peft model around it. Its config is given the run's `mixing_ratio` and
@@ -207,6 +230,8 @@ class XDLMTrainer(Trainer):
             # With k = 1 no token absorbs, and none is special.
             mask_id = self.kernel.mask_token_id if self.kernel.absorbing_ids else None
             data_collator = DiffusionCollator(_pad_token_id(processing_class, model.config), mask_id)
+        fixed = flops_per_token(model, 0)
+        per_length = flops_per_token(model, 1) - fixed
         model.config.mixing_ratio = args.mixing_ratio
         model.config.noise_schedule = args.noise_schedule
         super().__init__(
@@ -223,6 +248,15 @@ class XDLMTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the global batch
         self._strata: tuple[int, Tensor] = (-1, torch.empty(0))
         self._eval_batches = 0
+        self._saving = False
+        self._stream_position = StreamPosition()
+        self._drawn: list[tuple[list[int], list[float]]] = []  # sample indices and times of the current step's batches
+        peak = args.peak_tflops or peak_tflops(args.device)
+        self.metrics = TrainingMetrics(
+            lambda length: fixed + per_length * length, None if peak is None else peak * 1e12, args.device
+        )
+        if isinstance(train_dataset, PackedStream):
+            self.add_callback(_StreamEpoch)
 
     @staticmethod
     def _check_layout(args: XDLMTrainingArguments, train_dataset: Dataset | None) -> None:
@@ -271,15 +305,14 @@ class XDLMTrainer(Trainer):
         """As in `Trainer`, except that a `PackedStream`, sharded by itself, is not sharded a second time."""
         if not isinstance(self.train_dataset, PackedStream):
             return super().get_train_dataloader()
-        args = self.args
-        loader = DataLoader(
+        loader = stream_loader(
             self.train_dataset,
+            self._stream_position,
             batch_size=self._train_batch_size,
             collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
         )
         return prepare_data_loader(
             loader,
@@ -302,7 +335,10 @@ class XDLMTrainer(Trainer):
         if not batches:
             return batches, None
         tokens = torch.zeros((), dtype=torch.float64, device=device)
+        self._drawn = []
         for number, batch in enumerate(batches):
+            if "stream_state" in batch:
+                self._stream_position.advance(batch.pop("stream_state"))
             index, repeated = self._sample_index(number, len(batch["input_ids"]))
             batch["sample_index"] = index
             batch["token_weights"][repeated.to(batch["token_weights"].device)] = 0
@@ -310,7 +346,7 @@ class XDLMTrainer(Trainer):
         tokens = self.accelerator.gather(tokens).sum()
         if tokens == 0:
             raise ValueError(
-                f"step {self.state.global_step}: no token of the global batch is to be scored; every position is "
+                f"step {self.state.global_step + 1}: no token of the global batch is to be scored; every position is "
                 "prompt or padding. Raise the row length, or remove such rows."
             )
         return batches, tokens
@@ -356,6 +392,7 @@ class XDLMTrainer(Trainer):
             strata = [self._stratum(*divmod(index, global_batch), global_batch) for index in indices]
             t = (torch.tensor(strata, dtype=torch.float64) + t) / global_batch
         t = (1 - self.args.t_eps) * t + self.args.t_eps
+        self._drawn.append((indices, t.tolist()))
         return self._corrupt(inputs, t, generators)
 
     def _stratum(self, step: int, place: int, global_batch: int) -> int:
@@ -427,11 +464,64 @@ class XDLMTrainer(Trainer):
         """
         noise = self._training_noise(inputs)
         total, losses = self._weighted_loss(model, inputs, noise)
+        self._check_finite(losses)
+        z_t, alpha_t, _ = noise
+        self.metrics.add(
+            inputs["input_ids"],
+            z_t,
+            self.schedule.inverse(alpha_t),
+            inputs["token_weights"],
+            losses,
+            self.kernel.absorbing_ids,
+        )
         if num_items_in_batch is None:
             loss = total / inputs["token_weights"].sum()
         else:
             loss = total * (self.accelerator.num_processes / num_items_in_batch).to(total.dtype)
         return (loss, {"token_losses": losses}) if return_outputs else loss
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Refusing what is not finite
+
+    def _check_finite(self, losses: Tensor) -> None:
+        indices, times = self._drawn[-1]
+        bad = [row for row, finite in enumerate(torch.isfinite(losses).all(1).tolist()) if not finite]
+        if bad:
+            self._stop(
+                "the loss is not finite", [indices[row] for row in bad], [times[row] for row in bad], "its rows have"
+            )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float | Tensor:
+        """As in `Trainer`; a norm that is not finite stops the run, except where a loss scaler deals with it."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self.args.fp16 and grad_norm is not None and not math.isfinite(grad_norm):
+            indices, times = ([x for part in parts for x in part] for parts in zip(*self._drawn, strict=True))
+            self._stop(f"the gradient's norm is {float(grad_norm)}", indices, times, "this process' rows had")
+        return grad_norm
+
+    def _stop(self, what: str, indices: list[int], times: list[float], whose: str) -> None:
+        shown = ", ".join(f"{index} (t = {t:.6g})" for index, t in list(zip(indices, times, strict=True))[:16])
+        more = ", ..." if len(indices) > 16 else ""
+        last = last_checkpoint(self.args.output_dir)
+        raise NonFiniteError(
+            f"step {self.state.global_step + 1}: {what}; {whose} the sample indices {shown}{more}. No checkpoint was "
+            f"written from it; the last whole one is {last.name if last else 'none'}."
+        )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `Trainer`; the logs of training steps are joined by the figures that `training_metrics` lists."""
+        if "loss" in logs:
+            logs = {**logs, **self.metrics.report(self._all_sum, self._all_max)}
+        super().log(logs, start_time)
+
+    def _all_sum(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, "sum")
+
+    def _all_max(self, values: Tensor) -> Tensor:
+        return self.accelerator.gather(values[None]).amax(0)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Evaluation
@@ -445,7 +535,10 @@ class XDLMTrainer(Trainer):
         if not has_length(dataloader.dataset):
             raise ValueError("the NELBO needs a dataset with a length: use PackedDataset(..., max_rows=...).")
         self._eval_batches = 0
-        return super().evaluation_loop(dataloader, *args, **kwargs)
+        start = time.perf_counter()
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        self.metrics.leave_out(time.perf_counter() - start)
+        return output
 
     def prediction_step(
         self,
@@ -485,15 +578,113 @@ class XDLMTrainer(Trainer):
 
     # ----------------------------------------------------------------------------------------------------------------
 
+    # Checkpoints
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As in `Trainer`.
+        """As in `Trainer`; resuming repeats the uninterrupted run bit for bit, a stream without re-reading.
 
         Raises:
-            ValueError: If `output_dir` holds another run and `resume_from_checkpoint` is not given.
+            ValueError: If `output_dir` holds another run and `resume_from_checkpoint` is not given, or the checkpoint
+                is missing, incomplete or of another run (`checkpoints.check_same_run` says what may differ).
+            NonFiniteError: If a loss or a gradient is not finite.
+            OSError: If a checkpoint cannot be written; earlier ones stay as they are.
         """
         if not resume_from_checkpoint:
             refuse_other_run(self.args.output_dir)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self._stream_position = StreamPosition()
+            return self._train(None, **kwargs)
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise ValueError(f"output_dir={str(self.args.output_dir)!r} holds no complete checkpoint to resume.")
+        checkpoint = Path(checkpoint)
+        reshards = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        check_same_run(checkpoint, self._run_record(), reshards)
+        if not isinstance(self.train_dataset, PackedStream):
+            return self._train(str(checkpoint), **kwargs)
+        path = checkpoint / f"stream_state_{self.args.process_index}.json"
+        self._stream_position = StreamPosition(**json.loads(path.read_text(encoding="utf-8")))
+        # The stream starts where it stood: nothing is to be read and thrown away.
+        self.args.ignore_data_skip, before = True, self.args.ignore_data_skip
+        try:
+            return self._train(str(checkpoint), **kwargs)
+        finally:
+            self.args.ignore_data_skip = before
+
+    def _train(self, checkpoint: str | None, **kwargs):
+        self.metrics.start_anew()
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _run_record(self) -> dict[str, Any]:
+        """What `check_same_run` compares, as JSON."""
+        args, data = self.args, self.train_dataset
+        stream = isinstance(data, PackedStream)
+        fingerprint = data.fingerprint if hasattr(data, "fingerprint") else {"rows": len(data)}
+        record = {name: getattr(args, name) for name in ("mixing_ratio", "noise_schedule", "t_eps", "time_sampling")}
+        return {
+            **record,
+            "noise_seed": self.noise_seed,
+            "seed": None if stream else args.seed if args.data_seed is None else args.data_seed,
+            "global_batch_size": self.get_total_train_batch_size(args),
+            "world_size": args.world_size,
+            "readers": f"{args.world_size}x{max(1, args.dataloader_num_workers)}" if stream else None,
+            "tokenizer": tokenizer_checksum(self.processing_class),
+            "data": json.loads(json.dumps(fingerprint)),
+            "weights_only": args.save_only_model,
+        }
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = Path(super()._get_output_dir(trial))
+        return str(run_dir / UNFINISHED if self._saving else run_dir)
+
+    @contextlib.contextmanager
+    def _written_aside(self) -> Iterator[None]:
+        self._saving = True
+        try:
+            yield
+        finally:
+            self._saving = False
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in `Trainer`, but under another name until it is complete."""
+        start = time.perf_counter()
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        unfinished = run_dir / UNFINISHED / name
+        with explained_failure(self.state.global_step, run_dir / UNFINISHED, run_dir, self.args.should_save):
+            if self.args.should_save:  # what a killed process left
+                shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            with self._written_aside():
+                super()._save_checkpoint(model, trial)
+            self._save_record(unfinished, run_dir)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(unfinished, run_dir / name)
+                shutil.rmtree(run_dir / UNFINISHED)
+                rotate_checkpoints(
+                    output_dir=str(run_dir),
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                )
+        self.accelerator.wait_for_everyone()
+        self.metrics.leave_out(time.perf_counter() - start)
+
+    def _save_record(self, unfinished: Path, run_dir: Path) -> None:
+        """What this class adds to a checkpoint, each process its own part."""
+        if isinstance(self.train_dataset, PackedStream):
+            position = json.dumps(self._stream_position.as_json())
+            (unfinished / f"stream_state_{self.args.process_index}.json").write_text(position, encoding="utf-8")
+        best = self.state.best_global_step
+        if best:  # the Trainer looked for it beside the unfinished one
+            folder = run_dir / f"checkpoint-{best}"
+            found = best == self.state.global_step or folder.is_dir()
+            self.state.best_model_checkpoint = str(folder) if found else None
+        if self.args.should_save:
+            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+            (unfinished / RUN_RECORD).write_text(json.dumps(self._run_record(), indent=1), encoding="utf-8")
 
 
 def nelbo_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -530,7 +721,7 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> int
     return next((token_id for token_id in candidates if token_id is not None), 0)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let `module(x)` return `forward(x)` for the time being.
 

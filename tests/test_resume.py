@@ -1,0 +1,507 @@
+"""Checkpoints are whole or absent, and resuming repeats the uninterrupted run bit for bit; else it says why not."""
+
+import contextlib
+import datetime
+import itertools
+import json
+import logging
+import math
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import (
+    LENGTH,
+    RecordingTrainer,
+    arguments,
+    launch,
+    losses,
+    parameter_gap,
+    rows,
+    state,
+    stream,
+    tiny_model,
+    trainer,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from xdlm_hf import LLaDAForDiffusionLM
+from xdlm_hf.checkpoints import RUN_RECORD, UNFINISHED, last_checkpoint
+from xdlm_hf.data import fingerprint_files, hold_out, load_documents, train_tokenizer
+from xdlm_hf.stream import PackedStream
+from xdlm_hf.trainer import NonFiniteError, XDLMTrainer
+
+SCRIPT = Path(__file__).parent / "training.py"
+SAVES = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A killed run goes on
+
+
+def killed(output_dir, **options):
+    """Run until the process kills itself."""
+    status, output = launch(str(SCRIPT), json.dumps({"output_dir": str(output_dir), **options}))
+    assert status == -signal.SIGKILL, output[-3000:]
+
+
+KILLS = [
+    ({"gradient_accumulation_steps": 2}, {"kill_in_step": 5}, 3),
+    ({"streaming": True, "dataloader_num_workers": 2}, {"kill_in_save": 6}, 3),
+]
+
+
+@pytest.mark.parametrize(("options", "kill", "resumed_from"), KILLS, ids=["step", "write"])
+def test_killed_run_goes_on_bit_for_bit(tmp_path, options, kill, resumed_from):
+    whole = trainer(tmp_path / "whole", kind=RecordingTrainer, **SAVES, **options)
+    whole.train()
+    killed(tmp_path / "killed", **SAVES, **options, **kill)
+    assert last_checkpoint(tmp_path / "killed").name == f"checkpoint-{resumed_from}"
+    if "kill_in_save" in kill:  # what was being written lies under another name, which the Trainer's search ignores
+        assert names(tmp_path / "killed" / UNFINISHED) == ["checkpoint-6"]
+        assert (tmp_path / "killed" / UNFINISHED / "checkpoint-6" / "model.safetensors").exists()
+        assert get_last_checkpoint(str(tmp_path / "killed")) == str(tmp_path / "killed" / "checkpoint-3")
+
+    resumed = trainer(tmp_path / "killed", kind=RecordingTrainer, **SAVES, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)  # the first three from the checkpoint's log, the others computed
+    assert len(losses(whole)) == 8 and len(set(losses(whole))) == 8
+    assert parameter_gap(resumed.model, state(whole.model)) == 0
+    assert resumed.seen == whole.seen[resumed_from:] and len(whole.seen) == 8
+    assert [entry["epoch"] for entry in resumed.state.log_history] == [e["epoch"] for e in whole.state.log_history]
+    assert names(tmp_path / "killed") == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kill", [{"kill_in_step": 5}, {"kill_in_save": 6}], ids=["step", "write"])
+def test_killed_run_of_two_processes_goes_on_bit_for_bit(tmp_path, streaming, kill):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT))
+    options = {**SAVES, "per_device_train_batch_size": 2, "streaming": streaming}
+
+    def run(name, **more):
+        return launch(*torchrun, json.dumps({"output_dir": str(tmp_path / name), **options, **more}))
+
+    status, output = run("whole")
+    assert status == 0, output[-3000:]
+    status, output = run("killed", **kill)
+    assert status != 0 and "SIGKILL" in output
+    assert last_checkpoint(tmp_path / "killed").name == "checkpoint-3"
+    status, output = run("killed", resume=True)
+    assert status == 0, output[-3000:]
+    whole, resumed = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed"))
+    assert resumed["losses"] == whole["losses"] and len(whole["losses"]) == 8
+    ends = [load_file(tmp_path / name / "end.st") for name in ("whole", "killed")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    for rank in range(2):
+        whole, resumed = (json.loads((tmp_path / n / f"seen_{rank}.json").read_text()) for n in ("whole", "killed"))
+        assert resumed == whole[3:] and len(whole) == 8
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_stream_resumes_from_every_step(tmp_path, workers):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 7, "per_device_train_batch_size": 2}
+    options |= {"gradient_accumulation_steps": 2, "streaming": True, "dataloader_num_workers": workers}
+    whole = trainer(tmp_path / "whole", kind=RecordingTrainer, **options)
+    whole.train()
+    for step in (1, 4, 6) if workers else range(1, 7):
+        resumed = trainer(tmp_path / str(step), kind=RecordingTrainer, **{**options, "save_strategy": "no"})
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert resumed.seen == whole.seen[step:]
+        assert losses(resumed) == losses(whole)
+
+
+def test_map_style_resume_restores_other_weights_and_the_noise_in_the_config(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 5, "mixing_ratio": 0.3, "noise_schedule": "cosine"}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    saved = tmp_path / "whole" / "checkpoint-5"
+    restored = LLaDAForDiffusionLM.from_pretrained(saved)
+    assert (restored.config.mixing_ratio, restored.config.noise_schedule) == (0.3, "cosine")
+    assert restored.noise_kernel().mixing_ratio == 0.3
+
+    other = tiny_model()
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter)
+    resumed = trainer(tmp_path / "resumed", model=other, **options)
+    resumed.train(resume_from_checkpoint=str(saved))
+    assert resumed.state.global_step == 8
+    assert losses(resumed)[5:] == losses(whole)[5:]
+    assert parameter_gap(resumed.model, state(whole.model)) == 0
+
+
+def test_dropout_goes_on_where_it_stopped(tmp_path):
+    """The one thing that still draws from the global generator, which a new loader must not move."""
+    from peft import LoraConfig, get_peft_model
+
+    def run(folder):
+        targets = r".*blocks\.\d+\.(q_proj|v_proj)"
+        lora = LoraConfig(r=2, lora_dropout=0.5, target_modules=targets, task_type=None)
+        torch.manual_seed(1)
+        model = get_peft_model(tiny_model(vocab_size=300), lora)
+        return trainer(tmp_path / folder, model=model, streaming=True, learning_rate=3e-2, **SAVES)
+
+    whole, resumed = run("whole"), run("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert losses(resumed) == losses(whole)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The stream's state
+
+
+TEXTS = [f"Document {i} says: {'word ' * (i % 7)}end {i}." for i in range(700)]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The same documents as JSONL files, in memory and as Parquet read as a Hub dataset is, in four shards each."""
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "parquet").mkdir()
+    for shard in range(4):
+        texts = TEXTS[shard::4]
+        (folder / f"{shard}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        table = pyarrow.table({"text": texts})
+        pyarrow.parquet.write_table(table, folder / "parquet" / f"{shard}.parquet", row_group_size=50)
+    return {
+        "jsonl": lambda: load_documents(data_files=[str(folder / "*.jsonl")]),
+        "memory": lambda: datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(4),
+        "parquet": lambda: load_documents(str(folder / "parquet")),
+    }
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, 300)
+
+
+@pytest.mark.parametrize("shuffle_seed", [None, 3])
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 3), (2, 6)])  # 6 readers share 4 shards
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("source", ["jsonl", "memory", "parquet"])
+def test_reader_goes_on_after_any_row(sources, tokenizer, source, held_out, rank, world_size, shuffle_seed):
+    def read(state=None):
+        documents = hold_out(sources[source](), 0.2)[0] if held_out else sources[source]()
+        options = {"rank": rank, "world_size": world_size, "shuffle_seed": shuffle_seed, "shuffle_buffer": 60}
+        return PackedStream(documents, tokenizer, 64, **options).read(state=state)
+
+    number = 400 // world_size  # more than one pass
+    whole = [row["input_ids"].tolist() for row, _ in itertools.islice(read(), number)]
+    pieces, place = [], None
+    while len(pieces) < number:  # states of resumed readers count as well
+        piece = list(itertools.islice(read(place), max(7, number // 9)))
+        pieces += [row["input_ids"].tolist() for row, _ in piece]
+        place = json.loads(json.dumps(piece[-1][1]))
+        assert len(json.dumps(place)) < 1000
+    assert pieces[:number] == whole
+
+
+def test_resumed_reader_encodes_no_more_than_it_must(tokenizer):
+    encoded = []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, texts, **options):
+            encoded.extend(texts)
+            return tokenizer(texts, **options)
+
+    def read(state=None):
+        documents = datasets.Dataset.from_dict({"text": TEXTS * 10}).to_iterable_dataset()
+        return PackedStream(documents, Counting(), 64, shuffle_seed=0, shuffle_buffer=256).read(state=state)
+
+    *_, (_, place) = itertools.islice(read(), 1000)
+    assert len(encoded) > 4000
+    encoded.clear()
+    next(read(place))
+    assert len(encoded) <= 256
+
+
+def test_stream_notices_changed_data(tokenizer):
+    def read(texts, state=None):
+        documents = datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset()
+        return PackedStream(documents, tokenizer, 64, shuffle_seed=0, shuffle_buffer=256).read(state=state)
+
+    *_, (_, place) = itertools.islice(read(TEXTS), 30)
+    next(read(TEXTS, place))
+    for changed in ([f"x{text}" for text in TEXTS], ["new", *TEXTS], TEXTS[:20]):
+        with pytest.raises(ValueError, match="the data changed: the document where reading should go on is another"):
+            next(read(changed, place))
+
+
+def test_shuffling_by_datasets_is_refused(tokenizer):
+    """Its buffer is lost on resuming: documents in it would never be seen (datasets says so in `state_dict`)."""
+    documents = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset().shuffle(seed=0, buffer_size=9)
+    with pytest.raises(ValueError, match=r"shuffled by datasets, whose buffer is lost on resuming: leave out .shuffle"):
+        PackedStream(hold_out(documents, 0.5)[0], tokenizer, 64)
+    with pytest.raises(ValueError, match="shuffle_buffer=0 must be at least 1 document"):
+        stream(shuffle_buffer=0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Whole or absent
+
+
+@contextlib.contextmanager
+def disk_that_takes(size):
+    """No file may grow beyond `size` bytes: writing fails in the middle, as on a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize(
+    ("size", "step", "kept"),
+    [
+        (1_000, 3, "there is no earlier one"),
+        (1_000, 6, "checkpoint-3 is whole: make room and resume from it"),
+        (100_000, 6, "checkpoint-3 is whole: make room and resume from it"),
+    ],
+    ids=["first", "weights", "optimizer"],
+)
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, size, step, kept):
+    """Weights take 82 kB, the optimizer's state twice that: the limit falls into the one or the other."""
+
+    class FullLater(XDLMTrainer):
+        def _save_checkpoint(self, model, trial):
+            with disk_that_takes(size) if self.state.global_step == step else contextlib.nullcontext():
+                super()._save_checkpoint(model, trial)
+
+    run = trainer(tmp_path, kind=FullLater, save_total_limit=1, **SAVES)
+    message = rf"step {step}: the checkpoint could not be written to .*GiB free \(.*\); {kept}"
+    with pytest.raises(OSError, match=message):
+        run.train()
+    assert names(tmp_path) == (["checkpoint-3"] if step == 6 else [])
+    if step == 6:
+        whole, resumed = trainer(tmp_path / "whole", **SAVES), trainer(tmp_path, **SAVES)
+        resumed.train(resume_from_checkpoint=True)
+        whole.train()
+        assert losses(resumed) == losses(whole)
+
+
+def test_checkpoints_are_rotated_replaced_and_the_best_is_found(tmp_path):
+    options = {**SAVES, "save_steps": 2, "save_total_limit": 2, "eval_rows": 4, "eval_strategy": "steps"}
+    options |= {"eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 1e-4}
+    run = trainer(tmp_path, **options)
+    run.train()
+    evaluations = {e["step"]: e["eval_loss"] for e in run.state.log_history if "eval_loss" in e}
+    best = min(evaluations, key=evaluations.get)
+    assert run.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert set(names(tmp_path)) == {f"checkpoint-{best}", "checkpoint-8"} | ({"checkpoint-6"} if best == 8 else set())
+    saved = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    assert saved["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
+
+    # An explicit earlier checkpoint: the later one is written anew.
+    again = tmp_path / "again"
+    trainer(again, **SAVES).train()
+    age = (again / "checkpoint-6").stat().st_ino
+    trainer(again, **SAVES).train(resume_from_checkpoint=str(again / "checkpoint-3"))
+    assert (again / "checkpoint-6").stat().st_ino != age
+    assert names(again) == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Another run than the checkpoint's
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    trainer(folder / "rows", **SAVES).train()
+    trainer(folder / "stream", streaming=True, **SAVES).train()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixing_ratio": 0.2}, r"checkpoint-8 has mixing_ratio=0\.1, this run 0\.2: the optimizer's state belongs to"),
+        ({"noise_schedule": "cosine"}, "has noise_schedule=linear, this run cosine"),
+        ({"train_rows": 21}, r"has data rows=20, this run 21: documents would be seen twice or never"),
+        ({"seed": 8, "noise_seed": 7}, "has seed=7, this run 8: rows would come in another order"),
+        ({"gradient_accumulation_steps": 2}, "has global_batch_size=4, this run 8: rows would be seen twice or never"),
+    ],
+)
+def test_another_run_is_refused(finished, tmp_path, options, message):
+    run = trainer(tmp_path, **{**SAVES, "max_steps": 9, **options})
+    before = state(run.model)
+    with pytest.raises(ValueError, match=message):
+        run.train(resume_from_checkpoint=str(finished / "rows" / "checkpoint-8"))
+    assert parameter_gap(run.model, before) == 0 and names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataloader_num_workers": 2}, "has readers=1x1, this run 1x2: a stream is dealt out to readers"),
+        ({"stream": {"seed": 1}}, r"has data shuffle=\[0, 16\], this run \[1, 16\]: documents would be seen twice"),
+        ({"stream": {"source": {"a.jsonl": [3, 4]}}}, r"has data source=None, this run \{'a\.jsonl': \[3, 4\]\}"),
+    ],
+)
+def test_another_stream_is_refused(finished, tmp_path, options, message):
+    data = stream(**options.pop("stream", {}))
+    args = arguments(tmp_path, **{**SAVES, **options})
+    run = XDLMTrainer(model=tiny_model(vocab_size=300), args=args, train_dataset=data)
+    with pytest.raises(ValueError, match=message):
+        run.train(resume_from_checkpoint=str(finished / "stream" / "checkpoint-8"))
+
+
+def test_changed_files_are_named(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "one"}\n' * 9)
+    before = fingerprint_files([str(tmp_path / "*.jsonl")])
+    assert before == fingerprint_files([str(tmp_path / "*.jsonl")]) and list(before) == ["a.jsonl", "b.jsonl"]
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n' * 9)
+
+    def run(**options):
+        model, args = tiny_model(vocab_size=300), arguments(tmp_path / "run", **SAVES)
+        return XDLMTrainer(model=model, args=args, train_dataset=stream(**options))
+
+    run(source=before).train()
+    message = r"has data source b\.jsonl=\[144, \d+\], this run \[144, \d+\]: documents"
+    with pytest.raises(ValueError, match=message):
+        run(source=fingerprint_files([str(tmp_path / "*.jsonl")])).train(resume_from_checkpoint=True)
+    (tmp_path / "b.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"b\.jsonl=\[144, \d+\], this run None"):
+        run(source=fingerprint_files([str(tmp_path / "*.jsonl")])).train(resume_from_checkpoint=True)
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    def run(texts):
+        return XDLMTrainer(
+            model=tiny_model(vocab_size=300),
+            args=arguments(tmp_path, **SAVES),
+            train_dataset=rows(20),
+            processing_class=train_tokenizer(texts, 300),
+        )
+
+    run(["some text here"] * 9).train()
+    run(["some text here"] * 9).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"has tokenizer=\d+, this run \d+: the same ids would mean other text"):
+        run(["words of another kind"] * 9).train(resume_from_checkpoint=True)
+
+
+def test_what_may_differ_is_said(finished, tmp_path, caplog):
+    run = trainer(tmp_path, **{**SAVES, "max_steps": 9, "time_sampling": "stratified", "noise_seed": 1, "t_eps": 0.01})
+    with caplog.at_level(logging.WARNING, "xdlm_hf.checkpoints"):
+        run.train(resume_from_checkpoint=str(finished / "rows" / "checkpoint-8"))
+    for part in ("t_eps=0.001, this run 0.01", "time_sampling=independent, this run stratified", "noise_seed=7"):
+        assert f"checkpoint-8 has {part}" in caplog.text
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_is_allowed_for_rows_and_said(finished, tmp_path, caplog):
+    """One process resumes what two wrote: the same rows and noise, since the global batch is the same."""
+    options = {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 2, **SAVES, "max_steps": 6}
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT))
+    status, output = launch(*torchrun, json.dumps(options))
+    assert status == 0, output[-3000:]
+    run = trainer(tmp_path / "one", **SAVES)
+    with caplog.at_level(logging.WARNING, "xdlm_hf.checkpoints"):
+        run.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-6"))
+    assert "world_size=2, this run 1: the same rows and the same noise" in caplog.text
+    whole = json.loads((finished / "rows" / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
+    assert losses(run) == pytest.approx([entry["loss"] for entry in whole], abs=1e-5)
+
+
+def test_another_number_of_processes_is_refused_where_parts_belong_to_them(finished, tmp_path):
+    run = trainer(tmp_path, **SAVES)
+    run.is_deepspeed_enabled = True
+    saved = finished / "rows" / "checkpoint-6"
+    shutil.copytree(saved, tmp_path / "checkpoint-6")
+    record = json.loads((saved / RUN_RECORD).read_text())
+    (tmp_path / "checkpoint-6" / RUN_RECORD).write_text(json.dumps({**record, "world_size": 2}))
+    with pytest.raises(ValueError, match="was written by 2 processes, this run has 1: under DeepSpeed and FSDP"):
+        run.train(resume_from_checkpoint=True)
+
+
+def test_resuming_from_what_is_no_checkpoint_is_refused(finished, tmp_path):
+    with pytest.raises(ValueError, match=r"output_dir='.*' holds no complete checkpoint to resume"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=rf"is no checkpoint to resume from \({RUN_RECORD} is missing\)"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    trainer(tmp_path / "run", save_only_model=True, **SAVES).train()
+    with pytest.raises(ValueError, match=r"holds no optimizer state \(save_only_model=True\)"):
+        trainer(tmp_path / "run", **SAVES).train(resume_from_checkpoint=True)
+
+
+def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path):
+    run = trainer(tmp_path, **SAVES)
+    run.train()
+    torch.save({"when": datetime.datetime(2026, 1, 1)}, tmp_path / "checkpoint-8" / "optimizer.pt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        trainer(tmp_path, **{**SAVES, "max_steps": 9}).train(resume_from_checkpoint=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Not finite
+
+
+def spoiled(step, what):
+    """A trainer whose loss or gradient becomes NaN in one step."""
+
+    class Spoiled(XDLMTrainer):
+        def _weighted_loss(self, model, inputs, noise):
+            total, per_token = super()._weighted_loss(model, inputs, noise)
+            if self.state.global_step + 1 == step and self.is_in_train:
+                if what == "loss":
+                    per_token = per_token.clone()
+                    per_token[2, 0] = math.nan
+                else:
+                    total.register_hook(lambda gradient: gradient * math.inf)
+            return total, per_token
+
+    return Spoiled
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        # Global batches of 4: step 5 has the sample indices 16 to 19, and its third row is 18.
+        ("loss", r"^step 5: the loss is not finite; its rows have the sample indices 18 \(t = 0\.\d+\)\. "),
+        ("gradient", r"^step 5: the gradient's norm is (nan|inf); this process' rows had the sample indices 16 \(t = "),
+    ],
+)
+def test_what_is_not_finite_stops_the_run(tmp_path, what, message):
+    run = trainer(tmp_path, kind=spoiled(5, what), **SAVES)
+    with pytest.raises(NonFiniteError, match=message) as error:
+        run.train()
+    assert "No checkpoint was written from it; the last whole one is checkpoint-3" in str(error.value)
+    assert names(tmp_path) == ["checkpoint-3"]
+    weights = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    resumed, whole = trainer(tmp_path, **SAVES), trainer(tmp_path / "whole", **SAVES)
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert losses(resumed) == losses(whole)
+
+
+def test_named_times_are_those_of_the_rows(tmp_path):
+    """The time in the message reproduces the corruption: it is the one drawn for that sample index."""
+    run = trainer(tmp_path, kind=spoiled(1, "loss"), max_steps=1)
+    with pytest.raises(NonFiniteError, match="sample indices 2 ") as error:
+        run.train()
+    generator = run._generator(0, 2)
+    t = torch.rand((), generator=generator, dtype=torch.float64).item()
+    assert f"(t = {(1 - 1e-3) * t + 1e-3:.6g})" in str(error.value)
+
+
+def test_rows_are_as_long_as_the_tests_say():
+    assert all(len(row) == LENGTH for row in (ids["input_ids"] for ids, _ in itertools.islice(stream().read(), 9)))

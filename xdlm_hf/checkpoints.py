@@ -1,0 +1,176 @@
+"""What a checkpoint promises: it is whole, it says which run it belongs to, and that run goes on exactly from it.
+
+A checkpoint is written under `_unfinished/`, flushed to the disk, and then renamed: a folder called `checkpoint-N` is
+complete, whenever the process was killed. Beside what Transformers' Trainer writes, it holds
+
+    xdlm_run.json          what the run is, compared on resuming (`check_same_run`)
+    stream_state_R.json    for a stream: where each reader of rank R stands
+
+Both are JSON. Optimizer and random states are the Trainer's `.pt` files, which it reads with `weights_only=True`:
+nothing in a checkpoint is unpickled into code.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+logger = logging.getLogger(__name__)
+
+UNFINISHED = "_unfinished"  # the leading underscore keeps it out of uploads to the Hub
+RUN_RECORD = "xdlm_run.json"
+
+_NEW_RUN = "start a new run from the checkpoint's weights (model_name_or_path) to change it"
+# What may not differ between a checkpoint and the run that resumes it, and why.
+_REFUSED = {
+    "mixing_ratio": "the optimizer's state belongs to another objective",
+    "noise_schedule": "the optimizer's state belongs to another objective",
+    "tokenizer": "the same ids would mean other text",
+    "data": "documents would be seen twice or never",
+    "seed": "rows would come in another order, some of them a second time",
+    "global_batch_size": "rows would be seen twice or never",
+    "readers": "a stream is dealt out to readers (processes x workers), each of which goes on where it stood",
+}
+# What may, with a warning: the trajectory is then not that of the uninterrupted run.
+_ALLOWED = {
+    "t_eps": "times are drawn differently from here on",
+    "time_sampling": "times are drawn differently from here on",
+    "noise_seed": "noise is drawn differently from here on",
+    "world_size": "the same rows and the same noise, but sums are rounded in another order",
+}
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The complete checkpoint with the highest step in `output_dir`, or None."""
+    found = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
+    return None if found is None else Path(found)
+
+
+def refuse_other_run(output_dir: str | Path) -> None:
+    """Refuse to write into a folder that holds a run or a model.
+
+    Raises:
+        ValueError: If there is a checkpoint, a model, an adapter or a trainer state in `output_dir`.
+    """
+    patterns = ("checkpoint-*", "*.safetensors", "config.json", "adapter_config.json", "trainer_state.json")
+    found = sorted(path.name for pattern in patterns for path in Path(output_dir).glob(pattern))
+    if found:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds another run ({', '.join(found[:4])}): "
+            "resume it with resume_from_checkpoint, or choose another folder."
+        )
+
+
+def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """CRC-32 of the tokenizer's tokens and their ids."""
+    if tokenizer is None:
+        return None
+    return zlib.crc32(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@contextlib.contextmanager
+def explained_failure(step: int, unfinished: Path, output_dir: Path, writes: bool) -> Iterator[None]:
+    """Turn a failure to write into an error that says what is left, and clear what was written.
+
+    Raises:
+        OSError: For any error of the disk inside the block, naming step, free space and the last whole checkpoint.
+    """
+    try:
+        yield
+    # torch reports a full disk as RuntimeError, safetensors with an error of its own.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(output_dir).free / 2**30 if output_dir.is_dir() else 0.0
+        if writes:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        last = last_checkpoint(output_dir)
+        kept = "there is no earlier one" if last is None else f"{last.name} is whole: make room and resume from it"
+        raise OSError(
+            f"step {step}: the checkpoint could not be written to {str(output_dir)!r}, {free:.1f} GiB free "
+            f"({type(error).__name__}: {error}); {kept}."
+        ) from error
+
+
+def publish(unfinished: Path, target: Path) -> None:
+    """Give a written checkpoint its name, after every byte of it has reached the disk."""
+    for folder, _, files in os.walk(unfinished):
+        for path in [*(os.path.join(folder, file) for file in files), folder]:
+            _flush(path)
+    if target.exists():  # left by an earlier attempt that got further than the checkpoint this run resumed
+        outdated = unfinished.with_name(f"outdated-{target.name}")
+        target.rename(outdated)
+        unfinished.rename(target)
+        shutil.rmtree(outdated)
+    else:
+        unfinished.rename(target)
+    _flush(target.parent)
+
+
+def _flush(path: str | Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def check_same_run(checkpoint: Path, run: Mapping[str, Any], reshards: bool) -> None:
+    """Compare a checkpoint with the run that is to resume it.
+
+    Args:
+        checkpoint: Its folder.
+        run: The resuming run's record, as written to `xdlm_run.json`.
+        reshards: Whether this run can read weights and optimizer of another number of processes.
+
+    Raises:
+        ValueError: If the checkpoint is missing or incomplete, or differs in what would make it another run.
+    """
+    path = checkpoint / RUN_RECORD
+    if not path.is_file():
+        raise ValueError(
+            f"{str(checkpoint)!r} is no checkpoint to resume from ({RUN_RECORD} is missing): it is incomplete or was "
+            "written by another program. Its weights may serve as model_name_or_path of a new run."
+        )
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if saved["weights_only"]:
+        raise ValueError(
+            f"{str(checkpoint)!r} holds no optimizer state (save_only_model=True): "
+            "use its weights as model_name_or_path of a new run."
+        )
+    for name, why in _REFUSED.items():
+        if saved[name] != run[name]:
+            raise ValueError(
+                f"{checkpoint.name} has {_difference(name, saved[name], run[name])}: {why}. "
+                f"Restore the former, or {_NEW_RUN}."
+            )
+    if saved["world_size"] != run["world_size"] and not reshards:
+        raise ValueError(
+            f"{checkpoint.name} was written by {saved['world_size']} processes, this run has {run['world_size']}: "
+            f"under DeepSpeed and FSDP its parts can only be read by as many. Restore the former, or {_NEW_RUN}."
+        )
+    for name, why in _ALLOWED.items():
+        if saved[name] != run[name]:
+            logger.warning("%s has %s: %s.", checkpoint.name, _difference(name, saved[name], run[name]), why)
+
+
+def _difference(name: str, saved: Any, ours: Any) -> str:
+    if isinstance(saved, dict) and isinstance(ours, dict):  # name the part that differs, not all files
+        changed = next(key for key in {**saved, **ours} if saved.get(key) != ours.get(key))
+        return _difference(f"{name} {changed}", saved.get(changed), ours.get(changed))
+    return f"{name}={saved}, this run {ours}"
