@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
 
 from xdlm_hf.evaluation import TASKS
 from xdlm_hf.evaluation import adapter as adapter  # registers the model
+from xdlm_hf.evaluation import oracle as oracle
 
 
 def main() -> None:

@@ -1,17 +1,16 @@
-"""GSM8K's layout, read from local files and scored on the final number.
+"""GSM8K: rows `{"question": ..., "answer": "reasoning ... #### 42"}`, scored on the final number.
 
-A row is `{"question": ..., "answer": "reasoning ... #### 42"}`. One setting says where the rows are: `--metadata
-data=PATH`, or the environment variable XDLM_DATA. PATH is a JSONL file, or a folder holding `gsm8k/test.jsonl` and,
-if shots are wanted, `gsm8k/train.jsonl`.
+Local file: gsm8k/test.jsonl. Hub: openai/gsm8k.
 """
 
 import json
 import re
 from decimal import Decimal
+from pathlib import Path
 
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 
-from xdlm_hf.evaluation.rows import read_rows, task_file
+from xdlm_hf.evaluation.rows import as_test_split, load_rows, require_texts
 
 MARKER = "####"
 # A minus directly after a digit is a subtraction, not a sign: "12-5" holds 12 and 5.
@@ -22,31 +21,34 @@ def load(data: str | None = None, **_metadata) -> DatasetDict:
     """Reads the rows lm-eval asks for; `_metadata` is whatever else the run was given.
 
     Raises:
-        ValueError: If no path is set, a file is missing or empty, or a row lacks a question or a final number.
+        ValueError: If the rows cannot be read, or one lacks a question or a final number.
     """
-    test = task_file("xdlm_gsm8k", data, "gsm8k/test.jsonl")
-    train = test.with_name("train.jsonl")
-    in_folder = test.name == "test.jsonl" and train.is_file()
-    shots = read_rows(train, parse_row) if in_folder else []
-    return DatasetDict(test=Dataset.from_list(read_rows(test, parse_row)), train=Dataset.from_list(shots))
+    return as_test_split(load_rows(data, "gsm8k/test.jsonl", ("openai/gsm8k", "main", "test"), parse_row))
+
+
+def shots() -> list[dict[str, str]]:
+    """The four worked examples before every question."""
+    prompts = Path(__file__).with_name("opencompass_prompts.json").read_text(encoding="utf-8")
+    return json.loads(prompts)["gsm8k"]
 
 
 def parse_row(row: dict, where: str) -> dict[str, str]:
     """`question` and `answer` of one row; `where` opens the message of the ValueError raised when it has none."""
-    if not all(isinstance(row.get(key), str) for key in ("question", "answer")):
-        raise ValueError(f"{where}: needs the texts 'question' and 'answer', got {json.dumps(row)[:80]}")
+    require_texts(row, ("question", "answer"), where)
     if final_number(row["answer"].partition(MARKER)[2]) is None:
         raise ValueError(f"{where}: the answer must end in '{MARKER} <number>', got {row['answer'][-80:]!r}")
     return {"question": row["question"], "answer": row["answer"]}
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the first `####`, else the last number of the text, else None.
+    """The number after the first `####`, else the last number of the text's first paragraph, else None.
 
-    Commas and `$` are dropped, and the value is compared, so `$1,000.00` equals `1000`.
+    Commas and `$` are dropped, and the value is compared, so `$1,000.00` equals `1000`. What follows a blank line is
+    left out because a base model goes on with another question.
     """
     marked = NUMBER.search(text, text.find(MARKER)) if MARKER in text else None
-    numbers = [marked.group()] if marked else NUMBER.findall(text)
+    first_paragraph = text.strip().split("\n\n")[0]
+    numbers = [marked.group()] if marked else NUMBER.findall(first_paragraph)
     return Decimal(numbers[-1].replace(",", "").replace("$", "")) if numbers else None
 
 

@@ -1,25 +1,24 @@
-"""LAMBADA's layout, read from local files: a row is `{"text": ...}`, and its last word is to be found.
+"""LAMBADA: rows `{"text": ...}`, whose last word is to be found.
 
-One setting says where the rows are: `--metadata data=PATH`, or the environment variable XDLM_DATA. PATH is a JSONL
-file, or a folder holding `text/lambada_openai_test.jsonl`.
+Local file: text/lambada_openai_test.jsonl. Hub: EleutherAI/lambada_openai.
 """
 
 import json
 from string import punctuation
 
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 
-from xdlm_hf.evaluation.rows import read_rows, task_file
+from xdlm_hf.evaluation.rows import as_test_split, load_rows
 
 
 def load(data: str | None = None, **_metadata) -> DatasetDict:
     """Reads the rows lm-eval asks for, split before the last space; `_metadata` is whatever else the run was given.
 
     Raises:
-        ValueError: If no path is set, the file is missing or empty, or a row has no text of two words.
+        ValueError: If the rows cannot be read, or one has no text of two words.
     """
-    path = task_file("xdlm_last_word", data, "text/lambada_openai_test.jsonl")
-    return DatasetDict(test=Dataset.from_list(read_rows(path, parse_row)))
+    hub = ("EleutherAI/lambada_openai", "default", "test")
+    return as_test_split(load_rows(data, "text/lambada_openai_test.jsonl", hub, parse_row))
 
 
 def parse_row(row: dict, where: str) -> dict[str, str]:

@@ -1,0 +1,71 @@
+"""The lm-eval model `xdlm-oracle`: answers with the benchmark's own solutions, to prove that scoring is right.
+
+    xdlm-eval --model xdlm-oracle --tasks xdlm_table16 --confirm_run_unsafe_code
+
+must score 1 on every task, and `--model_args corrupt=True` 0.
+"""
+
+import re
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+
+
+def gold(task: str, doc: dict[str, Any]) -> str:
+    """The right answer to a row, in the form the task's shots show, and the beginning of what a model writes next."""
+    if task == "xdlm_gsm8k":
+        return f"\n{doc['answer']}\n\nQuestion: What is 9 + 9?"
+    if task in ("xdlm_math", "xdlm_math500"):
+        return f"\n{doc['solution']}\n\nProblem:\nWhat is $9 + 9$?"
+    if task.startswith("xdlm_bbh"):
+        return f" Let us see. So the answer is {doc['target']}.\n\nQ: And now? So the answer is (Z)."
+    if task == "xdlm_humaneval":
+        return doc["canonical_solution"] + "\n\nprint('more')\n"
+    if task == "xdlm_mbpp":
+        return f" '{doc['code']}' \n[DONE] \n\n You are an expert"
+    if task == "xdlm_last_word":
+        return f" {doc['word']}"
+    raise ValueError(f"xdlm-oracle knows no solutions of the task {task!r}: it answers this package's own tasks")
+
+
+def corrupted(task: str, doc: dict[str, Any]) -> str:
+    """As `gold`, but wrong."""
+    if task == "xdlm_gsm8k":
+        return re.sub(r"\d+", lambda number: number.group() + "1", gold(task, doc))
+    if task in ("xdlm_math", "xdlm_math500"):
+        return f"\nThe final answer is $\\boxed{{{doc['answer']} + 1}}$."
+    if task.startswith("xdlm_bbh"):
+        target = doc["target"]
+        letter = re.fullmatch(r"\(([A-Z])\)", target)
+        return f" So the answer is {f'({chr(ord(letter[1]) + 1)})' if letter else target + ' not'}."
+    if task == "xdlm_humaneval":
+        return "    return NotImplemented\n"
+    if task == "xdlm_mbpp":
+        wrong = "".join(f"\ndef {name}(*args, **kwargs):\n    return 'no'\n" for name in doc["names"])
+        return f"{doc['code']}\n{wrong}[DONE]"
+    return f" un{doc['word']}"
+
+
+@register_model("xdlm-oracle")
+class OracleModel(LM):
+    """Gold answers, or wrong ones with `corrupt=True`; lm-eval's batch size and device mean nothing to it."""
+
+    def __init__(self, corrupt: bool = False, batch_size: Any = None, max_batch_size: Any = None, device: Any = None):
+        super().__init__()
+        self.answer = corrupted if corrupt else gold
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        answers = []
+        for request in requests:
+            answer = self.answer(request.task_name, request.doc)
+            for stop in request.args[1]["until"]:
+                answer = answer.split(stop)[0]
+            answers.append(answer)
+        return answers
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        raise ValueError("xdlm-oracle answers in words only: choose tasks with output_type generate_until")
+
+    loglikelihood_rolling = loglikelihood

@@ -1,0 +1,83 @@
+"""BIG-Bench Hard: 27 subtasks of `{"input": ..., "target": ...}`, each with its own three worked examples.
+
+Local files: bbh/tasks/NAME.json and bbh/cot-prompts/NAME.txt, as published with the benchmark. Hub: SaylorTwift/bbh,
+with the worked examples from lm-eval's own task files (the same, but for one line break in sports_understanding).
+"""
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import lm_eval.tasks
+import yaml
+from datasets import DatasetDict
+
+from xdlm_hf.evaluation.rows import as_test_split, load_rows, local_path, require_texts
+
+OPENING = "Follow the given examples and answer the question.\n"
+STOCK = Path(lm_eval.tasks.__file__).parent / "bbh" / "cot_fewshot"
+LETTER = re.compile(r"\(([A-Z])\)")
+
+
+def load(subtask: str, data: str | None = None, **_metadata) -> DatasetDict:
+    """Reads one subtask with its prompts; `_metadata` is whatever else the run was given.
+
+    Raises:
+        ValueError: If rows or examples cannot be read, or a row lacks input or target.
+    """
+    examples = local_path(data, f"bbh/cot-prompts/{subtask}.txt")
+    shots = stock_shots(subtask) if examples is None else read_shots(examples)
+
+    def parse_row(row: dict, where: str) -> dict[str, str]:
+        require_texts(row, ("input", "target"), where)
+        question = f"Q: {row['input']}\nA: Let's think step by step."
+        return {"prompt": f"{OPENING}{shots}\n\n{question}", "target": row["target"]}
+
+    rows = load_rows(data, f"bbh/tasks/{subtask}.json", ("SaylorTwift/bbh", subtask, "test"), parse_row, read_examples)
+    return as_test_split(rows)
+
+
+def read_examples(path: Path) -> list[tuple[str, dict]]:
+    """(where, row) of a file `{"examples": [...]}`."""
+    try:
+        examples = json.loads(path.read_text(encoding="utf-8"))["examples"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: needs an object with 'examples' ({type(error).__name__}: {error})") from error
+    return [(f"{path}, example {n}", row if isinstance(row, dict) else {}) for n, row in enumerate(examples)]
+
+
+def read_shots(path: Path) -> str:
+    """The worked examples of a published prompt file, without its canary line."""
+    if not path.is_file():
+        raise ValueError(f"no such file: {path} (set by --metadata data=PATH or XDLM_DATA, which must name a folder)")
+    return path.read_text(encoding="utf-8").split("-----\n", 1)[-1].strip()
+
+
+@functools.cache
+def stock_shots(subtask: str) -> str:
+    """The same from lm-eval's task file."""
+    task = yaml.safe_load((STOCK / f"{subtask}.yaml").read_text(encoding="utf-8"))
+    samples = task["fewshot_config"]["samples"]
+    shots = (f"Q: {shot['input']}\nA: Let's think step by step.\n{shot['target']}" for shot in samples)
+    return (task["description"] + "\n\n".join(shots)).strip()
+
+
+def final_answer(text: str, letter: bool) -> str:
+    """What follows the first "answer is ": a letter in brackets, or the rest of the line without its full stop.
+
+    An answer without these words is read as a whole: its last letter in brackets, or its first line.
+    """
+    before, found, after = text.partition("answer is ")
+    if letter:
+        letters = LETTER.findall(after) if found else LETTER.findall(before)[-1:]
+        return f"({letters[0]})" if letters else after.strip().rstrip(".")
+    line = (after if found else before).strip().partition("\n")[0].strip()
+    bold = re.search(r"\*\*(.*?)\*\*", line)
+    return bold[1] if bold else line.removesuffix(".").strip()
+
+
+def process_results(doc: dict, results: list[str]) -> dict[str, float]:
+    """1.0 when the final answer is the target, else 0.0."""
+    target = doc["target"]
+    return {"exact_match": float(final_answer(results[0], bool(LETTER.fullmatch(target))) == target)}

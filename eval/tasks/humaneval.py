@@ -1,0 +1,64 @@
+"""HumanEval: complete a function from its docstring; scored by running the benchmark's `check`.
+
+Local file: humaneval/HumanEval.jsonl. Hub: openai/openai_humaneval.
+"""
+
+import re
+from collections.abc import Sequence
+
+from datasets import DatasetDict
+
+from xdlm_hf.evaluation.rows import as_test_split, load_rows, require_texts
+from xdlm_hf.evaluation.sandbox import Job, require_consent
+from xdlm_hf.evaluation.tasks import code
+
+process_results = code.process_results
+FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+# A line that may stand at the margin after a function without ending the program.
+GOES_ON = re.compile(r"[\s@#)\]}]|(?:async +)?def |class |import |from |$")
+
+
+def load(data: str | None = None, **_metadata) -> DatasetDict:
+    """Reads the rows lm-eval asks for; `_metadata` is whatever else the run was given.
+
+    Raises:
+        ValueError: If the rows cannot be read, one lacks a field, or nobody has consented to running code.
+    """
+    require_consent()
+    hub = ("openai/openai_humaneval", None, "test")
+    return as_test_split(load_rows(data, "humaneval/HumanEval.jsonl", hub, parse_row))
+
+
+def parse_row(row: dict, where: str) -> dict[str, str]:
+    require_texts(row, FIELDS, where)
+    return {name: row[name] for name in FIELDS}
+
+
+def program(doc: dict, answer: str) -> str:
+    """The program an answer stands for.
+
+    An answer that defines the function itself is appended to the prompt, whose own definition, a docstring alone, it
+    replaces; it ends at the first line at the margin that no definition starts with. Any other answer is the body
+    that goes on from the prompt, and ends at the first line at the margin; a body without indentation gets one.
+    """
+    text = code.unfenced(answer)
+    start = re.search(rf"^(?:async +)?def +{re.escape(doc['entry_point'])}\b", text, re.MULTILINE)
+    lines = text.strip("\n").split("\n")
+    if start:
+        own = text[: start.start()].count("\n") - (len(text) - len(text.lstrip("\n")))
+        end = next((i for i, line in enumerate(lines) if i > own and not GOES_ON.match(line)), len(lines))
+        return f"{doc['prompt']}\n\n" + "\n".join(lines[:end]) + "\n"
+    if lines[0][:1] not in (" ", "\t"):
+        lines = [f"    {line}" for line in lines]
+    end = next((i for i, line in enumerate(lines) if line.strip() and line[0] not in " \t"), len(lines))
+    return doc["prompt"] + "\n".join(lines[:end]) + "\n"
+
+
+def job(doc: dict, answer: str) -> Job:
+    # The prompt is run beside the tests too: some use a helper that it defines.
+    test = f"{doc['test']}\ncheck({doc['entry_point']})"
+    return Job(program(doc, answer), [test], [doc["entry_point"]], preamble=doc["prompt"])
+
+
+def execute(resps: Sequence[Sequence[str]], docs: Sequence[dict]) -> list[list[str]]:
+    return code.execute(resps, docs, job)

@@ -1,0 +1,80 @@
+"""MBPP: write a function that passes three assertions; scored by running them.
+
+Local file: mbpp/mbpp.jsonl, of which the test split (task_id 11 to 510) is used. Hub: google-research-datasets/mbpp.
+"""
+
+import ast
+import functools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import DatasetDict
+
+from xdlm_hf.evaluation.judge import top_level_names
+from xdlm_hf.evaluation.rows import as_test_split, load_rows, require_texts
+from xdlm_hf.evaluation.sandbox import Job, require_consent
+from xdlm_hf.evaluation.tasks import code
+
+process_results = code.process_results
+TEST_IDS = range(11, 511)
+
+
+def load(data: str | None = None, **_metadata) -> DatasetDict:
+    """Reads the rows lm-eval asks for; `_metadata` is whatever else the run was given.
+
+    Raises:
+        ValueError: If the rows cannot be read, one lacks a field, or nobody has consented to running code.
+    """
+    require_consent()
+    rows = load_rows(data, "mbpp/mbpp.jsonl", ("google-research-datasets/mbpp", "full", "test"), parse_row)
+    rows = [row for row in rows if row["task_id"] in TEST_IDS]
+    if not rows:
+        raise ValueError(f"mbpp: no rows with task_id {TEST_IDS[0]} to {TEST_IDS[-1]}, the test split")
+    return as_test_split(rows)
+
+
+def parse_row(row: dict, where: str) -> dict:
+    """One row with its `prompt`, and the `names` that its tests call and its own solution defines."""
+    require_texts(row, ("text", "code"), where)
+    tests, setup = row.get("test_list"), row.get("test_setup_code") or ""
+    if not isinstance(row.get("task_id"), int) or not tests or not all(isinstance(test, str) for test in tests):
+        raise ValueError(f"{where}: needs a number 'task_id' and a list of texts 'test_list'")
+    used = {n.id for test in (setup, *tests) for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Name)}
+    return {
+        "task_id": row["task_id"],
+        "prompt": prompt(row["text"], tests),
+        "code": row["code"],
+        "names": sorted(used & top_level_names(row["code"])),
+        "tests": [setup, *tests],
+    }
+
+
+def prompt(text: str, tests: Sequence[str]) -> str:
+    """OpenCompass's prompt to the letter, blanks included: three tasks with solutions, then this one."""
+    parts = [part for shot in shots() for part in (shot["task"], shot["solution"])]
+    task = f"You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:"
+    return "\n".join([*parts, f"{task}\n\n " + "\n".join(tests) + "  \n", "[BEGIN]\n"])
+
+
+@functools.cache
+def shots() -> list[dict[str, str]]:
+    prompts = Path(__file__).with_name("opencompass_prompts.json").read_text(encoding="utf-8")
+    return json.loads(prompts)["mbpp"]
+
+
+def program(answer: str) -> str:
+    """The program in an answer: between [BEGIN] and [DONE] where they stand, without fences or quotes around it."""
+    text = answer.partition("[BEGIN]")[2] if "[BEGIN]" in answer else answer
+    text = re.split(r"\[?DONE\]?", text)[0]
+    text = code.unfenced(text).strip().replace("\\_", "_")
+    return text.removeprefix("'").removesuffix("'").strip("\n") if text.startswith("'") else text
+
+
+def job(doc: dict, answer: str) -> Job:
+    return Job(program(answer), doc["tests"], doc["names"])
+
+
+def execute(resps: Sequence[Sequence[str]], docs: Sequence[dict]) -> list[list[str]]:
+    return code.execute(resps, docs, job)
