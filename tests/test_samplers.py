@@ -18,6 +18,16 @@ def begin(sampler, prompt):
     return sampler.begin(ids, generated)
 
 
+def advance(sampler, canvas, i, logits=None):
+    """One step on the given logits, (B, L, N) over the answer, or on random ones."""
+    request = sampler.request(canvas, i)
+    if logits is None:
+        logits = torch.randn(len(canvas.ids), sampler.length, N) * 3
+    whole = torch.nn.functional.pad(logits, (0, 0, sampler.start, 0))
+    mask = request.positions.dtype == torch.bool
+    return sampler.step(canvas, whole[request.positions] if mask else whole[:, request.positions], request)
+
+
 def logits_for(tokens, confidences):
     """Logits (1, C, N) whose softmax without the mask row gives `tokens` the `confidences`, the rest spread evenly."""
     p = torch.tensor(confidences)[:, None]
@@ -53,9 +63,8 @@ def test_fill_is_even_and_earlier_steps_take_the_remainder(length, block, steps,
     canvas = begin(sampler, torch.tensor([[3, 4]]))
     filled = []
     for i in range(steps):
-        first, last = sampler.columns(i)
         before = canvas.holes.sum()
-        canvas = sampler.step(canvas, torch.randn(1, last - first, N), i)
+        canvas = advance(sampler, canvas, i)
         filled.append(int(before - canvas.holes.sum()))
         assert not canvas.holes[:, : 2 + block * (i // (steps * block // length))].any()
     assert filled == expected and not canvas.holes.any()
@@ -67,13 +76,13 @@ def test_one_refinement_worked_out_by_hand():
     sampler = ConfidenceSampler(MASK, 0.5, 3, start=0, length=6)
     canvas = begin(sampler, no_prompt())
     # Step 0: positions 1 (0.9) and 3 (0.8) are the most confident; no edits at the first step.
-    canvas = sampler.step(canvas, logits_for([1, 1, 1, 1, 1, 1], [0.3, 0.9, 0.3, 0.8, 0.3, 0.3]), 0)
+    canvas = advance(sampler, canvas, 0, logits_for([1, 1, 1, 1, 1, 1], [0.3, 0.9, 0.3, 0.8, 0.3, 0.3]))
     assert canvas.ids.tolist() == [[0, 1, 0, 1, 0, 0]] and canvas.num_edits.tolist() == [0]
     # Step 1: fills 0 and 2. Position 1 keeps its token (no disagreement), position 3 turns from 1 to 2.
-    canvas = sampler.step(canvas, logits_for([2, 1, 2, 2, 2, 2], [0.7, 0.6, 0.6, 0.5, 0.3, 0.3]), 1)
+    canvas = advance(sampler, canvas, 1, logits_for([2, 1, 2, 2, 2, 2], [0.7, 0.6, 0.6, 0.5, 0.3, 0.3]))
     assert canvas.ids.tolist() == [[2, 1, 2, 2, 0, 0]] and canvas.num_edits.tolist() == [1]
     # Step 2: budget floor(1 * 6) - 1 = 5, four filled tokens disagree: all four edited, the last two filled.
-    canvas = sampler.step(canvas, logits_for([3, 3, 3, 3, 4, 4], [0.6] * 6), 2)
+    canvas = advance(sampler, canvas, 2, logits_for([3, 3, 3, 3, 4, 4], [0.6] * 6))
     assert canvas.ids.tolist() == [[3, 3, 3, 3, 4, 4]] and canvas.num_edits.tolist() == [5]
 
 
@@ -81,15 +90,15 @@ def test_refinement_takes_the_most_confident_and_carries_the_rest_over():
     # k = 0.2: one edit for every four tokens. Eight tokens, four steps of two fills.
     sampler = ConfidenceSampler(MASK, 0.2, 4, start=0, length=8)
     canvas = begin(sampler, no_prompt())
-    canvas = sampler.step(canvas, logits_for([1] * 8, [0.9, 0.9, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3]), 0)
+    canvas = advance(sampler, canvas, 0, logits_for([1] * 8, [0.9, 0.9, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3]))
     # After step 1 four are filled and one edit is allowed, but nothing disagrees: it carries over.
-    canvas = sampler.step(canvas, logits_for([1] * 8, [0.9, 0.9, 0.8, 0.8, 0.3, 0.3, 0.3, 0.3]), 1)
+    canvas = advance(sampler, canvas, 1, logits_for([1] * 8, [0.9, 0.9, 0.8, 0.8, 0.3, 0.3, 0.3, 0.3]))
     assert canvas.num_edits.tolist() == [0]
     # After step 2 floor(6 / 4) = 1: of four disagreements the one at position 2 (0.7) is the most confident.
-    canvas = sampler.step(canvas, logits_for([2] * 8, [0.5, 0.5, 0.7, 0.5, 0.9, 0.9, 0.3, 0.3]), 2)
+    canvas = advance(sampler, canvas, 2, logits_for([2] * 8, [0.5, 0.5, 0.7, 0.5, 0.9, 0.9, 0.3, 0.3]))
     assert canvas.ids.tolist() == [[1, 1, 2, 1, 2, 2, 0, 0]] and canvas.num_edits.tolist() == [1]
     # After step 3 floor(8 / 4) = 2, one is spent.
-    canvas = sampler.step(canvas, logits_for([3] * 8, [0.5, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]), 3)
+    canvas = advance(sampler, canvas, 3, logits_for([3] * 8, [0.5, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]))
     assert canvas.ids.tolist() == [[1, 3, 2, 1, 2, 2, 3, 3]] and canvas.num_edits.tolist() == [2]
 
 
@@ -100,8 +109,7 @@ def test_the_edit_budget_does_not_depend_on_the_blocks(block):
     sampler = ConfidenceSampler(MASK, 0.1, 32, start=0, length=256, block_length=block)
     canvas = begin(sampler, no_prompt(2))
     for i in range(32):
-        first, last = sampler.columns(i)
-        canvas = sampler.step(canvas, torch.randn(2, last - first, N) * 3, i)
+        canvas = advance(sampler, canvas, i)
     assert canvas.num_edits.tolist() == [28, 28]
 
 
@@ -118,7 +126,7 @@ def test_the_prompt_and_its_literal_mask_are_never_touched():
     sampler = ConfidenceSampler(MASK, 0.9, 4, start=3, length=8)
     canvas = begin(sampler, prompt)
     for i in range(4):
-        canvas = sampler.step(canvas, torch.randn(1, 8, N), i)
+        canvas = advance(sampler, canvas, i)
     assert canvas.ids[:, :3].equal(prompt) and (canvas.ids[:, 3:] != MASK).all()
 
 
@@ -129,7 +137,7 @@ def test_the_mask_is_never_predicted_however_likely():
     sampler = ConfidenceSampler(MASK, 0.3, 2, start=0, length=8, temperature=1.0)
     canvas = begin(sampler, no_prompt())
     for i in range(2):
-        canvas = sampler.step(canvas, logits, i)
+        canvas = advance(sampler, canvas, i, logits)
     assert (canvas.ids != MASK).all()
     assert logits.equal(given)
 
@@ -139,8 +147,8 @@ def test_confidence_near_one_keeps_its_order():
     logits = torch.full((1, 2, N), 30.0)
     logits[0, :, 1] = 30 + torch.tensor([1e6, 2.5e6]).mul(4).log()
     logits[0, :, MASK] = -torch.inf
-    canvas = ConfidenceSampler(MASK, 0.0, 2, start=0, length=2).begin(torch.zeros(1, 2).long(), torch.ones(1, 2).bool())
-    canvas = ConfidenceSampler(MASK, 0.0, 2, start=0, length=2).step(canvas, logits, 0)
+    sampler = ConfidenceSampler(MASK, 0.0, 2, start=0, length=2)
+    canvas = advance(sampler, begin(sampler, no_prompt()), 0, logits)
     assert canvas.ids.tolist() == [[MASK, 1]]
 
 
@@ -149,7 +157,7 @@ def test_random_remasking_is_seeded_and_ignores_confidence():
         sampler = ConfidenceSampler(
             MASK, 0.0, 8, start=0, length=8, remasking="random", generator=torch.Generator().manual_seed(seed)
         )
-        canvas = sampler.step(begin(sampler, no_prompt()), logits_for([1] * 8, [0.9] + [0.3] * 7), 0)
+        canvas = advance(sampler, begin(sampler, no_prompt()), 0, logits_for([1] * 8, [0.9] + [0.3] * 7))
         return int((~canvas.holes).nonzero()[0, 1])
 
     assert first_filled(3) == first_filled(3)
@@ -160,7 +168,7 @@ def test_mixing_ratio_one_refines_without_limit():
     sampler = ConfidenceSampler(MASK, 1.0, 4, start=0, length=8)
     canvas = begin(sampler, no_prompt())
     for i in range(4):
-        canvas = sampler.step(canvas, logits_for([i + 1] * 8, [0.8] * 8), i)
+        canvas = advance(sampler, canvas, i, logits_for([i + 1] * 8, [0.8] * 8))
     assert canvas.ids.tolist() == [[4] * 8] and canvas.num_edits.tolist() == [2 + 4 + 6]
 
 
@@ -176,7 +184,7 @@ def test_ancestral_sampling_reverses_the_forward_process(k, schedule, steps):
     sampler = AncestralSampler(kernel, schedule, steps, start=0, length=length, generator=generator)
     canvas = begin(sampler, no_prompt(rows))
     for i in range(steps):
-        canvas = sampler.step(canvas, p.log().expand(rows, length, N), i)
+        canvas = advance(sampler, canvas, i, p.log().expand(rows, length, N))
     counts = canvas.ids.flatten().bincount(minlength=N).double()
     expected = p * rows * length
     assert counts[0] == 0
@@ -191,7 +199,7 @@ def test_ancestral_edits_are_token_to_token_changes():
     )
     canvas = begin(sampler, torch.tensor([[5]]))
     before = canvas.ids
-    canvas = sampler.step(canvas, torch.zeros(1, 500, N), 0)
+    canvas = advance(sampler, canvas, 0, torch.zeros(1, 500, N))
     assert canvas.num_edits.item() == (canvas.ids != before).sum().item() > 300
     assert canvas.ids[0, 0] == 5
 
@@ -216,3 +224,16 @@ def test_confidence_sampler_refuses(kwargs, message):
 def test_ancestral_sampler_refuses_zero_temperature():
     with pytest.raises(ValueError, match="temperature=0 must be positive.*sampler='confidence'"):
         AncestralSampler(NoiseKernel(N, 1.0), LinearSchedule(), 4, start=0, length=8, temperature=0)
+
+
+def test_late_ancestral_steps_need_few_logits():
+    # A token stays with probability a_ts beta_s / beta_t at least: of 4096 positions and 256 steps few ask for p.
+    kernel = NoiseKernel(N, 0.1, MASK)
+    sampler = AncestralSampler(kernel, LinearSchedule(), 256, start=0, length=4096)
+    canvas = begin(sampler, no_prompt())
+    asked = []
+    for i in range(256):
+        asked.append(int(sampler.request(canvas, i).positions.sum()))
+        canvas = advance(sampler, canvas, i)
+    assert sum(asked) / (256 * 4096) < 0.05
+    assert all(count < 4096 / 4 for count in asked[:-8])

@@ -172,7 +172,9 @@ class DiffusionGenerateOutput(ModelOutput):
 
     Args:
         sequences (`torch.LongTensor` of shape `(B, T)`): Prompt and answer.
-        num_forward_passes (`int`): Network evaluations per row; guidance takes two for each step.
+        num_forward_passes (`int`):
+            Network evaluations per row: one for each step, two with guidance, none for an ancestral step that no
+            position needs logits for.
         num_edits (`torch.LongTensor` of shape `(B,)`): Filled tokens that were replaced by another token.
         history (`tuple[torch.LongTensor]`, *optional*):
             The `(B, T)` ids before the first step and after each, with `output_history=True`.
@@ -208,7 +210,8 @@ class XDLMGenerationMixin:
 
         1. resolve the options and check them against the model, before anything runs;
         2. lay out the canvas, prompt then answer, and the sampler;
-        3. per step: the logits of the columns that can change, guidance, the user's logits processors, the sampler;
+        3. per step: where the sampler needs logits, the network there, guidance, the user's logits processors, the
+           sampler;
         4. where a block ends: the stopping criteria, on the text so far; rows that are done become padding after it;
         5. what follows the first end-of-text token becomes padding.
 
@@ -218,8 +221,8 @@ class XDLMGenerationMixin:
             generation_config ([`XDLMGenerationConfig`], *optional*): Options; keywords of the call win over it.
             attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): 0 at padding.
             logits_processor (`LogitsProcessorList`, *optional*):
-                Called with `(M, T)` current ids and `(M, N)` float32 logits, one row per column asked for, before the
-                softmax; also for the ancestral sampler.
+                Called with `(M, T)` current ids and `(M, N)` float32 logits, a row for each of the M positions that
+                the sampler asks about, before the softmax.
             stopping_criteria (`StoppingCriteriaList`, *optional*):
                 Called after each block with the `(B, n)` ids up to its end and `scores=None`.
             generator (`torch.Generator`, *optional*): Source of randomness; instead of `seed`.
@@ -248,7 +251,8 @@ class XDLMGenerationMixin:
         finished = _Finished(options, stopping_criteria, prompt_length)
         # 3.
         for i in range(sampler.steps):
-            canvas = sampler.step(canvas, network.logits(canvas.ids, sampler.columns(i)), i)
+            request = sampler.request(canvas, i)
+            canvas = sampler.step(canvas, network.logits(canvas.ids, request.positions), request)
             if history is not None:
                 history.append(canvas.ids)
             # 4.
@@ -391,7 +395,7 @@ class XDLMGenerationMixin:
 
 
 class _Network:
-    """Logits of chosen columns: forward pass, guidance, processors; counts forward passes."""
+    """Logits of chosen positions: forward pass, guidance, processors; counts forward passes."""
 
     def __init__(
         self,
@@ -414,23 +418,30 @@ class _Network:
                 # padding stands.
                 self.inputs["position_ids"] = (whole.cumsum(-1) - 1).clamp_min(0)
 
-    def logits(self, ids: Tensor, columns: tuple[int, int]) -> Tensor:
-        """(B, C, N) logits of the columns [first, last), float32 unless `reference_compat` audits lower precision."""
-        keep = torch.arange(*columns, device=ids.device)
-        logits = self._forward(ids, keep)
+    def logits(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits of columns (C,), as (B, C, N), or of a (B, T) mask, as (M, N).
+
+        float32 unless `reference_compat` audits lower precision. A mask without a position costs no forward pass.
+        """
+        if positions.dtype == torch.bool and not positions.any():
+            return torch.empty(0, self.model.config.embedding_size, device=ids.device)
+        logits = self._forward(ids, positions)
         if self.options.cfg_scale:
-            unconditional = self._forward(torch.where(self.prompt, self.options.mask_token_id, ids), keep)
+            unconditional = self._forward(torch.where(self.prompt, self.options.mask_token_id, ids), positions)
             logits = unconditional + (self.options.cfg_scale + 1) * (logits - unconditional)
         if self.processors:
-            rows = ids[:, None].expand(-1, len(keep), -1).flatten(0, 1)
-            logits = self.processors(rows, logits.flatten(0, 1)).view(logits.shape)
+            if positions.dtype == torch.bool:
+                rows = ids[positions.nonzero()[:, 0]]
+            else:
+                rows = ids.repeat_interleave(len(positions), 0)
+            logits = self.processors(rows, logits.view(-1, logits.shape[-1])).view(logits.shape)
         if self.options.suppress_tokens:
             logits = logits.index_fill(-1, torch.tensor(self.options.suppress_tokens, device=ids.device), -torch.inf)
         return logits
 
-    def _forward(self, ids: Tensor, keep: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         self.num_forward_passes += 1
-        logits = self.model(input_ids=ids, logits_to_keep=keep, **self.inputs).logits
+        logits = self.model(input_ids=ids, logits_to_keep=positions, **self.inputs).logits
         return logits if self.options.reference_compat or logits.dtype == torch.float64 else logits.float()
 
 

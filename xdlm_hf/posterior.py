@@ -8,13 +8,17 @@ t = 0 is clean, t = 1 is noise, s < t. N counts every row of the output layer, [
 Shapes: B batch, L length, N vocabulary.
 """
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from .kernel import NoiseKernel, as_column, uniform, validate_ids, validate_rates
 
-# Rows of the vocabulary that one categorical draw widens to float64 at a time: bounds its memory to 2^25 numbers.
-_DRAW_ELEMENTS = 2**25
+# Logits that one block of a draw holds in float32 at a time: small enough for a CPU's cache, 64 MB at most on a GPU.
+_DRAW_ELEMENTS = 2**24
 
 
 def posterior(p_x0: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: NoiseKernel) -> Tensor:
@@ -60,7 +64,7 @@ def sample_posterior(
     """Draw z_s exactly from Eq. 11 with x = softmax(logits), without a [B, L, N] posterior.
 
     Eq. 11 is a mixture of four draws: stay, draw from p, draw uniformly, go to [MASK]. Choosing among them needs p
-    only at z_t; the vocabulary is read again on the positions that chose p, and there alone.
+    only at z_t, and a bound on it settles most positions: the vocabulary is read only where the draw needs p.
 
     Args:
         logits: Network output, (B, L, N), float of any dtype; the rows of absorbing tokens are ignored. Not modified.
@@ -76,14 +80,62 @@ def sample_posterior(
         ValueError: As `posterior`.
     """
     alpha_s, alpha_t = check_step(logits, z_t, alpha_s, alpha_t, kernel)
-    p_z = log_prob(logits, z_t, kernel).exp().double()
-    stay, from_p, from_uniform, _ = four_way_weights(p_z, z_t, alpha_s, alpha_t, kernel)
+    draw = begin_step(z_t, alpha_s, alpha_t, kernel, generator)
+    return finish_step(draw, logits[draw.needs_p], kernel, generator)
 
+
+@dataclass(frozen=True)
+class StepDraw:
+    """A reverse step up to the point where it needs the network; (B, L) each."""
+
+    z_t: Tensor  # int64
+    noise: Tensor  # int64, a draw from r: where "uniformly" or "to [MASK]" would lead
+    choice: Tensor  # float64 in [0, 1): below b_ts r(z) alpha_s / f_t takes p, below b_ts r(z) / f_t leaves z_t
+    most: Tensor  # float64, b_ts / beta_t: the largest probability of leaving that any p can give
+    needs_p: Tensor  # bool, where the answer depends on p
+    rates: tuple[Tensor, Tensor]  # alpha_s, alpha_t, (B, 1) float64
+
+
+def begin_step(
+    z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: NoiseKernel, generator: torch.Generator | None = None
+) -> StepDraw:
+    """Draw all that Eq. 11 leaves to chance but the token from p, and see where p matters.
+
+    f_t(p, z) >= beta_t r(z), so z_t is left with probability b_ts / beta_t at most; at an absorbing token, where p is 0,
+    with exactly that. Most positions are thus settled without logits: a choice above the bound stays, and a [MASK] that
+    does not choose p needs none. Rates are (B, 1) or broadcast; nothing is validated and the device is not waited for.
+    """
+    alpha_s, alpha_t = alpha_s.double(), alpha_t.double()
+    can_leave = kernel._rate(z_t, torch.float64) > 0
+    most = torch.where(can_leave & (alpha_t < 1), _b_ts(alpha_s, alpha_t) / (1 - alpha_t), 0.0)
+    absorbing = torch.zeros_like(can_leave)
+    for token_id in kernel.absorbing_ids:
+        absorbing |= z_t == token_id
     choice = uniform(z_t.shape, generator, z_t.device)
-    noise = kernel.sample_prior(z_t.shape, generator, z_t.device).to(z_t.dtype)  # z ~ r: uniform or to [MASK]
-    z_s = torch.where(choice < stay, z_t, noise)
-    chose_p = (choice >= stay) & (choice < stay + from_p)
-    z_s[chose_p] = sample_categorical(logits[chose_p], kernel, generator).to(z_t.dtype)
+    noise = kernel.sample_prior(z_t.shape, generator, z_t.device).to(z_t.dtype)
+    needs_p = choice < torch.where(absorbing, most * alpha_s, most)
+    return StepDraw(z_t, noise, choice, most, needs_p, (alpha_s, alpha_t))
+
+
+def finish_step(
+    draw: StepDraw, logits: Tensor, kernel: NoiseKernel, generator: torch.Generator | None = None
+) -> Tensor:
+    """z_s, (B, L), from the logits (M, N) of the M positions in `draw.needs_p`, in row-major order."""
+    z_s = torch.where(draw.choice < draw.most, draw.noise, draw.z_t)
+    alpha_s, alpha_t = (rate.expand(draw.z_t.shape)[draw.needs_p] for rate in draw.rates)
+    z_t, noise, choice = (x[draw.needs_p] for x in (draw.z_t, draw.noise, draw.choice))
+    r_z = kernel._rate(z_t, torch.float64)
+    u = uniform((logits.shape[0], 1), generator, logits.device)
+    drawn = []
+    for start, weights in _weight_blocks(logits, kernel):
+        rows = slice(start, start + weights.shape[0])
+        p_z = (weights.gather(-1, z_t[rows, None]) / weights.sum(-1, keepdim=True)).squeeze(-1).double()
+        f_t = alpha_t[rows] * p_z + (1 - alpha_t[rows]) * r_z[rows]
+        leave = _b_ts(alpha_s[rows], alpha_t[rows]) * r_z[rows] / f_t
+        otherwise = torch.where(choice[rows] < leave, noise[rows], z_t[rows])
+        from_p = choice[rows] < leave * alpha_s[rows]
+        drawn.append(torch.where(from_p, draw_from_weights(weights, u[rows]), otherwise))
+    z_s[draw.needs_p] = torch.cat(drawn) if drawn else z_t
     return z_s
 
 
@@ -106,10 +158,8 @@ def four_way_weights(
         Four (B, L) float64 tensors, in the order above.
     """
     alpha_s, alpha_t = alpha_s.double(), alpha_t.double()
-    # (alpha_s - alpha_t) / alpha_s, not 1 - a_ts: nothing cancels as s -> t. At alpha_s = 0 both times are pure noise.
-    b_ts = torch.where(alpha_s > alpha_t, (alpha_s - alpha_t) / alpha_s.clamp_min(1e-300), 0.0)
     f_t = alpha_t * p_z + (1 - alpha_t) * kernel._rate(z_t, torch.float64)
-    leave = b_ts * kernel._rate(z_t, torch.float64)
+    leave = _b_ts(alpha_s, alpha_t) * kernel._rate(z_t, torch.float64)
     # r(z_t) = 0 (an unmasked token at k = 0) stays for certain, also where p_z and with it f_t vanish.
     leave = torch.where(leave > 0, leave / f_t, 0.0)
     from_p = leave * alpha_s
@@ -118,23 +168,16 @@ def four_way_weights(
     return 1 - from_p - from_noise, from_p, from_noise * k, from_noise * (1 - k)
 
 
-def log_prob(logits: Tensor, ids: Tensor, kernel: NoiseKernel) -> Tensor:
-    """log p at `ids` with absorbing rows excluded, (B, L), float32 or wider; one row block in memory at a time."""
-    flat = logits.reshape(-1, logits.shape[-1])
-    flat_ids = ids.reshape(-1, 1)
-    blocks = []
-    for block, block_ids in zip(_row_blocks(flat), flat_ids.split(_rows_per_block(flat)), strict=True):
-        masked = masked_logits(block, kernel)
-        # Not log_softmax: the fused kernel's row sum is off by 2e-5 at 126464 entries in float32.
-        blocks.append(masked.gather(-1, block_ids) - masked.logsumexp(-1, keepdim=True))
-    return torch.cat(blocks).reshape(ids.shape)
+def _b_ts(alpha_s: Tensor, alpha_t: Tensor) -> Tensor:
+    """b_ts = 1 - alpha_t / alpha_s, so written that nothing cancels as s -> t; 0 where both are pure noise."""
+    return torch.where(alpha_s > alpha_t, (alpha_s - alpha_t) / alpha_s.clamp_min(1e-300), 0.0)
 
 
-def masked_logits(logits: Tensor, kernel: NoiseKernel) -> Tensor:
+def masked_logits(logits: Tensor, kernel: NoiseKernel | None) -> Tensor:
     """A float32-or-wider copy of the logits with the rows of absorbing tokens at -inf (p_m = 0 when k < 1)."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logits = logits.to(dtype, copy=True)
-    for token_id in kernel.absorbing_ids:
+    for token_id in kernel.absorbing_ids if kernel is not None else ():
         logits[..., token_id] = -torch.inf
     return logits
 
@@ -151,24 +194,56 @@ def sample_categorical(
     Returns:
         Token ids, (M,).
     """
-    if logits.shape[0] == 0:
-        return torch.empty(0, dtype=torch.long, device=logits.device)
     u = uniform((logits.shape[0], 1), generator, logits.device)
-    draws = []
-    for block, u_block in zip(_row_blocks(logits), u.split(_rows_per_block(logits)), strict=True):
-        masked = block if kernel is None else masked_logits(block, kernel)
-        cdf = (masked.double() - masked.amax(-1, keepdim=True)).exp_().cumsum(-1)
-        # side="right": the first entry above u, so that a token of probability zero is never the answer.
-        draws.append(torch.searchsorted(cdf, u_block * cdf[:, -1:], right=True).squeeze(-1))
-    return torch.cat(draws).clamp_max(logits.shape[-1] - 1)
+    draws = [
+        draw_from_weights(weights, u[start : start + weights.shape[0]])
+        for start, weights in _weight_blocks(logits, kernel)
+    ]
+    return torch.cat(draws) if draws else torch.empty(0, dtype=torch.long, device=logits.device)
 
 
-def _rows_per_block(logits: Tensor) -> int:
-    return max(1, _DRAW_ELEMENTS // logits.shape[-1])
+def draw_from_weights(weights: Tensor, u: Tensor) -> Tensor:
+    """The token at quantile u of each row, by inverting the cumulative sum in float64 on two levels.
+
+    Groups of about sqrt(N) tokens first, then within the group: one cheap sum over the vocabulary, no random numbers
+    of its size, and every token keeps its probability to 1e-7 (float32 noise would starve rare ones).
+
+    Args:
+        weights: (M, N), not negative, float32 or float64; each row's sum is positive.
+        u: (M, 1) float64 in [0, 1).
+
+    Returns:
+        Token ids, (M,); never one of weight 0.
+    """
+    n = weights.shape[-1]
+    group = math.isqrt(n - 1) + 1
+    whole = n - n % group
+    sums = weights[:, :whole].unflatten(-1, (-1, group)).sum(-1)
+    if whole < n:
+        sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=-1)
+    chosen, rest = _invert(sums.double(), u)
+    columns = chosen * group + torch.arange(group, device=weights.device)
+    inside = torch.where(columns < n, weights.gather(-1, columns.clamp_max(n - 1)), 0.0)
+    within, _ = _invert(inside.double(), rest)
+    return (chosen * group + within).squeeze(-1)
 
 
-def _row_blocks(logits: Tensor) -> tuple[Tensor, ...]:
-    return logits.split(_rows_per_block(logits))
+def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """First index whose cumulative weight exceeds u of the total, and where in its own weight u falls; (M, 1) each."""
+    cdf = weights.cumsum(-1)
+    # Strictly below the total also after rounding, so that an index of weight 0 is never the answer.
+    target = torch.minimum(u * cdf[:, -1:], torch.nextafter(cdf[:, -1:], torch.zeros_like(u)))
+    index = torch.searchsorted(cdf, target, right=True)
+    weight = weights.gather(-1, index)
+    return index, ((target - (cdf.gather(-1, index) - weight)) / weight).clamp(0, 1)
+
+
+def _weight_blocks(logits: Tensor, kernel: NoiseKernel | None) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, exp(logit - max) of a block of rows), absorbing tokens 0: bounded memory for any M."""
+    rows = max(1, _DRAW_ELEMENTS // logits.shape[-1])
+    for start in range(0, logits.shape[0], rows):
+        block = masked_logits(logits[start : start + rows], kernel)
+        yield start, block.sub_(block.amax(-1, keepdim=True)).exp_()
 
 
 def check_step(

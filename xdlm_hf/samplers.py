@@ -1,10 +1,11 @@
 """Strategies that turn noise into text, one class each with one `step`.
 
-A sampler owns a `Canvas`, the whole sequence of every row, and asks for the logits of a range of columns; it never
-calls the network. t = 0 is clean, t = 1 is noise; N counts every row of the output layer, [MASK] included.
+A sampler owns a `Canvas`, the whole sequence of every row. Each step has two halves: `request` says where it needs
+logits, `step` uses them; in between the caller runs the network. t = 0 is clean, t = 1 is noise; N counts every row of
+the output layer, [MASK] included.
 
-Shapes: B batch, T whole length (prompt and answer), C columns asked for, N vocabulary. Everything is vectorised over
-the batch: no step loops over rows or waits for the device because of one.
+Shapes: B batch, T whole length (prompt and answer), C columns or M positions asked for, N vocabulary. Everything is
+vectorised over the batch: no step loops over rows or waits for the device because of one.
 """
 
 import math
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .kernel import NoiseKernel, uniform
-from .posterior import masked_logits, sample_categorical, sample_posterior
+from .posterior import StepDraw, begin_step, finish_step, masked_logits, sample_categorical
 from .schedules import Schedule
 
 REMASKING = ("low_confidence", "random")
@@ -32,8 +33,19 @@ class Canvas:
     num_edits: Tensor  # (B,) int64, filled tokens that were replaced by another token
 
 
+@dataclass(frozen=True)
+class Request:
+    """What step `i` needs of the network."""
+
+    i: int
+    positions: (
+        Tensor  # (C,) columns, answered by logits (B, C, N); or (B, T) bool, answered by (M, N) in row-major order
+    )
+    draw: StepDraw | None = None  # what an ancestral step has drawn already
+
+
 class Sampler(ABC):
-    """Interface: `begin` a canvas, then for each step give the logits of `columns(i)` to `step`."""
+    """Interface: `begin` a canvas, then for each step `request`, run the network, `step`."""
 
     steps: int
     block_ends: dict[int, int]  # step after which a block is final -> its end column
@@ -43,12 +55,12 @@ class Sampler(ABC):
         """Canvas before the first step; `ids` are (B, T), `generated` (B, T) marks the positions to fill."""
 
     @abstractmethod
-    def columns(self, i: int) -> tuple[int, int]:
-        """Half-open range of columns whose logits step `i` reads."""
+    def request(self, canvas: Canvas, i: int) -> Request:
+        """First half of step `i`, from 0: where logits are needed."""
 
     @abstractmethod
-    def step(self, canvas: Canvas, logits: Tensor, i: int) -> Canvas:
-        """Step `i`, from 0: (B, C, N) logits of `columns(i)` in, the next canvas out."""
+    def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
+        """Second half: the logits asked for in, the next canvas out."""
 
 
 class ConfidenceSampler(Sampler):
@@ -106,14 +118,18 @@ class ConfidenceSampler(Sampler):
         ids = torch.where(generated, self.mask_token_id, ids)
         return Canvas(ids, generated, generated, torch.zeros_like(ids[:, 0]))
 
-    def columns(self, i: int) -> tuple[int, int]:
+    def request(self, canvas: Canvas, i: int) -> Request:
         """The current block, and with refinement everything before it in the answer: nothing else can change."""
+        return Request(i, torch.arange(*self._columns(i), device=canvas.ids.device))
+
+    def _columns(self, i: int) -> tuple[int, int]:
         block_start, block_end = self._block(i)
         return (self.start if self.mixing_ratio > 0 else block_start), block_end
 
-    def step(self, canvas: Canvas, logits: Tensor, i: int) -> Canvas:
+    def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
         """1. Predict. 2. Fill the a_i most confident holes. 3. Refine the u_i most confident disagreements."""
-        first, last = self.columns(i)
+        i = request.i
+        first, last = self._columns(i)
         ids, holes, generated = (x[:, first:last] for x in (canvas.ids, canvas.holes, canvas.generated))
         predicted, conf_predicted, conf_current = self.predict(logits, ids)
 
@@ -170,12 +186,13 @@ class ReferenceConfidenceSampler(ConfidenceSampler):
     dtype; and the edit budget is floored per block, so that small blocks get none.
     """
 
-    def columns(self, i: int) -> tuple[int, int]:
+    def _columns(self, i: int) -> tuple[int, int]:
         return 0, self._block(i)[1]
 
-    def step(self, canvas: Canvas, logits: Tensor, i: int) -> Canvas:
+    def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
         everything = torch.ones_like(canvas.generated)
-        return super().step(replace(canvas, holes=canvas.ids == self.mask_token_id, generated=everything), logits, i)
+        canvas = replace(canvas, holes=canvas.ids == self.mask_token_id, generated=everything)
+        return super().step(canvas, logits, request)
 
     def predict(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         predicted = draw(logits, self.temperature, self.warp, self.generator)
@@ -245,29 +262,34 @@ class AncestralSampler(Sampler):
         nothing = torch.zeros_like(generated)
         return Canvas(torch.where(generated, prior, ids), nothing, generated, torch.zeros_like(ids[:, 0]))
 
-    def columns(self, i: int) -> tuple[int, int]:
-        return self.start, self.start + self.length
+    def request(self, canvas: Canvas, i: int) -> Request:
+        """Draws all of the step that does not depend on p, and asks for the positions where p decides.
 
-    def step(self, canvas: Canvas, logits: Tensor, i: int) -> Canvas:
+        Late in a long chain these are few: a token that stays whatever p is needs no logits, nor does a [MASK] that
+        stays one.
+        """
+        times = torch.tensor([1 - i / self.steps, 1 - (i + 1) / self.steps], dtype=torch.float64)
+        (alpha_t, alpha_s), _ = self.schedule(times.to(canvas.ids.device))
+        draw = begin_step(canvas.ids, alpha_s.view(1, 1), alpha_t.view(1, 1), self.kernel, self.generator)
+        draw = replace(
+            draw, most=torch.where(canvas.generated, draw.most, 0.0), needs_p=draw.needs_p & canvas.generated
+        )
+        return Request(i, draw.needs_p, draw)
+
+    def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
         """One exact draw from q(z_s | z_t, p), s = t - 1 / steps, at the generated positions."""
-        times = torch.tensor([1 - i / self.steps, 1 - (i + 1) / self.steps], dtype=torch.float64, device=logits.device)
-        (alpha_t, alpha_s), _ = self.schedule(times)
-        first, last = self.columns(i)
-        z_t, generated = canvas.ids[:, first:last], canvas.generated[:, first:last]
-        logits = self._tempered(logits)
-        z_s = torch.where(generated, sample_posterior(logits, z_t, alpha_s, alpha_t, self.kernel, self.generator), z_t)
-        ids = canvas.ids.clone()
-        ids[:, first:last] = z_s
-        special = torch.zeros_like(generated)
+        z_s = finish_step(request.draw, self._tempered(logits), self.kernel, self.generator)
+        special = torch.zeros_like(canvas.generated)
         for token_id in self.kernel.absorbing_ids:
-            special |= (z_t == token_id) | (z_s == token_id)
-        return replace(canvas, ids=ids, num_edits=canvas.num_edits + ((z_s != z_t) & ~special).sum(-1))
+            special |= (canvas.ids == token_id) | (z_s == token_id)
+        edits = ((z_s != canvas.ids) & ~special).sum(-1)
+        return replace(canvas, ids=z_s, num_edits=canvas.num_edits + edits)
 
     def _tempered(self, logits: Tensor) -> Tensor:
         if self.temperature == 1 and self.warp is None:
             return logits
         logits = masked_logits(logits, self.kernel) / self.temperature
-        return logits if self.warp is None else self.warp(logits.flatten(0, 1)).view(logits.shape)
+        return logits if self.warp is None else self.warp(logits)
 
 
 def draw(
