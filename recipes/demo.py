@@ -95,6 +95,7 @@ def build(folder: Path) -> list[str]:
         mlp_hidden_size=384,
         vocab_size=len(tokenizer),
         max_sequence_length=256,
+        init_std=0.08,  # about 1 / sqrt(d_model), so that attention learns early in a short run
         mask_token_id=tokenizer.mask_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
