@@ -158,7 +158,11 @@ def load_rows(options: DataArguments, tokenizer, args: XDLMTrainingArguments):
         documents = python_reference_documents()
     else:
         documents = load_documents(
-            options.dataset, options.dataset_config, options.dataset_split, text_column=options.text_column
+            options.dataset,
+            options.dataset_config,
+            options.dataset_split,
+            text_column=options.text_column,
+            skip_corrupted=options.skip_corrupted,
         )
     from_hub = options.data_files is None and options.dataset != "python-reference"
     streaming = from_hub if options.streaming is None else options.streaming

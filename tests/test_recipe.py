@@ -88,19 +88,42 @@ def test_the_papers_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in sorted(CONFIGS.glob("*.yaml")) if "zero" not in path.name], ids=lambda path: path.name
+    "path",
+    [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.name.startswith(("zero", "fsdp"))],
+    ids=lambda path: path.name,
 )
 def test_every_config_file_parses(path):
     llada_cpt.parse(["--config", str(path), "--use_cpu", "true"])
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_configs_are_accelerates(stage):
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("zero*.yaml")), ids=lambda path: path.stem)
+def test_zero_configs_are_accelerates(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    config = load_config_from_file(str(CONFIGS / f"zero{stage}.yaml"))
-    assert config.distributed_type == "DEEPSPEED" and config.deepspeed_config["zero_stage"] == stage
-    assert config.deepspeed_config["gradient_accumulation_steps"] == "auto"
+    config = load_config_from_file(str(path))
+    engine = config.deepspeed_config
+    assert config.distributed_type == "DEEPSPEED" and engine["zero_stage"] == int(path.stem[4])
+    assert engine["gradient_accumulation_steps"] == "auto"
+    offloaded = "cpu" if "offload" in path.stem else "none"
+    assert engine["offload_optimizer_device"] == offloaded
+    assert engine["offload_param_device"] == (offloaded if engine["zero_stage"] == 3 else "none")
+
+
+def test_fsdp_config_wraps_this_models_blocks():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(CONFIGS / "fsdp2.yaml"))
+    assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
+    blocks = type(tiny_model().model.transformer["blocks"][0]).__name__
+    assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == blocks
+
+
+def test_fsdp_on_a_cpu_is_refused(base, tmp_path, monkeypatch):
+    """accelerate would leave the model unwrapped and say nothing."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="use_cpu=True with FSDP: accelerate would silently train with plain DDP"):
+        llada_cpt.main(options(base, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_line_wins_over_the_config_file(tmp_path):
@@ -158,6 +181,8 @@ def test_second_run_is_refused_and_resume_continues(base, tmp_path):
     with pytest.raises(ValueError, match=r"holds another run \(checkpoint-2, checkpoint-4"):
         llada_cpt.main(options(base, output))
     llada_cpt.main(options(base, output, max_steps=6, resume_from_checkpoint="true"))
+    llada_cpt.main(options(base, tmp_path / "auto", max_steps=6, resume_from_checkpoint="auto"))  # none there: starts
+    assert logged(tmp_path / "auto") == logged(output)
     whole = tmp_path / "whole"
     llada_cpt.main(options(base, whole, max_steps=6))
     assert logged(output) == logged(whole)
@@ -194,6 +219,7 @@ def test_lora_run_writes_the_merged_model_and_the_adapter(base, tmp_path):
         ({"global_batch_size": 6}, "global_batch_size=6 is not a multiple of 4"),
         ({"sequence_length": 100}, "sequence_length=100 exceeds the model's max_sequence_length=64"),
         ({"text_column": "body"}, r"text\.jsonl, line 1: no column 'body'; it has \['text'\]"),
+        ({"dataset": "imdb", "data_files": None, "skip_corrupted": "true"}, "skip_corrupted=True is for the lines of"),
         ({"data_files": "nowhere*.jsonl"}, r"'nowhere\*\.jsonl' matches no file"),
         ({"streaming": "true", "max_steps": None}, "max_steps=-1: a stream has no end"),
         ({"validation_fraction": 1.0}, r"validation fraction 1\.0 must lie strictly between 0 and 1"),
@@ -254,12 +280,12 @@ def compare(output, one_process, limit=1e-5):
     AutoModelForCausalLM.from_pretrained(output)
 
 
-def partitioned(tmp_path, stage):
-    """The repository's ZeRO config, except that ZeRO-3 spreads even tiny parameters, which it would keep whole."""
-    config = yaml.safe_load((CONFIGS / f"zero{stage}.yaml").read_text())
-    if stage < 3:
-        return CONFIGS / f"zero{stage}.yaml"
-    ours = config["deepspeed_config"]
+def partitioned(tmp_path, name):
+    """The repository's config, except that ZeRO-3 spreads even tiny parameters, which it would keep whole."""
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    ours = config.get("deepspeed_config", {})
+    if ours.get("zero_stage") != 3:
+        return CONFIGS / f"{name}.yaml"
     engine = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": ours["gradient_accumulation_steps"],
@@ -268,6 +294,8 @@ def partitioned(tmp_path, stage):
             "stage": 3,
             "stage3_gather_16bit_weights_on_model_save": ours["zero3_save_16bit_model"],
             "stage3_param_persistence_threshold": 0,
+            "offload_optimizer": {"device": ours["offload_optimizer_device"]},
+            "offload_param": {"device": ours["offload_param_device"]},
         },
     }
     (tmp_path / "engine.json").write_text(json.dumps(engine))
@@ -281,16 +309,19 @@ def partitioned(tmp_path, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_takes_the_same_trajectory_and_resumes(base, one_process, tmp_path, stage):
-    config = ("--config_file", str(partitioned(tmp_path, stage)), "--num_processes", "2", str(RECIPE))
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2"])
+def test_partitioned_run_takes_the_same_trajectory_and_resumes(base, one_process, tmp_path, name):
+    script = RECIPE if name != "fsdp2" else Path(__file__).parent / "fsdp_on_cpu.py"
+    config = ("--config_file", str(partitioned(tmp_path, name)), "--num_processes", "2", str(script))
     changes = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 4}
     accelerate(*config, *options(base, tmp_path / "run", **changes))
     compare(tmp_path / "run", one_process)
+    parts = {path.name for path in (tmp_path / "run" / "checkpoint-4").iterdir()}
+    assert ("pytorch_model_fsdp_0" if name == "fsdp2" else "global_step4") in parts  # it did not quietly run DDP
 
     (tmp_path / "again").mkdir()
     (tmp_path / "run" / "checkpoint-4").rename(tmp_path / "again" / "checkpoint-4")
-    accelerate(*config, *options(base, tmp_path / "again", resume_from_checkpoint="true", **changes))
+    accelerate(*config, *options(base, tmp_path / "again", resume_from_checkpoint="auto", **changes))
     assert logged(tmp_path / "again") == logged(tmp_path / "run")
     compare(tmp_path / "again", one_process)
 
@@ -304,7 +335,7 @@ def test_shipped_zero3_config_runs_as_it_is(base, one_process, tmp_path):
 
 @pytest.mark.slow
 def test_lora_under_zero3_merges_whole_weights(base, tmp_path):
-    config = ("--config_file", str(partitioned(tmp_path, 3)), "--num_processes", "2", str(RECIPE))
+    config = ("--config_file", str(partitioned(tmp_path, "zero3")), "--num_processes", "2", str(RECIPE))
     accelerate(*config, *options(base, tmp_path / "run", per_device_train_batch_size=2, lora_rank=2))
     llada_cpt.main(options(base, tmp_path / "one", lora_rank=2))
     compare(tmp_path / "run", tmp_path / "one")

@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -171,11 +173,22 @@ class NonFiniteError(ArithmeticError):
     """A loss or a gradient that is not a finite number; the message names step, rows and times."""
 
 
-class _StreamEpoch(TrainerCallback):
-    """Keeps the logged epoch right when a stream resumes where it stood: the Trainer counts its steps from zero."""
+class _Bookkeeping(TrainerCallback):
+    """Starts the clock when training does, and keeps the logged epoch of a stream right.
+
+    A stream that resumes where it stood counts its steps from zero in the Trainer.
+    """
+
+    def __init__(self, metrics: TrainingMetrics, stream: bool):
+        self.metrics = metrics
+        self.stream = stream
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.metrics.start_anew()
 
     def on_step_end(self, args, state, control, **kwargs):
-        state.epoch = state.global_step / state.max_steps
+        if self.stream:
+            state.epoch = state.global_step / state.max_steps
 
 
 class XDLMTrainer(Trainer):
@@ -255,8 +268,7 @@ class XDLMTrainer(Trainer):
         self.metrics = TrainingMetrics(
             lambda length: fixed + per_length * length, None if peak is None else peak * 1e12, args.device
         )
-        if isinstance(train_dataset, PackedStream):
-            self.add_callback(_StreamEpoch)
+        self.add_callback(_Bookkeeping(self.metrics, isinstance(train_dataset, PackedStream)))
 
     @staticmethod
     def _check_layout(args: XDLMTrainingArguments, train_dataset: Dataset | None) -> None:
@@ -266,6 +278,13 @@ class XDLMTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process: start with accelerate launch (one process per GPU), "
                 "or show one GPU with CUDA_VISIBLE_DEVICES=0."
             )
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and args.use_cpu:
+            spread = args.distributed_state.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU)
+            if not spread:
+                raise ValueError(
+                    "use_cpu=True with FSDP: accelerate would silently train with plain DDP. Use GPUs, a ZeRO config, "
+                    "or no config file."
+                )
         config = args.accelerator_config
         if config.split_batches or not config.even_batches:
             raise ValueError(
@@ -592,7 +611,7 @@ class XDLMTrainer(Trainer):
         if not resume_from_checkpoint:
             refuse_other_run(self.args.output_dir)
             self._stream_position = StreamPosition()
-            return self._train(None, **kwargs)
+            return super().train(**kwargs)
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = last_checkpoint(self.args.output_dir)
@@ -602,19 +621,27 @@ class XDLMTrainer(Trainer):
         reshards = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         check_same_run(checkpoint, self._run_record(), reshards)
         if not isinstance(self.train_dataset, PackedStream):
-            return self._train(str(checkpoint), **kwargs)
+            return super().train(resume_from_checkpoint=str(checkpoint), **kwargs)
         path = checkpoint / f"stream_state_{self.args.process_index}.json"
         self._stream_position = StreamPosition(**json.loads(path.read_text(encoding="utf-8")))
         # The stream starts where it stood: nothing is to be read and thrown away.
         self.args.ignore_data_skip, before = True, self.args.ignore_data_skip
         try:
-            return self._train(str(checkpoint), **kwargs)
+            return super().train(resume_from_checkpoint=str(checkpoint), **kwargs)
         finally:
             self.args.ignore_data_skip = before
 
-    def _train(self, checkpoint: str | None, **kwargs):
-        self.metrics.start_anew()
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`; one whole safetensors model under FSDP too, whose checkpoints hold a part per process."""
+        if not self.is_fsdp_enabled or _internal_call:
+            return super().save_model(output_dir, _internal_call)
+        plugin = self.accelerator.state.fsdp_plugin
+        before = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            plugin.set_state_dict_type(before)
 
     def _run_record(self) -> dict[str, Any]:
         """What `check_same_run` compares, as JSON."""
