@@ -266,6 +266,7 @@ def test_text_column_may_have_another_name(tmp_path):
         ('{"text": "one"}\n[1]\n', r"a\.jsonl, line 2: expected a JSON object, got list"),
         ('{"text": "one"}\n{"body": "x"}\n', r"a\.jsonl, line 2: no column 'text'; it has \['body'\]"),
         (b'{"text": "\xff"}\n', r"a\.jsonl, line 1: not valid JSON"),
+        ('{"text": ["x"]}\n', r"a\.jsonl, line 1: 'text' holds list, not text"),
     ],
 )
 def test_corrupted_jsonl_names_file_and_line(tmp_path, content, message):
@@ -280,6 +281,33 @@ def test_corrupted_jsonl_is_named_through_a_worker_too(tmp_path, tokenizer):
     stream = PackedStream(load_documents(data_files=[str(tmp_path / "a.jsonl")]), tokenizer, 4)
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not valid JSON"):
         list(DataLoader(stream, batch_size=None, num_workers=1))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_corrupted_lines_are_skipped_only_when_asked_for_and_counted(tmp_path, caplog, shards):
+    lines = ['{"text": "one"}', "{oops", '{"text": 3}', '{"text": "two"}', '{"body": "x"}', '{"text": "three']
+    for shard in range(shards):
+        (tmp_path / f"{shard}.jsonl").write_text("\n".join(lines))
+    files = [str(tmp_path / "*.jsonl")]
+    with pytest.raises(ValueError, match=r"0\.jsonl, line 2: not valid JSON .*; repair it, remove it or skip_corr"):
+        list(load_documents(data_files=files))
+    with caplog.at_level(logging.WARNING, "xdlm_hf.data"):
+        documents = load_documents(data_files=files, skip_corrupted=True)
+        assert [d["text"] for d in documents] == ["one", "two"] * shards and documents.num_shards == shards
+    for shard in range(shards):
+        assert f"{shard}.jsonl: skipped 4 corrupted lines (2, 3, 5, 6)" in caplog.text
+    with pytest.raises(ValueError, match="skip_corrupted=True is for the lines of local JSONL files"):
+        load_documents(str(tmp_path), skip_corrupted=True)
+
+
+def test_damaged_files_are_named_even_when_lines_may_be_skipped(tmp_path):
+    whole = gzip.compress(b'{"text": "one"}\n' * 100_000)
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz, after line \d+: damaged gzip file"):
+        list(load_documents(data_files=[str(tmp_path / "a.jsonl.gz")], skip_corrupted=True))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and then something else")
+    with pytest.raises(ValueError, match=r"a\.parquet: damaged Parquet file"):
+        list(load_documents(data_files=[str(tmp_path / "a.parquet")], skip_corrupted=True))
 
 
 def test_readers_refuse_bad_sources(tmp_path):

@@ -93,14 +93,14 @@ def load_documents(
 
     if (dataset is None) == (data_files is None):
         raise ValueError(f"give either dataset={dataset!r} or data_files={data_files!r}, one of the two.")
+    if skip_corrupted and data_files is None:
+        raise ValueError("skip_corrupted=True is for the lines of local JSONL files: give data_files.")
     if data_files is not None:
         files = _expand(data_files)
         return datasets.IterableDataset.from_generator(
             _read_files,
             gen_kwargs={"files": files, "columns": [text_column] * len(files), "skip_corrupted": skip_corrupted},
         )
-    if skip_corrupted:
-        raise ValueError("skip_corrupted=True is for the lines of local JSONL files: give data_files.")
     documents = datasets.load_dataset(dataset, config, split=split, streaming=True)
     names = documents.column_names or list(next(iter(documents)))
     check_column(text_column, names, f"dataset {dataset!r}")
