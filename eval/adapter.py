@@ -1,29 +1,40 @@
-"""The lm-eval model `xdlm`: checkpoints of this package, scored by generating answers.
+"""The lm-eval model `xdlm`: checkpoints of this package, scored by generating answers or by their likelihood bound.
 
     xdlm-eval --model_args pretrained=PATH,steps=32,max_new_tokens=256 --tasks xdlm_gsm8k --batch_size 8
 
 It builds on lm-eval's `TemplateLM` and not on its Hugging Face class, whose habits are wrong here: that class passes
 unknown arguments on to `from_pretrained`, resizes the embedding to the tokenizer when it loads a LoRA adapter (LLaDA
 has rows without a token on purpose), and truncates prompts after padding them. There is no mathematics in this file:
-it turns text into a left-padded batch, calls `model.generate`, and cuts the answers.
+it turns text into a left-padded batch, calls `model.generate`, and cuts the answers; likelihood.py bounds likelihoods.
+
+Under `accelerate launch` or `torchrun`, every process holds the model and lm-eval gives each its share of the rows.
 """
 
+import hashlib
 import itertools
+import json
 import logging
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
+from accelerate import PartialState
+from accelerate.utils.memory import should_reduce_batch_size
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import Collator, has_bos_prefix, normalize_gen_kwargs
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import xdlm_hf
 from xdlm_hf.data import check_tokenizer
+from xdlm_hf.evaluation.likelihood import Estimate, Pair, log_likelihoods
 from xdlm_hf.generation import XDLMGenerationConfig
 from xdlm_hf.samplers import check_blocks
 
@@ -31,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 256
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+AUTO_BATCH_SIZE = {"cpu": 8, "other": 64}  # what `batch_size=auto` tries first; a CPU gains nothing from more
 
 
 @register_model("xdlm")
@@ -46,17 +58,24 @@ class XDLMEvalModel(TemplateLM):
         peft: Folder or Hub name of a LoRA adapter to put on the model.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16"; a loaded model keeps its own.
         device: Device of the model; lm-eval's default is "cuda:0", and without a GPU that means the CPU.
-        batch_size: Rows per call of `generate`. Greedy answers do not depend on it.
+        batch_size: Rows per forward pass, or "auto": as many as fit, found by halving. Greedy answers and likelihoods
+            do not depend on it.
+        max_batch_size: What "auto" tries first; 8 on a CPU, 64 elsewhere.
         max_length: Longest prompt and answer together, in tokens; by default the checkpoint's max_sequence_length.
             Longer prompts lose their beginning, with one warning.
         steps: Denoising steps, that is forward passes per batch.
         max_new_tokens: Length of an answer; 256 if neither the run nor the task says.
-        block_length, mixing_ratio, sampler, temperature, cfg_scale: As in `XDLMGenerationConfig`.
-        seed: Seed of the noise, for settings that draw any. Such answers depend on the batch size too.
+        block_length, mixing_ratio, sampler, remasking, temperature, cfg_scale, reference_compat: As in
+            `XDLMGenerationConfig`.
+        mc_samples: Draws per likelihood, each one row of a forward pass.
+        check_greedy: Whether likelihoods also say if greedy decoding gives the continuation, which takes one forward
+            pass per token of it (LAMBADA's accuracy needs that).
+        item_log: JSONL file to which every answer's seconds and forward passes are added, for the kit.
+        seed: Seed of the noise, for settings that draw any. Answers that are drawn depend on the batch size too.
 
     Raises:
         ValueError: On an unknown argument or an impossible value, and on a checkpoint or tokenizer that does not fit,
-            all before the weights are loaded; on a task that asks for likelihoods.
+            all before the weights are loaded.
     """
 
     def __init__(
@@ -67,6 +86,7 @@ class XDLMEvalModel(TemplateLM):
         dtype: str = "auto",
         device: str | torch.device | None = None,
         batch_size: int | str = 1,
+        max_batch_size: int | None = None,
         max_length: int | None = None,
         steps: int | None = None,
         max_new_tokens: int | None = None,
@@ -75,6 +95,11 @@ class XDLMEvalModel(TemplateLM):
         sampler: str | None = None,
         temperature: float | None = None,
         cfg_scale: float | None = None,
+        remasking: str | None = None,
+        reference_compat: bool | None = None,
+        mc_samples: int = 128,
+        check_greedy: bool = True,
+        item_log: str | None = None,
         seed: int = 0,
         **unknown: Any,
     ) -> None:
@@ -88,18 +113,30 @@ class XDLMEvalModel(TemplateLM):
             sampler=sampler,
             temperature=temperature,
             cfg_scale=cfg_scale,
+            remasking=remasking,
+            reference_compat=reference_compat,
         )
         _check_settings(self.settings)
-        self.batch_size = _positive("batch_size", batch_size)
+        self.mc_samples = _positive("mc_samples", mc_samples)
+        self.check_greedy, self.seed = check_greedy, seed
+        self.item_log = None if item_log is None else Path(item_log)
+        automatic = batch_size == "auto"
+        self.batch_size = None if automatic else _positive("batch_size", batch_size)
+        first_size = None if max_batch_size is None else _positive("max_batch_size", max_batch_size)
         max_length = None if max_length is None else _positive("max_length", max_length)
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
-        self._device = _choose_device(device)
+        self._device = self._join(_choose_device(device))
+        if automatic:
+            default = AUTO_BATCH_SIZE["cpu" if self._device.type == "cpu" else "other"]
+            self.batch_size = first_size or default
+        self.automatic = automatic
         self.model, self.tokenizer = _load(pretrained, tokenizer, peft, dtype, self._device)
         self.max_length = max_length or self.model.config.max_sequence_length
         # On the CPU, as `generate` does with a seed, so that a seed means the same on every device.
         self.generator = torch.Generator().manual_seed(seed)
         self.num_forward_passes = 0
+        self.estimates: list[Estimate] = []
         self._warned: set[str] = set()
         self._info = {"model_source": str(getattr(self.model, "name_or_path", pretrained)), "peft": peft, "seed": seed}
 
@@ -107,6 +144,34 @@ class XDLMEvalModel(TemplateLM):
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
         """From `--model_args`, which here may also hold what lm-eval has flags for (batch_size, device): they win."""
         return cls(**_given(**(additional_config or {})) | arg_dict)
+
+    def _join(self, device: torch.device) -> torch.device:
+        """Joins the other processes, if there are any; the device of this one."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return device
+        state = PartialState(cpu=device.type == "cpu")
+        self._rank, self._world_size = state.process_index, state.num_processes
+        return state.device
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """(world size,) values of a scalar, in the order of the processes."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor.reshape(-1)) for _ in range(self.world_size)]
+        torch.distributed.all_gather(parts, tensor.reshape(-1))
+        return torch.cat(parts)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """Every process's object on `dst`, None on the others."""
+        if self.world_size == 1:
+            return [obj]
+        parts = [None] * self.world_size if self.rank == dst else None
+        torch.distributed.gather_object(obj, parts, dst=dst)
+        return parts
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.barrier()
 
     @property
     def eot_token_id(self) -> int:
@@ -128,6 +193,20 @@ class XDLMEvalModel(TemplateLM):
             "batch_size_per_process": self.batch_size,
             "generation_settings": self.settings,
             "num_forward_passes": self.num_forward_passes,
+            "num_processes": self.world_size,
+            "mc_samples": self.mc_samples,
+            "likelihoods": self._likelihood_summary(),
+        }
+
+    def _likelihood_summary(self) -> dict[str, float]:
+        """How many likelihoods this process estimated, and their standard errors in nats."""
+        errors = [estimate.standard_error for estimate in self.estimates]
+        if not errors:
+            return {"count": 0}
+        return {
+            "count": len(errors),
+            "mean_standard_error": sum(errors) / len(errors),
+            "max_standard_error": max(errors),
         }
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -151,45 +230,146 @@ class XDLMEvalModel(TemplateLM):
         Requests with equal settings share batches, longest prompts first, so that padding is short and memory is known
         from the first batch on.
         """
-        order = Collator(
-            [request.args for request in requests],
-            sort_fn=lambda args: (-len(self.tok_encode(args[0])), args[0]),
-            group_by="gen_kwargs",
-            group_fn=lambda args: args[1],
-        )
-        answers = []
-        with tqdm(total=len(requests), desc="Generating", unit="answer", disable=disable_tqdm) as progress:
-            for batch in order.get_batched(n=self.batch_size):
-                contexts, (asked, *_) = zip(*batch, strict=True)
-                for context, answer in zip(contexts, self._answer(contexts, asked), strict=True):
-                    self.cache_hook.add_partial("generate_until", (context, asked), answer)
-                    answers.append(answer)
-                progress.set_postfix(forward_passes=self.num_forward_passes, refresh=False)
-                progress.update(len(contexts))
-        return order.get_original(answers)
+        answers: dict[int, str] = {}
+        groups: dict[str, list[int]] = {}
+        for n, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(n)
+        with self._progress(len(requests), "Generating", "answer", disable_tqdm) as progress:
+            for group in groups.values():
+                group.sort(key=lambda n: (-len(self.tok_encode(requests[n].args[0])), requests[n].args[0]))
+                for batch in self._batches(group):
+                    contexts, (asked, *_) = zip(*(requests[n].args for n in batch), strict=True)
+                    for n, answer in zip(batch, self._timed_answers(contexts, asked), strict=True):
+                        self.cache_hook.add_partial("generate_until", requests[n].args, answer)
+                        answers[n] = answer
+                    progress.set_postfix(forward_passes=self.num_forward_passes, refresh=False)
+                    progress.update(len(batch))
+        return [answers[n] for n in range(len(requests))]
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        raise ValueError(_likelihood_message(requests))
+    def _batches(self, items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+        """Batches of the size that holds when each is asked for: "auto" may have lowered it."""
+        start = 0
+        while start < len(items):
+            size = self.batch_size
+            yield items[start : start + size]
+            start += size
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        raise ValueError(_likelihood_message(requests))
+    def _timed_answers(self, contexts: Sequence[str], asked: dict[str, Any]) -> list[str]:
+        """`_answer`, in smaller batches where "auto" finds that memory does not suffice; noted in `item_log`."""
+        start, passes = time.perf_counter(), self.num_forward_passes
+        try:
+            answers = self._answer(contexts, asked)
+        except RuntimeError as error:
+            if not self.automatic or len(contexts) == 1 or not should_reduce_batch_size(error):
+                raise
+            self.batch_size = (len(contexts) + 1) // 2
+            logger.warning("out of memory with %d rows: batch_size=%d from here on", len(contexts), self.batch_size)
+            return [answer for batch in self._batches(contexts) for answer in self._timed_answers(batch, asked)]
+        if self.item_log is not None:
+            seconds, passes = time.perf_counter() - start, self.num_forward_passes - passes
+            self._note_items(contexts, seconds / len(contexts), passes, len(contexts))
+        return answers
 
-    def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
-        raise ValueError(_likelihood_message(requests))
+    def _note_items(self, contexts: Sequence[str], seconds: float, passes: int, rows: int) -> None:
+        with self.item_log.open("a", encoding="utf-8") as log:
+            for context in contexts:
+                digest = hashlib.sha256(context.encode()).hexdigest()
+                entry = {"prompt_hash": digest, "seconds": seconds, "forward_passes": passes, "batch_rows": rows}
+                log.write(json.dumps(entry) + "\n")
+
+    def _progress(self, total: int, text: str, unit: str, disable: bool) -> tqdm:
+        return tqdm(total=total, desc=text, unit=unit, disable=disable or self.rank != 0)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[Estimate, bool]]:
+        """(bound on log p(continuation | context) in nats, whether greedy decoding gives it) for every request.
+
+        The bound is a float that carries its `standard_error`. With an empty context it is unconditional.
+        """
+        pairs = [self._pair(*request.args) for request in requests]
+        results: list[tuple[Estimate, bool] | None] = [None] * len(pairs)
+        order = sorted(range(len(pairs)), key=lambda n: -len(pairs[n].context) - len(pairs[n].continuation))
+        values = self._estimates([pairs[n] for n in order], disable_tqdm)
+        greedy = self._are_greedy(pairs) if self.check_greedy else [False] * len(pairs)
+        for n, value in zip(order, values, strict=True):
+            results[n] = (value, greedy[n])
+            self.cache_hook.add_partial("loglikelihood", requests[n].args, results[n])
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Estimate]:
+        """Bound on the log-likelihood of each whole text in nats: the sum over windows of `max_length` tokens.
+
+        Every token is scored once, given the end-of-text token and the rest of its window as far as it is clean.
+        """
+        totals = []
+        for request in requests:
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            windows = get_rolling_token_windows(ids, self.eot_token_id, self.max_length - 1, context_len=1)
+            pairs = [Pair(*map(tuple, make_disjoint_window(window))) for window in windows]
+            parts = list(self._estimates(pairs, disable_tqdm)) if ids else []
+            total = Estimate(sum(parts), sum(part.standard_error**2 for part in parts) ** 0.5)
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+            totals.append(total)
+        return totals
+
+    def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, **_: Any) -> list:
+        pairs = [Pair(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        return [(value, False) for value in self._estimates(pairs, disable_tqdm)]
+
+    def _pair(self, context: str, continuation: str) -> Pair:
+        """Ids of a request; a context that is too long loses its beginning, with one warning.
+
+        Raises:
+            ValueError: If the continuation alone is longer than the model.
+        """
+        if context:
+            first, second = self._encode_pair(context, continuation)
+        else:
+            first, second = [], self.tok_encode(continuation, add_special_tokens=False)
+        room = self.max_length - len(second)
+        if room < 0:
+            raise ValueError(f"a continuation of {len(second)} tokens is longer than max_length={self.max_length}")
+        if len(first) > room:
+            self._warn_once(f"contexts lose their beginning (max_length={self.max_length})")
+            first = first[len(first) - room :]
+        return Pair(tuple(first), tuple(second))
+
+    def _estimates(self, pairs: Sequence[Pair], disable_tqdm: bool) -> Iterator[Estimate]:
+        pad = self._pad_token_id
+        values = log_likelihoods(self.model, pairs, self.mc_samples, self.batch_size, self.seed, pad)
+        with self._progress(len(pairs), "Likelihoods", "request", disable_tqdm) as progress:
+            for value in values:
+                self.estimates.append(value)
+                progress.update()
+                yield value
+
+    def _are_greedy(self, pairs: Sequence[Pair]) -> list[bool]:
+        """Whether greedy decoding, one token per step and the surest first, gives the continuation."""
+        greedy = [False] * len(pairs)
+        lengths = {len(pair.continuation) for pair in pairs} - {0}
+        if self.model.config.mask_token_id is None:
+            return greedy
+        for length in sorted(lengths):
+            group = [n for n, pair in enumerate(pairs) if len(pair.continuation) == length]
+            for batch in self._batches(group):
+                inputs = self._pad([list(pairs[n].context) for n in batch])
+                options = {"max_new_tokens": length, "sampler": "confidence", "temperature": 0.0, "eos_token_id": []}
+                output = self.model.generate(**inputs, steps=length, block_length=length, **options)
+                for n, ids in zip(batch, output[:, -length:].tolist(), strict=True):
+                    greedy[n] = tuple(ids) == pairs[n].continuation
+        return greedy
 
     def _answer(self, contexts: Sequence[str], asked: dict[str, Any]) -> list[str]:
         """One batch of answers; `asked` are the task's settings."""
         settings, stops = self._merge(asked)
-        input_ids, attention_mask = self._encode(contexts, self.max_length - settings["max_new_tokens"])
+        inputs = self._encode(contexts, self.max_length - settings["max_new_tokens"])
         output = self.model.generate(
-            input_ids,
-            attention_mask=attention_mask,
+            **inputs,
             generator=self.generator,
             return_dict_in_generate=True,
             **settings,
         )
         self.num_forward_passes += output.num_forward_passes
-        return [self._cut(ids, stops) for ids in output.sequences[:, input_ids.shape[1] :].tolist()]
+        return [self._cut(ids, stops) for ids in output.sequences[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _merge(self, asked: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Settings for `generate`, and the stop strings: the run's over the task's, in the library's names."""
@@ -204,19 +384,25 @@ class XDLMEvalModel(TemplateLM):
                 self._warn_once(f"the task asks for {name}={task[name]}, the run for {name}={value}: the run's is used")
         return {**task, **self.settings}, stops
 
-    def _encode(self, contexts: Sequence[str], room: int) -> tuple[Tensor, Tensor]:
+    def _encode(self, contexts: Sequence[str], room: int) -> dict[str, Tensor]:
         """Left-padded ids and attention mask, (B, L); prompts longer than `room` tokens keep their end."""
         if room < 1:
             raise ValueError(f"max_new_tokens leaves no room for a prompt in max_length={self.max_length}: shorten it")
         rows = [self.tok_encode(context) for context in contexts]
         if max(map(len, rows)) > room:
             self._warn_once(f"prompts longer than {room} tokens lose their beginning (max_length={self.max_length})")
-        rows = [row[-room:] for row in rows]
+        return self._pad([row[-room:] for row in rows])
+
+    def _pad(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
         width = max(map(len, rows))
-        pad = self.eot_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], dtype=torch.long)
-        attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.long)
-        return input_ids.to(self._device), attention_mask.to(self._device)
+        ids = [[self._pad_token_id] * (width - len(row)) + row for row in rows]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        return {name: torch.tensor(value, dtype=torch.long).to(self._device) for name, value in inputs.items()}
+
+    @property
+    def _pad_token_id(self) -> int:
+        return self.eot_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
     def _cut(self, ids: list[int], stops: list[str]) -> str:
         """Text of an answer up to its end-of-text token or the first stop string, whichever comes first."""
@@ -301,10 +487,3 @@ def _refuse_unknown(unknown: dict[str, Any]) -> None:
 
 def _asks_length(asked: dict[str, Any]) -> bool:
     return any(name in asked for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"))
-
-
-def _likelihood_message(requests: list) -> str:
-    return (
-        f"a task asks for {len(requests)} likelihoods, and the model xdlm scores generated answers only: "
-        "choose tasks with output_type generate_until"
-    )

@@ -1,14 +1,18 @@
 """`xdlm-eval`: lm-eval's own command line, with the model `xdlm` and this package's tasks registered.
 
 lm-eval has no hook for models or tasks of other packages. Every flag is lm-eval's; two defaults differ: `--model` is
-`xdlm`, and the tasks of `xdlm_hf.evaluation.TASKS` are found beside those of `--include_path`.
+`xdlm`, and the tasks of `xdlm_hf.evaluation.TASKS` are found beside those of `--include_path`. And one thing comes
+earlier: tasks that are unknown, lack their files or lack the consent to run code are refused before a model is loaded.
 """
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
 
 try:
     from lm_eval._cli import HarnessCLI
     from lm_eval.config.evaluate_config import EvaluatorConfig
+    from lm_eval.tasks import TaskManager
     from lm_eval.utils import setup_logging
 except ModuleNotFoundError as error:
     raise SystemExit(f"xdlm-eval: {error}; install the extra: pip install 'xdlm_hf[eval]'") from error
@@ -22,7 +26,39 @@ def main() -> None:
     """Parses `sys.argv` as lm-eval does, fills in the two defaults, and runs the command."""
     setup_logging()
     parser = HarnessCLI()
-    parser.execute(with_defaults(parser.parse_args()))
+    args = with_defaults(parser.parse_args())
+    if "confirm_run_unsafe_code" in args and args.tasks:
+        check_tasks(args)
+    parser.execute(args)
+
+
+def check_tasks(args: argparse.Namespace) -> None:
+    """`check` on what the command line asks for, its error as one line."""
+    names = args.tasks.split(",") if isinstance(args.tasks, str) else args.tasks
+    try:
+        check(names, args.include_path, args.metadata or {}, bool(args.confirm_run_unsafe_code))
+    except ValueError as error:
+        raise SystemExit(f"xdlm-eval: {error}") from error
+
+
+def check(names: Sequence[str], include_path: Sequence[str], metadata: dict[str, Any], confirmed: bool) -> None:
+    """Refuses tasks that would fail only after the model is loaded; this package's own are read on the way.
+
+    Raises:
+        ValueError: If a task is unknown, its rows cannot be read, or it runs code and nobody confirmed that.
+    """
+    own = [name for name in names if name.startswith("xdlm_")]
+    if own and len(own) == len(names):
+        manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
+    else:
+        manager = TaskManager(include_path=list(include_path), metadata=metadata)
+    unknown = [n for n in names if "*" not in n and not n.endswith((".yaml", ".json")) and not manager.match_tasks([n])]
+    if unknown:
+        ours = ", ".join(sorted(path.stem for path in TASKS.glob("xdlm_*.yaml") if "bbh_" not in path.stem))
+        raise ValueError(f"unknown tasks {unknown}: this package has {ours}; `xdlm-eval ls tasks` lists all")
+    for name, task in manager.load(own)["tasks"].items() if own else ():
+        if getattr(task, "UNSAFE_CODE", False) and not confirmed:
+            raise ValueError(f"{name} runs code written by the model: pass --confirm_run_unsafe_code")
 
 
 def with_defaults(args: argparse.Namespace) -> argparse.Namespace:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import lm_eval
 import peft
 import pytest
@@ -70,10 +71,14 @@ def rows_file(tmp_path):
     return path
 
 
+PROMPT = "Question: {}\nLet's think step by step\nAnswer:"
+
+
 def evaluate(lm, data, **kwargs):
     # Without lm-eval's own tasks, whose thousands of files take seconds to read.
     tasks = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data": str(data)})
-    return lm_eval.simple_evaluate(lm, tasks=["xdlm_gsm8k"], task_manager=tasks, **kwargs)
+    # And without shots, which are longer than the tiny model.
+    return lm_eval.simple_evaluate(lm, tasks=["xdlm_gsm8k"], task_manager=tasks, num_fewshot=0, **kwargs)
 
 
 def answers(results):
@@ -101,7 +106,7 @@ def answer_with(monkeypatch, model, tokenizer, text_for_prompt):
 
 def gold(prompt):
     """The answer of the row whose question the prompt ends with, and a follow-up question to be cut away."""
-    (row,) = [row for row in ROWS if prompt == f"Question: {row['question']}\nAnswer:"]
+    (row,) = [row for row in ROWS if prompt == PROMPT.format(row["question"])]
     return f" {row['answer']}\nQuestion: What is 9 + 9? 18"
 
 
@@ -154,24 +159,38 @@ class TestTask:
 
     def test_no_setting_and_no_file(self, monkeypatch, tmp_path):
         monkeypatch.delenv("XDLM_DATA", raising=False)
-        with pytest.raises(ValueError, match="pass --metadata data=PATH or set XDLM_DATA"):
+        asked = []
+
+        def no_hub(*args, **kwargs):
+            asked.append((args, kwargs))
+            raise ConnectionError("offline")
+
+        monkeypatch.setattr(datasets, "load_dataset", no_hub)
+        with pytest.raises(ValueError, match="cannot read openai/gsm8k from the Hub .*--metadata data=PATH or"):
             gsm8k.load()
+        assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
         with pytest.raises(ValueError, match=r"no such file: .*gsm8k.test\.jsonl"):
             gsm8k.load(data=str(tmp_path))
 
-    def test_folder_by_environment_with_shots(self, monkeypatch, tmp_path, model, tokenizer):
-        folder = tmp_path / "gsm8k"
-        folder.mkdir()
-        (folder / "test.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
-        (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:3]))
+    def test_rows_of_the_hub(self, monkeypatch):
+        monkeypatch.delenv("XDLM_DATA", raising=False)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: ROWS)
+        assert list(gsm8k.load()["test"]) == ROWS
+
+    def test_folder_by_environment_with_shots(self, monkeypatch, model, tokenizer, tmp_path):
+        (tmp_path / "gsm8k").mkdir()
+        (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
         monkeypatch.setenv("XDLM_DATA", str(tmp_path))
+        model.config.max_sequence_length = 20_000
         prompts = []
         answer_with(monkeypatch, model, tokenizer, lambda prompt: prompts.append(prompt) or " #### 7")
         lm = XDLMEvalModel(model, tokenizer=tokenizer, max_new_tokens=32)
         tasks = TaskManager(include_path=str(TASKS), include_defaults=False)
-        results = lm_eval.simple_evaluate(lm, tasks=["xdlm_gsm8k"], task_manager=tasks, num_fewshot=2)
-        shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in ROWS[1:3])
-        assert prompts == [f"{shots}Question: {ROWS[0]['question']}\nAnswer:"]
+        results = lm_eval.simple_evaluate(lm, tasks=["xdlm_gsm8k"], task_manager=tasks)
+        (prompt,) = prompts
+        assert prompt.startswith("Question: Angelo and Melanie want") and prompt.count("\n\nQuestion: ") == 4
+        assert prompt.count("\nLet's think step by step\nAnswer:") == 5
+        assert prompt.endswith(f"The answer is 146\n\n{PROMPT.format(ROWS[0]['question'])}")
         assert results["results"]["xdlm_gsm8k"]["exact_match,none"] == 1.0
 
     def test_real_gsm8k_gold_answers_score_one_and_corrupted_zero(self):
@@ -217,7 +236,7 @@ class TestThroughTheHarness:
         finished = subprocess.run(
             [command, "--tasks", "xdlm_gsm8k", "--metadata", f"data={rows_file}", "--batch_size", "2"]
             + ["--model_args", f"pretrained={checkpoint},{settings}", "--limit", "3"]
-            + ["--output_path", tmp_path / "scores", "--log_samples"],
+            + ["--output_path", tmp_path / "scores", "--log_samples", "--num_fewshot", "0"],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             cwd=tmp_path,
             capture_output=True,
@@ -233,19 +252,13 @@ class TestThroughTheHarness:
         got = [sample["resps"][0][0] for sample in sorted(logged, key=lambda sample: sample["doc_id"])]
         expected = []
         for row in ROWS[:3]:
-            prompt = torch.tensor([tokenizer.encode(f"Question: {row['question']}\nAnswer:")])
+            prompt = torch.tensor([tokenizer.encode(PROMPT.format(row["question"]))])
             ids = model.generate(prompt, steps=8, max_new_tokens=16, block_length=8, mixing_ratio=0.1)[
                 0, prompt.shape[1] :
             ]
             text = tokenizer.decode(ids.tolist()).split(tokenizer.eos_token)[0]
             expected.append(re.sub(r"<\|\w+\|>", "", text).split("Question:")[0])
         assert got == expected
-
-    def test_likelihood_task_is_refused(self, model, tokenizer):
-        lm = XDLMEvalModel(model, tokenizer=tokenizer)
-        for method in (lm.loglikelihood, lm.loglikelihood_rolling):
-            with pytest.raises(ValueError, match="a task asks for 1 likelihoods.*output_type generate_until"):
-                method([Instance("loglikelihood", doc={}, arguments=("a", "b"), idx=0)])
 
 
 class TestAnswers:
@@ -335,7 +348,9 @@ class TestBadArguments:
         [
             ({"stepz": 4}, r"unknown model arguments \['stepz'\]: xdlm knows pretrained, tokenizer, .*steps"),
             ({"trust_remote_code": True}, "trust_remote_code is neither needed nor accepted"),
-            ({"batch_size": "auto"}, "batch_size='auto' must be a positive integer"),
+            ({"batch_size": "automatic"}, "batch_size='automatic' must be a positive integer"),
+            ({"max_batch_size": 0}, "max_batch_size=0 must be a positive integer"),
+            ({"mc_samples": 0}, "mc_samples=0 must be a positive integer"),
             ({"batch_size": 0}, "batch_size=0 must be a positive integer"),
             ({"max_length": -1}, "max_length=-1 must be a positive integer"),
             ({"dtype": "int4"}, "dtype='int4' is not known"),

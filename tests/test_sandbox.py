@@ -164,7 +164,8 @@ class TestResources:
         "harm",
         [
             "while True: print('x' * 10**6, flush=True)",
-            "while True:\n    for fd in range(64):\n        try: os.write(fd, b'x' * 4096)\n        except OSError: pass",
+            "def put(fd):\n    try: os.write(fd, b'x' * 4096)\n    except OSError: pass\n"
+            "while True: [put(fd) for fd in range(64)]",
             "def one():\n    return 'x' * 10**8",
         ],
     )

@@ -14,11 +14,13 @@ def unfenced(text: str) -> str:
     return block[1] if block else text.split("```")[0]
 
 
-def execute(resps: Sequence[Sequence[str]], docs: Sequence[dict], job_of: Callable[[dict, str], Job]) -> list[list[str]]:
+def execute(
+    resps: Sequence[Sequence[str]], docs: Sequence[dict], job_of: Callable[[dict, str], Job]
+) -> list[list[str]]:
     """lm-eval's filter: for every answer of every row, its verdict and why, such as "wrong" or "failed: NameError"."""
     jobs = [job_of(doc, answer) for doc, answers in zip(docs, resps, strict=True) for answer in answers]
-    verdicts = iter(run_all(jobs))
-    return [[": ".join(filter(None, (v.result, v.why))) for _, v in zip(answers, verdicts)] for answers in resps]
+    texts = iter([": ".join(filter(None, (verdict.result, verdict.why))) for verdict in run_all(jobs)])
+    return [[next(texts) for _ in answers] for answers in resps]
 
 
 def process_results(doc: dict, results: list[str]) -> dict[str, float]:

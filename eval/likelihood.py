@@ -1,0 +1,186 @@
+"""Log-likelihoods as the evidence lower bound under the model's own noise (Eq. 15), conditional on a context.
+
+    log p(y | x) >= -E_t E_{z_t} sum_i loss_i,   z_t = (x, y noised at t),   t ~ U(0, 1)
+
+The context x is never noised. The expectation is estimated with `mc_samples` draws per request, one t in each of as
+many equal slices of (0, 1). Drawn plainly, it would have infinite variance: the loss grows as 1 / t while noise gets
+rare. So the case that no token is redrawn, of probability alpha_t^n, is taken exactly (one more forward pass; at k = 0
+its loss is 0), and the draws are from the other case, weighted with 1 - alpha_t^n.
+
+At k = 0 and the linear schedule it is what the LLaDA repository estimates by masking l of the n tokens, l uniform in
+1..n, with weight n / l: both are sum_l (1 / l) E[sum of -log p over l masked tokens].
+
+Every request has a noise generator of its own, seeded with its own tokens: an estimate depends neither on the batch nor
+on the process it was made in.
+
+Shapes: B rows (draws of requests), T context and continuation, n continuation, N rows of the output layer.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xdlm_hf.kernel import NoiseKernel
+from xdlm_hf.losses import diffusion_loss
+from xdlm_hf.schedules import Schedule, get_schedule
+
+
+class Estimate(float):
+    """A log-likelihood bound in nats, with the standard error of its estimate."""
+
+    standard_error: float
+
+    def __new__(cls, value: float, standard_error: float) -> "Estimate":
+        estimate = super().__new__(cls, value)
+        estimate.standard_error = standard_error
+        return estimate
+
+    def __reduce__(self) -> tuple:
+        return Estimate, (float(self), self.standard_error)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Context and continuation, as token ids."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A generator that depends on the ids and the run's seed alone."""
+        digest = hashlib.sha256(repr((seed, self.context, self.continuation)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@dataclass(frozen=True)
+class _Draw:
+    pair: Pair
+    alpha_t: float
+    d_alpha_t: float
+    z_t: Tensor  # (n,)
+    weight: float = 1.0
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: Any, pairs: Sequence[Pair], mc_samples: int, batch_size: int, seed: int = 0, pad_token_id: int = 0
+) -> Iterator[Estimate]:
+    """Estimates for `pairs`, in their order, as they are done.
+
+    Args:
+        model: A `LLaDAForDiffusionLM`; its config names k and the schedule.
+        pairs: What to score; sort them by length, so that little is padded.
+        mc_samples: Draws of t and noise per pair, each one row of a forward pass.
+        batch_size: Rows per forward pass; the estimates do not depend on it.
+        seed: Seed of the noise.
+        pad_token_id: Any id; it is hidden by the attention mask.
+
+    Raises:
+        ValueError: If mc_samples is not positive.
+    """
+    if mc_samples < 1:
+        raise ValueError(f"mc_samples={mc_samples} must be positive: it is the number of draws per likelihood")
+    kernel, schedule = model.noise_kernel(), get_schedule(model.config.noise_schedule)
+    waiting: list[_Draw] = []
+    losses: list[float] = []  # of the draws that are done
+    clean: list[float] = []  # of the same with nothing redrawn, ahead of them
+    for last, pair in enumerate(pairs, 1 - len(pairs)):
+        draws = _draw(pair, mc_samples, kernel, schedule, seed)
+        clean += _clean_losses(model, draws, kernel, batch_size)
+        waiting += draws
+        while len(waiting) >= batch_size or (waiting and last == 0):
+            batch, waiting = waiting[:batch_size], waiting[batch_size:]
+            losses += _losses(model, batch, kernel, pad_token_id)
+        while len(losses) >= mc_samples:
+            yield _estimate([sum(both) for both in zip(losses[:mc_samples], clean[:mc_samples], strict=True)])
+            losses, clean = losses[mc_samples:], clean[mc_samples:]
+
+
+def _draw(pair: Pair, mc_samples: int, kernel: NoiseKernel, schedule: Schedule, seed: int) -> list[_Draw]:
+    """`mc_samples` versions of the continuation with at least one token redrawn, t stratified."""
+    n, generator = len(pair.continuation), pair.generator(seed)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    alpha_t, d_alpha_t = schedule((torch.arange(mc_samples) + uniform(mc_samples)) / mc_samples)
+    log_alpha = alpha_t.log()
+    weight = -torch.expm1(n * log_alpha)
+    # The first redrawn token, given that there is one: a truncated geometric distribution.
+    first = (torch.log1p(-uniform(mc_samples) * weight) / log_alpha).long().clamp(0, max(n - 1, 0))[:, None]
+    columns = torch.arange(n)
+    redrawn = (columns == first) | ((columns > first) & (uniform(mc_samples, n) >= alpha_t[:, None]))
+    noise = kernel.sample_prior((mc_samples, n), generator)
+    z_t = torch.where(redrawn, noise, torch.tensor(pair.continuation, dtype=torch.long))
+    rows = zip(alpha_t.tolist(), d_alpha_t.tolist(), z_t, weight.tolist(), strict=True)
+    return [_Draw(pair, *row) for row in rows]
+
+
+def _clean_losses(model: Any, draws: Sequence[_Draw], kernel: NoiseKernel, batch_size: int) -> list[float]:
+    """Loss at the t of every draw with nothing redrawn, times the probability of that; one forward pass for all."""
+    pair = draws[0].pair
+    if kernel.mixing_ratio == 0 or not pair.continuation:
+        return [0.0] * len(draws)
+    n = len(pair.continuation)
+    ids = torch.tensor([[*pair.context, *pair.continuation]], device=model.get_input_embeddings().weight.device)
+    logits, x_0 = model(input_ids=ids, logits_to_keep=n).logits, ids[:, -n:]
+    losses = []
+    for start in range(0, len(draws), batch_size):
+        rates = _rates(draws[start : start + batch_size], ids.device)
+        rows = len(rates[0])
+        x = x_0.expand(rows, -1)
+        per_token = diffusion_loss(logits.expand(rows, -1, -1), x, x, *rates, kernel)
+        losses += (per_token.double().sum(-1) * rates[0] ** n).tolist()
+    return losses
+
+
+def _rates(draws: Sequence[_Draw], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(alpha_t, d_alpha_t), each (B,), float64."""
+    rates = torch.tensor([[draw.alpha_t, draw.d_alpha_t] for draw in draws], dtype=torch.float64, device=device)
+    return rates[:, 0], rates[:, 1]
+
+
+def _losses(model: Any, draws: Sequence[_Draw], kernel: NoiseKernel, pad_token_id: int) -> list[float]:
+    """Loss of every draw in nats, summed over its continuation; the rows are padded on the left."""
+    lengths = [len(draw.pair.context) + len(draw.pair.continuation) for draw in draws]
+    width, n = max(lengths), max(len(draw.pair.continuation) for draw in draws)
+    if n == 0:
+        return [0.0] * len(draws)
+    device = model.get_input_embeddings().weight.device
+    ids = torch.full((len(draws), width), pad_token_id, dtype=torch.long)
+    clean = ids.clone()
+    columns = torch.arange(width)
+    scored = torch.zeros_like(ids, dtype=torch.bool)
+    for row, draw in enumerate(draws):
+        start = width - lengths[row]
+        end = start + len(draw.pair.context)
+        ids[row, start:end] = torch.tensor(draw.pair.context, dtype=torch.long)
+        ids[row, end:] = draw.z_t
+        clean[row, end:] = torch.tensor(draw.pair.continuation, dtype=torch.long)
+        scored[row, end:] = True
+    attention_mask = (columns >= width - torch.tensor(lengths)[:, None]).long()
+    inputs = {"input_ids": ids.to(device)}
+    if not attention_mask.all():
+        positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
+        inputs |= {"attention_mask": attention_mask.to(device), "position_ids": positions.to(device)}
+    logits = model(**inputs, logits_to_keep=n).logits
+    rates = _rates(draws, device)
+    per_token = diffusion_loss(logits, clean[:, -n:].to(device), ids[:, -n:].to(device), *rates, kernel)
+    losses = (per_token.double() * scored[:, -n:].to(device)).sum(-1).tolist()
+    return [loss * draw.weight for loss, draw in zip(losses, draws, strict=True)]
+
+
+def _estimate(losses: Sequence[float]) -> Estimate:
+    """Minus the mean, and its standard error from the differences of neighbouring slices of t.
+
+    Neighbours differ by their noise and by little else; the plain deviation would count the slope over t as well.
+    """
+    count = len(losses)
+    squares = sum((after - before) ** 2 for before, after in zip(losses, losses[1:], strict=False))
+    variance = squares / (2 * (count - 1) * count) if count > 1 else math.nan
+    return Estimate(-sum(losses) / count, math.sqrt(variance))
