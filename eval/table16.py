@@ -3,10 +3,10 @@
     python -m eval.table16 --row llada-xdlm --checkpoint PATH --steps 32 --tasks gsm8k,mbpp --limit 20
     accelerate launch -m eval.table16 --row llada --steps 32,64,128,256 --confirm_run_unsafe_code
 
-A run that was killed goes on where it stopped: every finished answer is in lm-eval's response cache. Each row and number
-of steps has a folder with manifest.json (versions, commit, seeds, all settings, every answer with its score, seconds
-and forward passes); table16.md puts all of them beside the published figures. Under a launcher of several processes,
-each takes its share. Protocol, cost and what is known not to match: docs/evaluation.md.
+A run that was killed goes on where it stopped: every finished answer is in lm-eval's response cache. Each row and
+number of steps has a folder with manifest.json (versions, commit, seeds, all settings, every answer with its score,
+seconds and forward passes); table16.md puts all of them beside the published figures. Under a launcher of several
+processes, each takes its share. Protocol, cost and what is known not to match: docs/evaluation.md.
 """
 
 import argparse

@@ -1,0 +1,276 @@
+"""The five benchmarks: rows, prompts, answer extraction, and the proof that scoring is right, on the real data.
+
+The whole proof (1,319 GSM8K, 5,000 MATH, 6,511 BBH, 164 HumanEval, 500 MBPP) is marked `slow`; a sample runs always.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import lm_eval
+import pytest
+from lm_eval.tasks import TaskManager
+
+from xdlm_hf.evaluation import TASKS, cli, equality, oracle, sandbox
+from xdlm_hf.evaluation.tasks import bbh, code, competition_math, humaneval, mbpp
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("XDLM_DATA", ROOT.parent / "shared" / "data"))
+FILES = {
+    "gsm8k": "gsm8k/test.jsonl",
+    "math": "math/test.jsonl",
+    "math500": "math/math500_test.jsonl",
+    "bbh": "bbh/tasks",
+    "humaneval": "humaneval/HumanEval.jsonl",
+    "mbpp": "mbpp/mbpp.jsonl",
+}
+COUNTS = {"gsm8k": 1319, "math": 5000, "math500": 500, "bbh": 6511, "humaneval": 164, "mbpp": 500}
+
+
+@pytest.fixture(autouse=True)
+def consent(monkeypatch):
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    monkeypatch.delenv("XDLM_DATA", raising=False)
+
+
+def need(benchmark):
+    if not (DATA / FILES[benchmark]).exists():
+        pytest.skip(f"no {FILES[benchmark]} under XDLM_DATA")
+
+
+def score(benchmark, corrupt, limit=None):
+    """Results of the oracle through the harness, and the number of rows."""
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data": str(DATA)})
+    model = oracle.OracleModel(corrupt=corrupt)
+    results = lm_eval.simple_evaluate(
+        model, tasks=[f"xdlm_{benchmark}"], task_manager=manager, limit=limit, confirm_run_unsafe_code=True
+    )
+    table = results["groups" if benchmark == "bbh" else "results"][f"xdlm_{benchmark}"]
+    return table, sum(map(len, results["samples"].values()))
+
+
+def check_proof(benchmark, limit):
+    name = "pass_at_1,executed" if benchmark in ("humaneval", "mbpp") else "exact_match,none"
+    right, count = score(benchmark, False, limit)
+    assert right[name] == 1.0
+    wrong, _ = score(benchmark, True, limit)
+    assert wrong[name] == 0.0
+    if name.startswith("pass"):
+        assert wrong["wrong,executed"] > 0.9 and wrong["timeout,executed"] == 0.0
+        assert sum(wrong[f"{n},executed"] for n in ("pass_at_1", "wrong", "failed", "timeout")) == pytest.approx(1.0)
+    return count
+
+
+class TestProof:
+    @pytest.mark.parametrize(
+        ("benchmark", "limit"), [("gsm8k", 200), ("math500", 40), ("bbh", 4), ("humaneval", 12), ("mbpp", 12)]
+    )
+    def test_on_a_sample(self, benchmark, limit):
+        need(benchmark)
+        assert check_proof(benchmark, limit) == limit * (27 if benchmark == "bbh" else 1)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("benchmark", COUNTS)
+    def test_on_everything(self, benchmark):
+        need(benchmark)
+        assert check_proof(benchmark, None) == COUNTS[benchmark]
+
+    def test_oracle_refuses_other_tasks(self):
+        for action in (oracle.gold, oracle.corrupted):
+            with pytest.raises((ValueError, KeyError)):
+                action("hellaswag", {})
+        with pytest.raises(ValueError, match="answers in words only"):
+            oracle.OracleModel().loglikelihood([])
+
+
+class TestMath:
+    @pytest.mark.parametrize(
+        ("text", "answer"),
+        [
+            (r"so $\boxed{\frac12}$ and more", r"\frac{1}{2}"),
+            (r"first $\boxed{1}$, then $\boxed{2}$.", "2"),
+            ("Final Answer: The final answer is $[2,5)$. I hope it is correct.", "[2,5)"),
+            ("The final answer is $3.5$.\nNext", "3.5"),
+            (r"The final answer is $\boxed{7}$. I hope", "7"),
+            ("nothing of the kind", None),
+            (r"an open \boxed{", None),
+        ],
+    )
+    def test_extraction(self, text, answer):
+        assert competition_math.final_answer(text) == answer
+
+    @pytest.mark.parametrize(
+        ("answer", "gold", "equal"),
+        [
+            (r"\frac{1}{2}", "0.5", True),
+            (r"2\sqrt{2}", r"\sqrt{8}", True),
+            ("x+1", "1+x", True),
+            ("(1,2.0)", "(1,2)", True),
+            ("(1,2)", "[1,2]", False),
+            ("0,5", "0,1", False),  # lm-eval's own comparison reads both as 0
+            ("2,1", "1,2", False),
+            ("1,2,3", "1,2", False),
+            (r"1200_7+1", "1200_7", False),
+            (r"\text{east}", r"\text{west}", False),
+            ("", "1", False),
+        ],
+    )
+    def test_equality(self, answer, gold, equal):
+        assert equality.equivalent(answer, gold) is equal
+
+    def test_comparison_that_does_not_end_is_ended(self):
+        assert equality.equivalent("9^{9^{9^{9}}}", "3", seconds=2.0) is False
+        # And the next one has a process again.
+        assert equality.equivalent("1+1", "2") is True
+
+    def test_row_without_box(self):
+        with pytest.raises(ValueError, match=r"row 3: the solution must hold its answer in \\boxed"):
+            competition_math.parse_row({"problem": "a", "solution": "b"}, "row 3")
+
+
+class TestBBH:
+    @pytest.mark.parametrize(
+        ("text", "letter", "answer"),
+        [
+            ("Thus (B). So the answer is (C).", True, "(C)"),
+            ("So the answer is (C).\nQ: x So the answer is (D).", True, "(C)"),
+            ("It is (A), or rather (B)", True, "(B)"),
+            ("no letter", True, ""),
+            ("So the answer is True.", False, "True"),
+            ("So the answer is ] } ].\nmore", False, "] } ]"),
+            ("the answer is **Yes**.", False, "Yes"),
+            (" valid\nbecause", False, "valid"),
+        ],
+    )
+    def test_extraction(self, text, letter, answer):
+        assert bbh.final_answer(text, letter) == answer
+
+    def test_prompts_of_the_files_are_those_of_lm_eval(self):
+        need("bbh")
+        published = {p.stem: bbh.read_shots(p) for p in (DATA / "bbh" / "cot-prompts").glob("*.txt")}
+        assert len(published) == 27
+        for name, shots in published.items():
+            # One file has no line break after the opening words.
+            as_stock = shots.replace("step by step. Bam", "step by step.\nBam") if "Bam" in shots else shots
+            assert bbh.stock_shots(name).split() == as_stock.split(), name
+            assert "canary" not in shots.lower() and shots.count("\nQ: ") >= 2
+
+    def test_prompt(self, tmp_path):
+        need("bbh")
+        row = bbh.load("navigate", data=str(DATA))["test"][0]
+        assert row["prompt"].startswith("Follow the given examples and answer the question.\nGiven a series")
+        assert row["prompt"].endswith("\nA: Let's think step by step.") and row["prompt"].count("\nQ: ") == 4
+        with pytest.raises(ValueError, match=r"no such file: .*navigate\.txt"):
+            bbh.load("navigate", data=str(tmp_path))
+
+    def test_broken_file(self, tmp_path):
+        path = tmp_path / "a.json"
+        for content in ("{", "[]", '{"canary": 1}'):
+            path.write_text(content)
+            with pytest.raises(ValueError, match="needs an object with 'examples'"):
+                bbh.read_examples(path)
+
+
+PROMPT = 'from typing import List\n\n\ndef helper(x):\n    return x\n\n\ndef f(x: int) -> int:\n    """ Doc. """\n'
+PROBLEM = {"prompt": PROMPT, "entry_point": "f", "test": "def check(c):\n    assert c(2) == helper(4)\n"}
+BODY = "    return 2 * x\n"
+
+
+class TestPrograms:
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            BODY,
+            BODY + "\n\nprint(f(1))\nmore text",
+            "return 2 * x",
+            "\n" + BODY,
+            f"```python\n{BODY}```\nIt doubles.",
+            f"def f(x):\n{BODY}\nx = f(",
+            f"from typing import List\nimport math\n\ndef f(x: int) -> int:\n{BODY}",
+            "Here it is:\n```python\ndef g(x):\n    return 2 * x\n\ndef f(x):\n    return g(x)\n```",
+            f"def f(x):\n    return g(x)\n\ndef g(x):\n{BODY}\nThat is all, folks",
+        ],
+    )
+    def test_humaneval_answers_that_pass(self, answer):
+        verdict = sandbox.run(humaneval.job(PROBLEM, answer))
+        assert verdict.result == "pass", (verdict, humaneval.program(PROBLEM, answer))
+
+    @pytest.mark.parametrize(
+        ("answer", "result"), [("    return x", "wrong"), ("", "wrong"), ("    return (", "failed")]
+    )
+    def test_humaneval_answers_that_do_not(self, answer, result):
+        # An empty body leaves the docstring, so that the function returns None.
+        assert sandbox.run(humaneval.job(PROBLEM, answer)).result == result
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            "def f(): return 1",
+            " 'def f(): return 1' \n",
+            "[BEGIN]\n 'def f(): return 1' \n[DONE] \n\n more",
+            "def f(): return 1\n[DONE]\nYou are an expert",
+            "```python\ndef f(): return 1\n```\nDone.",
+            "def f\\_g(): pass\ndef f(): return 1",
+        ],
+    )
+    def test_mbpp_programs(self, answer):
+        job = mbpp.job({"tests": ["", "assert f() == 1"], "names": ["f"]}, answer)
+        assert sandbox.run(job).result == "pass", job.program
+
+    def test_mbpp_rows(self):
+        row = {"task_id": 11, "text": "T", "code": "def sum(a): return a\n", "test_list": ["assert sum(len('a')) == 1"]}
+        parsed = mbpp.parse_row(row, "row 1")
+        # `sum` is the row's own, `len` Python's.
+        assert parsed["names"] == ["sum"] and parsed["tests"] == ["", "assert sum(len('a')) == 1"]
+        assert parsed["prompt"].endswith(
+            "[DONE] \n\n \nYou are an expert Python programmer, and here is your task: T Your code should pass these "
+            "tests:\n\n assert sum(len('a')) == 1  \n\n[BEGIN]\n"
+        )
+        assert parsed["prompt"].count("[BEGIN]") == 4
+        for broken in ({"test_list": []}, {"task_id": "11"}, {"test_list": [1]}):
+            with pytest.raises(ValueError, match="row 1: needs a number 'task_id' and a list of texts"):
+                mbpp.parse_row(row | broken, "row 1")
+
+    def test_mbpp_test_split(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        row = {"text": "T", "code": "def f(): pass", "test_list": ["assert f() is None"]}
+        path.write_text("".join(json.dumps({**row, "task_id": n}) + "\n" for n in (10, 11, 510, 511)))
+        assert [r["task_id"] for r in mbpp.load(data=str(path))["test"]] == [11, 510]
+        path.write_text(json.dumps({**row, "task_id": 601}) + "\n")
+        with pytest.raises(ValueError, match="no rows with task_id 11 to 510"):
+            mbpp.load(data=str(path))
+
+    def test_counts(self):
+        for verdict, name in (("pass", "pass_at_1"), ("failed: NameError: x", "failed"), ("wrong", "wrong")):
+            counts = code.process_results({}, [verdict])
+            assert counts == {n: float(n == name) for n in ("pass_at_1", "wrong", "failed", "timeout")}
+
+    def test_no_consent(self, monkeypatch):
+        monkeypatch.delenv("HF_ALLOW_CODE_EVAL")
+        for task in (humaneval, mbpp):
+            with pytest.raises(ValueError, match="set HF_ALLOW_CODE_EVAL=1"):
+                task.load(data="nowhere")
+
+
+class TestBeforeTheModelIsLoaded:
+    def test_unknown_task(self):
+        with pytest.raises(ValueError, match=r"unknown tasks \['xdlm_nope'\]: this package has .*xdlm_bbh, xdlm_gsm8k"):
+            cli.check(["xdlm_gsm8k", "xdlm_nope"], [], {"data": "nowhere"}, True)
+
+    def test_missing_file(self, tmp_path):
+        for task, file in (("xdlm_gsm8k", "test.jsonl"), ("xdlm_math", "test.jsonl"), ("xdlm_bbh", "txt")):
+            with pytest.raises(ValueError, match=f"no such file: .*{file}"):
+                cli.check([task], [], {"data": str(tmp_path)}, True)
+
+    def test_unconfirmed_code(self):
+        need("mbpp")
+        with pytest.raises(ValueError, match="xdlm_mbpp runs code .*pass --confirm_run_unsafe_code"):
+            cli.check(["xdlm_mbpp"], [], {"data": str(DATA)}, False)
+        cli.check(["xdlm_mbpp"], [], {"data": str(DATA)}, True)
+
+    def test_every_subtask_is_in_the_group(self):
+        manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+        subtasks = {path.stem for path in TASKS.glob("xdlm_bbh_*.yaml")}
+        assert len(subtasks) == 27 and subtasks <= set(manager.all_tasks)
+        listed = (TASKS / "xdlm_bbh.yaml").read_text()
+        assert all(f"- {name}\n" in listed for name in subtasks)
