@@ -101,9 +101,9 @@ def begin_step(
 ) -> StepDraw:
     """Draw all that Eq. 11 leaves to chance but the token from p, and see where p matters.
 
-    f_t(p, z) >= beta_t r(z), so z_t is left with probability b_ts / beta_t at most; at an absorbing token, where p is 0,
-    with exactly that. Most positions are thus settled without logits: a choice above the bound stays, and a [MASK] that
-    does not choose p needs none. Rates are (B, 1) or broadcast; nothing is validated and the device is not waited for.
+    f_t(p, z) >= beta_t r(z), so z_t is left with probability b_ts / beta_t at most, and at an absorbing token, where p
+    is 0, with exactly that. Most positions are thus settled without logits: a choice above the bound stays, and a
+    [MASK] that does not choose p needs none. Rates are (B, 1); nothing is validated and no device is waited for.
     """
     alpha_s, alpha_t = alpha_s.double(), alpha_t.double()
     can_leave = kernel._rate(z_t, torch.float64) > 0
