@@ -1,0 +1,305 @@
+"""The reproduction kit and what it rests on: processes, caches, automatic batches, likelihoods through the harness."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
+from xdlm_hf.data import train_tokenizer
+from xdlm_hf.evaluation import TASKS, published, table16
+from xdlm_hf.evaluation.adapter import XDLMEvalModel
+from xdlm_hf.evaluation.likelihood import Estimate
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = [{"question": f"{'Well. ' * (n % 4)}What is {n} + {n}?", "answer": f"#### {2 * n}"} for n in range(7)]
+SETTINGS = {"steps": 4, "max_new_tokens": 8, "mixing_ratio": 0.1}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([row["question"] + row["answer"] for row in ROWS], vocab_size=270)
+
+
+def make_model(tokenizer):
+    torch.manual_seed(0)
+    config = LLaDAConfig(
+        d_model=32,
+        n_heads=2,
+        n_layers=1,
+        mlp_hidden_size=64,
+        vocab_size=len(tokenizer),
+        max_sequence_length=128,
+        mask_token_id=tokenizer.mask_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        init_std=0.3,
+    )
+    return LLaDAForDiffusionLM(config).eval()
+
+
+@pytest.fixture
+def model(tokenizer):
+    return make_model(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "gsm8k").mkdir()
+    (folder / "gsm8k" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+def evaluate(lm, data, **kwargs):
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data": str(data)})
+    return lm_eval.simple_evaluate(lm, tasks=["xdlm_gsm8k"], task_manager=manager, num_fewshot=0, **kwargs)
+
+
+def answers(results):
+    samples = results["samples"]["xdlm_gsm8k"]
+    return {sample["doc_id"]: sample["resps"][0][0] for sample in samples}
+
+
+def generation(context, **asked):
+    return Instance("generate_until", doc={}, arguments=(context, {"until": [], **asked}), idx=0)
+
+
+def likelihood(*arguments):
+    return Instance("loglikelihood", doc={}, arguments=arguments, idx=0)
+
+
+class TestBatchesAndCaches:
+    def test_automatic_batches_halve_until_they_fit(self, monkeypatch, model, tokenizer, caplog):
+        expected = XDLMEvalModel(model, tokenizer=tokenizer, **SETTINGS)
+        requests = [generation(row["question"]) for row in ROWS]
+        wanted = expected.generate_until(requests)
+        sizes, generate = [], model.generate
+
+        def small_memory(input_ids, **kwargs):
+            sizes.append(len(input_ids))
+            if len(input_ids) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return generate(input_ids, **kwargs)
+
+        monkeypatch.setattr(model, "generate", small_memory)
+        lm = XDLMEvalModel(model, tokenizer=tokenizer, batch_size="auto", max_batch_size=7, **SETTINGS)
+        assert lm.generate_until(requests) == wanted
+        assert sizes == [7, 4, 2, 2, 2, 1] and lm.batch_size == 2
+        assert "out of memory with 7 rows: batch_size=4" in caplog.text
+        fixed = XDLMEvalModel(model, tokenizer=tokenizer, batch_size=7, **SETTINGS)
+        with pytest.raises(torch.OutOfMemoryError):
+            fixed.generate_until(requests)
+
+    def test_response_cache_and_limit(self, monkeypatch, model, tokenizer, data, tmp_path):
+        lm = XDLMEvalModel(model, tokenizer=tokenizer, batch_size=2, **SETTINGS)
+        first = evaluate(lm, data, limit=3, use_cache=str(tmp_path / "cache"))
+        assert len(answers(first)) == 3 and lm.num_forward_passes == 2 * 4
+        again = evaluate(lm, data, use_cache=str(tmp_path / "cache"))
+        # Four new rows in two batches; the first three come from the cache.
+        assert lm.num_forward_passes == 4 * 4
+        assert answers(again).items() >= answers(first).items() and len(answers(again)) == len(ROWS)
+
+    def test_scores_at_batch_sizes_1_3_8(self, model, tokenizer, data):
+        runs = [evaluate(XDLMEvalModel(model, tokenizer=tokenizer, batch_size=n, **SETTINGS), data) for n in (1, 3, 8)]
+        assert answers(runs[0]) == answers(runs[1]) == answers(runs[2])
+        assert len(set(answers(runs[0]).values())) > 1
+
+
+class TestLikelihoodThroughTheHarness:
+    def test_results_carry_their_error_and_keep_their_order(self, model, tokenizer):
+        lm = XDLMEvalModel(model, tokenizer=tokenizer, batch_size=5, mc_samples=16)
+        pairs = [("What is", " 2 + 2?"), ("", "What"), ("What is 1 + 1?", " It is 2, of course"), ("What is ", "3")]
+        together = lm.loglikelihood([likelihood(*pair) for pair in pairs])
+        alone = [lm.loglikelihood([likelihood(*pair)])[0] for pair in pairs]
+        assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], abs=1e-4)
+        assert all(isinstance(value, Estimate) and value < 0 for value, _ in together)
+        summary = lm.get_model_info()["likelihoods"]
+        assert summary["count"] == 8 and 0 < summary["mean_standard_error"] <= summary["max_standard_error"]
+
+    def test_greedy(self, model, tokenizer):
+        lm = XDLMEvalModel(model, tokenizer=tokenizer, mc_samples=2)
+        prompt = "What is"
+        ids = model.generate(torch.tensor([lm.tok_encode(prompt)]), max_new_tokens=3, eos_token_id=[])[0, -3:].tolist()
+        pair = type("P", (), {"context": tuple(lm.tok_encode(prompt)), "continuation": tuple(ids)})
+        other = type("P", (), {"context": pair.context, "continuation": (*ids[:2], (ids[2] + 1) % 200)})
+        assert lm._are_greedy([pair, other, pair]) == [True, False, True]
+
+    def test_rolling_counts_every_token_once(self, model, tokenizer):
+        text = "".join(row["question"] for row in ROWS)
+        lm = XDLMEvalModel(model, tokenizer=tokenizer, mc_samples=4, max_length=24, batch_size=4)
+        seen, estimates = [], lm._estimates
+        lm._estimates = lambda pairs, quiet: seen.extend(pairs) or estimates(pairs, quiet)
+        (value,) = lm.loglikelihood_rolling([likelihood(text)])
+        assert sum((pair.continuation for pair in seen), ()) == tuple(lm.tok_encode(text))
+        assert len(seen) > 1 and all(len(pair.context) + len(pair.continuation) <= 24 for pair in seen)
+        assert value < 0 and value.standard_error > 0
+        assert lm.loglikelihood_rolling([likelihood("")]) == [0.0]
+
+    def test_long_context_and_too_long_continuation(self, model, tokenizer, caplog):
+        lm = XDLMEvalModel(model, tokenizer=tokenizer, mc_samples=2, max_length=16)
+        lm.loglikelihood([likelihood(ROWS[3]["question"] * 4, " 7"), likelihood(ROWS[3]["question"] * 4, " 8")])
+        assert len([r for r in caplog.records if "contexts lose their beginning" in r.message]) == 1
+        with pytest.raises(ValueError, match="a continuation of .* tokens is longer than max_length=16"):
+            lm.loglikelihood([likelihood("a", ROWS[3]["question"] * 4)])
+
+    def test_a_multiple_choice_task(self, model, tokenizer, tmp_path):
+        rows = [{"q": "What is 1 + 1?", "choices": ["2", "3"], "a": 0}, {"q": "Well.", "choices": ["4", "5"], "a": 1}]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "choice.yaml").write_text(
+            "task: choice\ndataset_path: json\noutput_type: multiple_choice\ntest_split: train\ndataset_kwargs:\n"
+            f"  data_files: {tmp_path / 'rows.jsonl'}\n"
+            'doc_to_text: "{{q}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{a}}"\n'
+            "metric_list:\n  - metric: acc\n"
+        )
+        manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+        scores = []
+        for batch_size in (1, 5):
+            lm = XDLMEvalModel(model, tokenizer=tokenizer, mc_samples=8, batch_size=batch_size)
+            results = lm_eval.simple_evaluate(lm, tasks=["choice"], task_manager=manager)
+            scores.append(results["results"]["choice"]["acc,none"])
+        assert scores[0] == scores[1] and 0 <= scores[0] <= 1
+
+
+class TestProcesses:
+    def test_two_processes_give_the_answers_of_one(self, checkpoint, data, tmp_path):
+        one = evaluate(XDLMEvalModel(str(checkpoint), batch_size=3, device="cpu", **SETTINGS), data)
+        settings = ",".join(f"{name}={value}" for name, value in SETTINGS.items())
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            + ["-m", "xdlm_hf.evaluation.cli", "run", "--tasks", "xdlm_gsm8k", "--num_fewshot", "0"]
+            + ["--model_args", f"pretrained={checkpoint},{settings}", "--batch_size", "3", "--device", "cpu"]
+            + ["--metadata", json.dumps({"data": str(data)}), "--log_samples", "--output_path", str(tmp_path)],
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        two = json.loads(next(tmp_path.rglob("results_*.json")).read_text())
+        rows = [json.loads(line) for line in next(tmp_path.rglob("samples_*.jsonl")).read_text().splitlines()]
+        assert len(rows) == len(ROWS) and {row["doc_id"]: row["resps"][0][0] for row in rows} == answers(one)
+        assert two["results"]["xdlm_gsm8k"]["exact_match,none"] == one["results"]["xdlm_gsm8k"]["exact_match,none"]
+        assert two["config"]["num_processes"] == 2
+        # Seven rows: four here, three there, in batches of three, so two batches of four steps.
+        assert two["config"]["num_forward_passes"] == 2 * 4
+
+
+class TestTable16:
+    def arguments(self, checkpoint, data, folder, *more):
+        arguments = ["--row", "llada-xdlm", "--checkpoint", str(checkpoint), "--steps", "4", "--tasks", "gsm8k"]
+        arguments += ["--data", str(data), "--max_new_tokens", "8", "--device", "cpu", "--output_dir", str(folder)]
+        return [*arguments, *more]
+
+    def test_run_kill_and_go_on(self, monkeypatch, checkpoint, data, tmp_path, capsys):
+        calls, generate = [], LLaDAForDiffusionLM.generate
+
+        def killed_after_two(self, *args, **kwargs):
+            if len(calls) == 2 and kwargs.pop("kill", True):
+                raise KeyboardInterrupt
+            calls.append(kwargs)
+            return generate(self, *args, **kwargs)
+
+        arguments = self.arguments(checkpoint, data, tmp_path, "--batch_size", "2")
+        monkeypatch.setattr(LLaDAForDiffusionLM, "generate", killed_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            table16.main(arguments)
+        assert not list(tmp_path.rglob("manifest.json"))
+        calls.clear()
+        monkeypatch.setattr(LLaDAForDiffusionLM, "generate", lambda *a, **k: calls.append(k) or generate(*a, **k))
+        table16.main(arguments)
+        assert len(calls) == 2  # three rows are left of seven: four were done
+        manifest = json.loads((tmp_path / "llada-xdlm-4" / "manifest.json").read_text())
+        items = manifest["items"]["xdlm_gsm8k"]
+        assert [item["doc_id"] for item in items] == list(range(7))
+        assert all(item["seconds"] > 0 and item["forward_passes"] == 4 and item["batch_rows"] <= 2 for item in items)
+        assert all({"answer", "exact_match", "prompt_hash"} <= item.keys() for item in items)
+        assert manifest["settings"]["mixing_ratio"] == 0.1 and manifest["settings"]["block_length"] == 8
+        assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or manifest["versions"]["torch"]
+        assert manifest["commit"] and manifest["seed"] == 0 and manifest["limit"] is None
+        assert "| 4 | llada-xdlm | 7 |" in capsys.readouterr().out
+        # The same answers as an undisturbed run.
+        table16.main(self.arguments(checkpoint, data, tmp_path / "whole", "--batch_size", "7"))
+        whole = json.loads((tmp_path / "whole" / "llada-xdlm-4" / "manifest.json").read_text())
+        assert [i["answer"] for i in whole["items"]["xdlm_gsm8k"]] == [i["answer"] for i in items]
+
+    def test_other_settings_do_not_mix(self, checkpoint, data, tmp_path):
+        table16.main(self.arguments(checkpoint, data, tmp_path, "--limit", "1"))
+        with pytest.raises(SystemExit, match=r"answers made with other settings \(\{'seed': 0\}\): name another"):
+            table16.main(self.arguments(checkpoint, data, tmp_path, "--limit", "1", "--seed", "1"))
+
+    def test_the_authors_sampler(self, monkeypatch, checkpoint, data, tmp_path):
+        asked, generate = [], LLaDAForDiffusionLM.generate
+        monkeypatch.setattr(LLaDAForDiffusionLM, "generate", lambda *a, **k: asked.append(k) or generate(*a, **k))
+        table16.main(self.arguments(checkpoint, data, tmp_path, "--limit", "2", "--reference_compat"))
+        assert all(kwargs["reference_compat"] is True for kwargs in asked) and asked
+        manifest = json.loads((tmp_path / "llada-xdlm-4-reference_compat" / "manifest.json").read_text())
+        assert manifest["reference_compat"] and manifest["settings"]["reference_compat"]
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            (["--steps", "9"], "--steps 9 must be whole numbers from 1 to 8"),
+            (["--steps", "4,x"], "--steps 4,x must be whole numbers"),
+            (["--tasks", "gsm8k,arc"], r"--tasks: unknown \['arc'\], choose of bbh,gsm8k"),
+            (["--data", "nowhere"], "no such file: nowhere"),
+        ],
+    )
+    def test_refused_before_the_model_is_loaded(self, checkpoint, data, tmp_path, more, message):
+        with pytest.raises(SystemExit, match=message):
+            table16.main(self.arguments("no-such-checkpoint", data, tmp_path, *more))
+        assert not list(tmp_path.iterdir())
+
+    def test_row_without_public_checkpoint(self, data, tmp_path):
+        with pytest.raises(SystemExit, match="checkpoint of llada-mdlm is not public: name yours with --checkpoint"):
+            table16.main(["--row", "llada-mdlm", "--tasks", "gsm8k", "--data", str(data)])
+
+    def test_as_a_module_of_the_checkout(self):
+        done = subprocess.run(
+            [sys.executable, "-m", "eval.table16", "--help"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and "--reference_compat" in done.stdout
+
+
+class TestPublished:
+    def test_sixteen_lines_and_their_counts(self):
+        assert len(published.PUBLISHED) == 16
+        for (row, steps), scores in published.PUBLISHED.items():
+            counted = sum(scores[f"mbpp {name}"] for name in published.MBPP_COUNTS)
+            assert 496 <= counted <= 500, (row, steps)
+            assert math.isclose(scores["mbpp pass"] / 5, scores["mbpp"]), (row, steps)
+
+    def test_table(self):
+        manifest = {
+            "row": "llada",
+            "steps": 32,
+            "reference_compat": False,
+            "limit": None,
+            "scores": {"xdlm_gsm8k": {"exact_match,none": 0.25}, "xdlm_mbpp": {"pass_at_1,executed": 0.5}},
+            "groups": {},
+            "items": {
+                "xdlm_mbpp": [
+                    {"pass_at_1": 1.0, "failed": 0.0, "wrong": 0.0},
+                    {"pass_at_1": 0.0, "failed": 1.0, "wrong": 0.0},
+                ]
+            },
+        }
+        line = published.markdown_table([manifest]).splitlines()[-1]
+        percents = "- / 42.68 | 25.00 / 24.49 | - / 4.80 | - / 5.49 | 50.00 / 6.80"
+        assert line == f"| 32 | llada | 2 | {percents} | 1 / 429 | 0 / 37 | 1 / 34 |"
