@@ -399,11 +399,18 @@ def test_another_tokenizer_is_refused(tmp_path):
 
 
 def test_what_may_differ_is_said(finished, tmp_path, caplog):
-    run = trainer(tmp_path, **{**SAVES, "max_steps": 9, "time_sampling": "stratified", "noise_seed": 1, "t_eps": 0.01})
+    changes = {"time_sampling": "stratified", "noise_seed": 1, "t_eps": 0.01, "learning_rate": 1e-3}
+    run = trainer(tmp_path, **{**SAVES, "max_steps": 9, **changes})
     with caplog.at_level(logging.WARNING, "xdlm_hf.checkpoints"):
         run.train(resume_from_checkpoint=str(finished / "rows" / "checkpoint-8"))
-    for part in ("t_eps=0.001, this run 0.01", "time_sampling=independent, this run stratified", "noise_seed=7"):
+    for part in (
+        "t_eps=0.001, this run 0.01: times are drawn differently",
+        "time_sampling=independent, this run stratified: times",
+        "noise_seed=7, this run 1: noise is drawn",
+        "learning_rate=0.003, this run 0.001: the former stays in force",
+    ):
         assert f"checkpoint-8 has {part}" in caplog.text
+    assert run.state.log_history[8]["learning_rate"] == 0.003
 
 
 @pytest.mark.slow

@@ -40,11 +40,13 @@ _REFUSED = {
     "global_batch_size": "rows would be seen twice or never",
     "readers": "a stream is dealt out to readers (processes x workers), each of which goes on where it stood",
 }
-# What may, with a warning: the trajectory is then not that of the uninterrupted run.
+# What may, with a warning.
 _ALLOWED = {
     "t_eps": "times are drawn differently from here on",
     "time_sampling": "times are drawn differently from here on",
     "noise_seed": "noise is drawn differently from here on",
+    "learning_rate": "the former stays in force, as part of the optimizer's state",
+    "weight_decay": "the former stays in force, as part of the optimizer's state",
     "world_size": "the same rows and the same noise, but sums are rounded in another order",
 }
 

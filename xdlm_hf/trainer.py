@@ -648,9 +648,9 @@ class XDLMTrainer(Trainer):
         args, data = self.args, self.train_dataset
         stream = isinstance(data, PackedStream)
         fingerprint = data.fingerprint if hasattr(data, "fingerprint") else {"rows": len(data)}
-        record = {name: getattr(args, name) for name in ("mixing_ratio", "noise_schedule", "t_eps", "time_sampling")}
+        plain = ("mixing_ratio", "noise_schedule", "t_eps", "time_sampling", "learning_rate", "weight_decay")
         return {
-            **record,
+            **{name: getattr(args, name) for name in plain},
             "noise_seed": self.noise_seed,
             "seed": None if stream else args.seed if args.data_seed is None else args.data_seed,
             "global_batch_size": self.get_total_train_batch_size(args),
