@@ -182,6 +182,35 @@ def test_independent_times_are_uniform_between_t_eps_and_one(tmp_path):
     assert len((times(run, 1, 8)[0] * 8).long().unique()) < 8, "stratified by accident: choose another seed"
 
 
+def test_stratified_times_lower_the_variance_on_a_trained_model(tmp_path):
+    """Equal cost: the same rows, one time per row. At k = 0.5 a trained model's loss falls from 5.0 to 1.2 nats over t.
+
+    t_eps = 0.1 keeps the rare large losses near t = 0, whose sample variance says little, out of the comparison. The
+    ratio is 0.36, as an analysis of variance gives too; of 120 estimates a side it is above 0.75 with probability 3e-5.
+    """
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": ids} for ids in torch.randint(6, VOCAB, (64, 48), generator=generator).tolist()]
+    run = XDLMTrainer(
+        model=tiny_model(),
+        args=arguments(
+            tmp_path, max_steps=30, learning_rate=1e-2, per_device_train_batch_size=16, mixing_ratio=0.5, t_eps=0.1
+        ),
+        train_dataset=data,
+    )
+    run.train()
+    batch, _ = one_batch(run, 16)
+    variance = {}
+    for sampling in ("independent", "stratified"):
+        run.args.time_sampling = sampling
+        estimates = []
+        for step in range(120):
+            batch["sample_index"] = step * 16 + torch.arange(16)
+            with torch.no_grad():
+                estimates.append(run.compute_loss(run.model, batch).item())
+        variance[sampling] = np.var(estimates, ddof=1)
+    assert variance["stratified"] < 0.75 * variance["independent"]
+
+
 def test_prompt_and_padding_are_neither_noised_nor_scored(tmp_path):
     run = trainer(tmp_path, mixing_ratio=0.0, t_eps=0.999)
     batch, tokens = one_batch(run)
