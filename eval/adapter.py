@@ -117,20 +117,16 @@ class XDLMEvalModel(TemplateLM):
             reference_compat=reference_compat,
         )
         _check_settings(self.settings)
-        self.mc_samples = _positive("mc_samples", mc_samples)
-        self.check_greedy, self.seed = check_greedy, seed
-        self.item_log = None if item_log is None else Path(item_log)
-        automatic = batch_size == "auto"
-        self.batch_size = None if automatic else _positive("batch_size", batch_size)
-        first_size = None if max_batch_size is None else _positive("max_batch_size", max_batch_size)
-        max_length = None if max_length is None else _positive("max_length", max_length)
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
+        self.mc_samples, self.check_greedy, self.seed = _positive("mc_samples", mc_samples), check_greedy, seed
+        self.item_log = None if item_log is None else Path(item_log)
+        max_length = None if max_length is None else _positive("max_length", max_length)
+        self.automatic = batch_size == "auto"
+        fixed = None if self.automatic else _positive("batch_size", batch_size)
+        first = None if max_batch_size is None else _positive("max_batch_size", max_batch_size)
         self._device = self._join(_choose_device(device))
-        if automatic:
-            default = AUTO_BATCH_SIZE["cpu" if self._device.type == "cpu" else "other"]
-            self.batch_size = first_size or default
-        self.automatic = automatic
+        self.batch_size = fixed or first or AUTO_BATCH_SIZE["cpu" if self._device.type == "cpu" else "other"]
         self.model, self.tokenizer = _load(pretrained, tokenizer, peft, dtype, self._device)
         self.max_length = max_length or self.model.config.max_sequence_length
         # On the CPU, as `generate` does with a seed, so that a seed means the same on every device.

@@ -180,7 +180,8 @@ def make_manifest(
     options: argparse.Namespace, steps: int, settings: dict[str, Any], results: dict[str, Any], costs: dict[str, dict]
 ) -> dict[str, Any]:
     """All that is needed to say what was run and to check it item by item."""
-    items = {task: [_item(sample, costs) for sample in samples] for task, samples in results["samples"].items()}
+    ordered = {task: sorted(group, key=lambda s: s["doc_id"]) for task, group in results["samples"].items()}
+    items = {task: [_item(sample, costs) for sample in group] for task, group in ordered.items()}
     everything = [item for group in items.values() for item in group]
     return {
         "row": options.row,

@@ -231,7 +231,7 @@ class TestTable16:
         assert all(item["seconds"] > 0 and item["forward_passes"] == 4 and item["batch_rows"] <= 2 for item in items)
         assert all({"answer", "exact_match", "prompt_hash"} <= item.keys() for item in items)
         assert manifest["settings"]["mixing_ratio"] == 0.1 and manifest["settings"]["block_length"] == 8
-        assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or manifest["versions"]["torch"]
+        assert manifest["versions"]["torch"]
         assert manifest["commit"] and manifest["seed"] == 0 and manifest["limit"] is None
         assert "| 4 | llada-xdlm | 7 |" in capsys.readouterr().out
         # The same answers as an undisturbed run.
