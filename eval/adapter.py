@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -116,7 +116,7 @@ class XDLMEvalModel(TemplateLM):
             remasking=remasking,
             reference_compat=reference_compat,
         )
-        _check_settings(self.settings)
+        check_settings(self.settings)
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
         self.mc_samples, self.check_greedy, self.seed = _positive("mc_samples", mc_samples), check_greedy, seed
@@ -450,8 +450,15 @@ def _load(
     return model.to(device).eval(), tokenizer
 
 
-def _check_settings(settings: dict[str, Any]) -> None:
-    """Refuses the run's settings where they are wrong by themselves; what depends on the task is left to `generate`."""
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuses settings of `generate` that are wrong by themselves; without `max_new_tokens`, steps are not checked.
+
+    Other model arguments may be among them, and are left alone.
+
+    Raises:
+        ValueError: As `XDLMGenerationConfig`, or if steps, blocks and length do not fit each other.
+    """
+    settings = {name: value for name, value in settings.items() if name in XDLMGenerationConfig.OPTIONS}
     XDLMGenerationConfig(**settings)
     length = settings.get("max_new_tokens")
     if length is not None and settings.get("sampler") != "ancestral":

@@ -6,20 +6,22 @@ earlier: tasks that are unknown, lack their files or lack the consent to run cod
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 try:
     from lm_eval._cli import HarnessCLI
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import setup_logging
+    from lm_eval.utils import setup_logging, simple_parse_args_string
 except ModuleNotFoundError as error:
     raise SystemExit(f"xdlm-eval: {error}; install the extra: pip install 'xdlm_hf[eval]'") from error
 
-from xdlm_hf.evaluation import TASKS
-from xdlm_hf.evaluation import adapter as adapter  # registers the model
-from xdlm_hf.evaluation import oracle as oracle
+from xdlm_hf.evaluation import (
+    TASKS,
+    adapter,  # which also registers the model
+)
+from xdlm_hf.evaluation import oracle as oracle  # registers its own
 
 
 def main() -> None:
@@ -35,30 +37,42 @@ def main() -> None:
 def check_tasks(args: argparse.Namespace) -> None:
     """`check` on what the command line asks for, its error as one line."""
     names = args.tasks.split(",") if isinstance(args.tasks, str) else args.tasks
+    settings = args.model_args or {}
+    settings = simple_parse_args_string(settings) if isinstance(settings, str) else settings
+    settings = settings if args.model == "xdlm" else {}
     try:
-        check(names, args.include_path, args.metadata or {}, bool(args.confirm_run_unsafe_code))
+        check(names, args.include_path, args.metadata or {}, bool(args.confirm_run_unsafe_code), settings)
     except ValueError as error:
         raise SystemExit(f"xdlm-eval: {error}") from error
 
 
-def check(names: Sequence[str], include_path: Sequence[str], metadata: dict[str, Any], confirmed: bool) -> None:
+def check(
+    names: Sequence[str],
+    include_path: Sequence[str],
+    metadata: dict[str, Any],
+    confirmed: bool,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """Refuses tasks that would fail only after the model is loaded; this package's own are read on the way.
 
     Raises:
-        ValueError: If a task is unknown, its rows cannot be read, or it runs code and nobody confirmed that.
+        ValueError: If a task is unknown, its rows cannot be read, it runs code and nobody confirmed that, or the
+            model arguments `settings` do not fit the length of its answers.
     """
-    own = [name for name in names if name.startswith("xdlm_")]
-    if own and len(own) == len(names):
-        manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
-    else:
-        manager = TaskManager(include_path=list(include_path), metadata=metadata)
-    unknown = [n for n in names if "*" not in n and not n.endswith((".yaml", ".json")) and not manager.match_tasks([n])]
+    # lm-eval's own thousands of task files take seconds to read, so only where they are needed.
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
+    own = [name for name in names if manager.match_tasks([name])]
+    others = [name for name in names if name not in own and not name.endswith((".yaml", ".json"))]
+    everything = TaskManager(include_path=list(include_path), metadata=metadata) if others and include_path else None
+    unknown = [name for name in others if everything is None or not everything.match_tasks([name])]
     if unknown:
         ours = ", ".join(sorted(path.stem for path in TASKS.glob("xdlm_*.yaml") if "bbh_" not in path.stem))
         raise ValueError(f"unknown tasks {unknown}: this package has {ours}; `xdlm-eval ls tasks` lists all")
     for name, task in manager.load(own)["tasks"].items() if own else ():
         if getattr(task, "UNSAFE_CODE", False) and not confirmed:
             raise ValueError(f"{name} runs code written by the model: pass --confirm_run_unsafe_code")
+        length = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", adapter.DEFAULT_MAX_NEW_TOKENS)
+        adapter.check_settings({"max_new_tokens": length, **(settings or {})})
 
 
 def with_defaults(args: argparse.Namespace) -> argparse.Namespace:

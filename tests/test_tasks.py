@@ -268,6 +268,15 @@ class TestBeforeTheModelIsLoaded:
             cli.check(["xdlm_mbpp"], [], {"data": str(DATA)}, False)
         cli.check(["xdlm_mbpp"], [], {"data": str(DATA)}, True)
 
+    def test_steps_that_do_not_fit_the_task(self):
+        need("gsm8k")
+        data = {"data": str(DATA)}
+        with pytest.raises(ValueError, match="steps=300 is more than max_new_tokens=256"):
+            cli.check(["xdlm_gsm8k"], [], data, True, {"pretrained": "nowhere", "steps": 300})
+        with pytest.raises(ValueError, match="block_length=100 does not divide max_new_tokens=256"):
+            cli.check(["xdlm_gsm8k"], [], data, True, {"block_length": 100})
+        cli.check(["xdlm_gsm8k"], [], data, True, {"steps": 300, "max_new_tokens": 512, "seed": 1})
+
     def test_every_subtask_is_in_the_group(self):
         manager = TaskManager(include_path=str(TASKS), include_defaults=False)
         subtasks = {path.stem for path in TASKS.glob("xdlm_bbh_*.yaml")}
