@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from xdlm_hf.kernel import NoiseKernel
-from xdlm_hf.samplers import AncestralSampler, ConfidenceSampler, most_confident
+from xdlm_hf.samplers import AncestralSampler, Canvas, ConfidenceSampler, most_confident
 from xdlm_hf.schedules import CosineSchedule, LinearSchedule
 
 MASK, N = 0, 6
@@ -113,12 +113,23 @@ def test_the_edit_budget_does_not_depend_on_the_blocks(block):
     assert canvas.num_edits.tolist() == [28, 28]
 
 
-def test_whole_budgets_are_not_lost_to_rounding():
-    sampler = ConfidenceSampler(MASK, 0.1, 2, start=0, length=18)
-    for filled in range(9, 2000, 9):  # k / (1 - k) * 9 j = j in exact arithmetic
-        canvas = begin(ConfidenceSampler(MASK, 0.1, 1, start=0, length=filled), no_prompt())
-        allowed = sampler._edit_allowance(canvas, torch.ones(1, filled, dtype=torch.bool), 1)
-        assert allowed.item() == filled // 9
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_budgets_are_those_of_exact_arithmetic(percent):
+    sampler = ConfidenceSampler(MASK, percent / 100, 1, start=0, length=1)
+    filled = torch.arange(1, 4097)
+    canvas = Canvas(*(torch.zeros(4096, 0, dtype=kind) for kind in (torch.long, torch.bool, torch.bool)), 0 * filled)
+    allowed = sampler._edit_allowance(canvas, _Counts(filled), 1)
+    assert allowed.tolist() == [percent * n // (100 - percent) for n in filled.tolist()]
+
+
+class _Counts:
+    """Stands in for a (B, C) mask of fills of which only the sums count."""
+
+    def __init__(self, counts):
+        self.counts = counts
+
+    def sum(self, dim):
+        return self.counts
 
 
 def test_the_prompt_and_its_literal_mask_are_never_touched():

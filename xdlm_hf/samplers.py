@@ -175,7 +175,9 @@ class ConfidenceSampler(Sampler):
         if self.mixing_ratio == 1:
             return filled
         # The nudge keeps whole numbers whole: 0.1 / 0.9 * 9 may come out just below 1.
-        return (filled * (self.mixing_ratio / (1 - self.mixing_ratio)) + 1e-9).floor().long() - canvas.num_edits
+        # In float64: an integer tensor times a Python float would be float32, and the nudge lost in its rounding.
+        budget = (filled.double() * (self.mixing_ratio / (1 - self.mixing_ratio)) + 1e-9).floor().long()
+        return budget - canvas.num_edits
 
 
 class ReferenceConfidenceSampler(ConfidenceSampler):
