@@ -163,7 +163,7 @@ class XDLMEvalModel(TemplateLM):
             return [obj]
         parts = [None] * self.world_size if self.rank == dst else None
         torch.distributed.gather_object(obj, parts, dst=dst)
-        return parts
+        return parts and _in_order(parts)
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -448,6 +448,18 @@ def _load(
 
         PeftModel.from_pretrained(model, peft)  # puts the adapter's layers into `model` itself
     return model.to(device).eval(), tokenizer
+
+
+def _in_order(parts: list[Any]) -> list[Any]:
+    """Logged samples, which lm-eval strings together process by process, in the order of their rows; others as is."""
+    groups = [group for part in parts if isinstance(part, dict) for group in part.values()]
+    rows = [row for group in groups if isinstance(group, list) for row in group]
+    if not rows or not all(isinstance(row, dict) and "doc_id" in row for row in rows):
+        return parts
+    merged = {
+        task: sorted((row for part in parts for row in part[task]), key=lambda row: row["doc_id"]) for task in parts[0]
+    }
+    return [merged, *({task: [] for task in parts[0]} for _ in parts[1:])]
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

@@ -194,7 +194,8 @@ class TestProcesses:
         assert done.returncode == 0, done.stderr[-3000:]
         two = json.loads(next(tmp_path.rglob("results_*.json")).read_text())
         rows = [json.loads(line) for line in next(tmp_path.rglob("samples_*.jsonl")).read_text().splitlines()]
-        assert len(rows) == len(ROWS) and {row["doc_id"]: row["resps"][0][0] for row in rows} == answers(one)
+        assert [row["doc_id"] for row in rows] == list(range(len(ROWS)))
+        assert {row["doc_id"]: row["resps"][0][0] for row in rows} == answers(one)
         assert two["results"]["xdlm_gsm8k"]["exact_match,none"] == one["results"]["xdlm_gsm8k"]["exact_match,none"]
         assert two["config"]["num_processes"] == 2
         # Seven rows: four here, three there, in batches of three, so two batches of four steps.
