@@ -156,9 +156,9 @@ def check_same_run(checkpoint: Path, run: Mapping[str, Any], reshards: bool) -> 
             "use its weights as model_name_or_path of a new run."
         )
     for name, why in _REFUSED.items():
-        if saved[name] != run[name]:
+        if saved.get(name) != run[name]:
             raise ValueError(
-                f"{checkpoint.name} has {_difference(name, saved[name], run[name])}: {why}. "
+                f"{checkpoint.name} has {_difference(name, saved.get(name), run[name])}: {why}. "
                 f"Restore the former, or {_NEW_RUN}."
             )
     if saved["world_size"] != run["world_size"] and not reshards:
@@ -167,8 +167,8 @@ def check_same_run(checkpoint: Path, run: Mapping[str, Any], reshards: bool) -> 
             f"under DeepSpeed and FSDP its parts can only be read by as many. Restore the former, or {_NEW_RUN}."
         )
     for name, why in _ALLOWED.items():
-        if saved[name] != run[name]:
-            logger.warning("%s has %s: %s.", checkpoint.name, _difference(name, saved[name], run[name]), why)
+        if saved.get(name) != run[name]:
+            logger.warning("%s has %s: %s.", checkpoint.name, _difference(name, saved.get(name), run[name]), why)
 
 
 def _difference(name: str, saved: Any, ours: Any) -> str:

@@ -647,7 +647,7 @@ class XDLMTrainer(Trainer):
         """What `check_same_run` compares, as JSON."""
         args, data = self.args, self.train_dataset
         stream = isinstance(data, PackedStream)
-        fingerprint = data.fingerprint if hasattr(data, "fingerprint") else {"rows": len(data)}
+        fingerprint = getattr(data, "fingerprint", None) or {"rows": len(data) if has_length(data) else None}
         plain = ("mixing_ratio", "noise_schedule", "t_eps", "time_sampling", "learning_rate", "weight_decay")
         return {
             **{name: getattr(args, name) for name in plain},
