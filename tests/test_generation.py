@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -374,7 +375,15 @@ def test_a_checkpoints_autoregressive_options_are_dropped_and_said(tmp_path, cap
         ({"steps": 3, "block_length": 8}, r"steps=3 does not spread evenly over the 2 blocks"),
         ({"sampler": "ddim"}, r"sampler='ddim' is not known; choose one of \['confidence', 'ancestral'\]"),
         ({"remasking": "lucky"}, r"remasking='lucky' is not known"),
-        ({"temperature": -1}, r"temperature=-1 must be a finite number"),
+        ({"temperature": -1}, r"temperature=-1 must be 0 or above"),
+        ({"temperature": "hot"}, r"temperature='hot' must be a finite number"),
+        ({"mixing_ratio": "0.1"}, r"mixing_ratio='0.1' must be a finite number"),
+        ({"cfg_scale": float("nan")}, r"cfg_scale=nan must be a finite number"),
+        ({"mask_token_id": -1}, r"mask_token_id holds token id -1, outside \[0, 24\)"),
+        ({"pad_token_id": 24}, r"pad_token_id holds token id 24"),
+        ({"suppress_tokens": [i for i in range(24) if i != 20]}, r"leaves none of the 24 tokens"),
+        ({"input_ids": [[1, 2]]}, r"must be tensors: tokenize with return_tensors='pt'"),
+        ({"input_ids": torch.empty(0, 2, dtype=torch.long)}, r"of shape \(B, P\) with B >= 1, got \(0, 2\)"),
         ({"top_p": 0.0, "temperature": 1.0}, r"top_p=0.0 must lie in \(0, 1\]"),
         ({"top_k": 0, "temperature": 1.0}, r"top_k=0 must be a positive integer"),
         ({"top_k": 5}, r"top_k=5.*temperature=0 draws nothing"),
@@ -392,7 +401,7 @@ def test_a_checkpoints_autoregressive_options_are_dropped_and_said(tmp_path, cap
             r"attention_mask of shape \(1, 3\) must have the shape of input_ids, \(1, 2\)",
         ),
         ({"input_ids": torch.tensor([[1, 24]])}, r"input_ids holds token id 24, outside \[0, 24\)"),
-        ({"input_ids": torch.tensor([1, 2])}, r"input_ids must be integers of shape \(B, P\), got \(2,\)"),
+        ({"input_ids": torch.tensor([1, 2])}, r"input_ids must be integers of shape .*, got \(2,\)"),
         ({"input_ids": torch.tensor([[1.0, 2.0]])}, r"input_ids must be integers.*torch.float32"),
     ],
 )
@@ -412,6 +421,21 @@ def test_stopping_needs_a_padding_token():
     model = small_model(eos_token_id=None, pad_token_id=None)
     with pytest.raises(ValueError, match="stopping_criteria need a pad_token_id"):
         model.generate(steps=2, max_new_tokens=8, stopping_criteria=StoppingCriteriaList([_Script([1])]))
+
+
+def test_numpy_integers_are_integers():
+    assert small_model().generate(steps=np.int64(2), max_new_tokens=np.int64(4)).shape == (1, 4)
+
+
+def test_a_processor_that_excludes_everything_is_named():
+    class Nothing(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return torch.full_like(scores, -torch.inf)
+
+    with pytest.raises(ValueError, match="cannot draw a token.*every token of a position is excluded"):
+        small_model().generate(
+            steps=2, max_new_tokens=4, temperature=1.0, logits_processor=LogitsProcessorList([Nothing()])
+        )
 
 
 def test_unknown_option_in_the_config_class():

@@ -205,7 +205,7 @@ def test_special_weights_that_are_no_weights_are_refused(special):
 
 
 def test_empty_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="vocab_size=0 must be positive"):
+    with pytest.raises(ValueError, match="vocab_size=0 must be a positive"):
         NoiseKernel(0, 1.0)
 
 
@@ -229,3 +229,16 @@ def test_rate_outside_the_unit_interval_is_refused(alpha):
 def test_rate_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"does not fit ids of shape \(2, 4\).*\(2,\) or \(2, 1\)"):
         NoiseKernel(VOCABULARY, 0.5, 0).corrupt(torch.ones(2, 4, dtype=torch.long), torch.full(shape, 0.5))
+
+
+def test_ids_without_a_batch_are_refused():
+    with pytest.raises(ValueError, match=r"token ids must be \(B, L\), got \(3,\)"):
+        NoiseKernel(7, 0.1, 0).corrupt(torch.tensor([1, 2, 3]), torch.rand(1))
+
+
+@pytest.mark.parametrize(
+    "args, message", [((7.5, 1.0), "vocab_size=7.5 must be a positive integer"), ((7, 0.1, 3.0), "3.0")]
+)
+def test_sizes_and_ids_are_integers(args, message):
+    with pytest.raises(ValueError, match=message):
+        NoiseKernel(*args)

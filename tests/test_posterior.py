@@ -382,3 +382,17 @@ class TestRefusals:
             function(self.logits, self.z_t[:, 1:], self.high, self.low, self.kernel)
         with pytest.raises(ValueError, match="does not fit ids of shape"):
             function(self.logits, self.z_t, torch.full((3,), 0.9), self.low, self.kernel)
+
+
+def test_int32_ids_stay_int32():
+    kernel, half = NoiseKernel(5, 0.3, 0), torch.tensor([0.5])
+    z_t = torch.tensor([[0, 1, 2]], dtype=torch.int32)
+    assert sample_posterior(torch.randn(1, 3, 5), z_t, half + 0.2, half, kernel).dtype == torch.int32
+    assert posterior(torch.full((1, 3, 5), 0.2), z_t, half + 0.2, half, kernel).shape == (1, 3, 5)
+
+
+def test_nan_logits_are_refused():
+    logits = torch.full((1, 4, 5), torch.nan)
+    ones = torch.ones(1)
+    with pytest.raises(ValueError, match="some logits are NaN"):
+        sample_posterior(logits, torch.zeros(1, 4, dtype=torch.long), ones, 0 * ones, NoiseKernel(5, 0.0, 0))

@@ -7,7 +7,9 @@ Shapes: B batch, T whole length (prompt and answer), N rows of the output layer.
 """
 
 import copy
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -118,10 +120,14 @@ class XDLMGenerationConfig(GenerationConfig):
         check_positive(**{name: value for name, value in counts.items() if value is not None})
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("remasking", self.remasking, REMASKING)
+        for name in ("mixing_ratio", "temperature", "top_p", "cfg_scale"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
+                raise ValueError(f"{name}={value!r} must be a finite number.")
         if self.mixing_ratio is not None and not 0 <= self.mixing_ratio <= 1:
             raise ValueError(f"mixing_ratio={self.mixing_ratio} must lie in [0, 1]: 0 is MDLM, 1 is UDLM.")
-        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be a finite number, 0 or above.")
+        if self.temperature is not None and self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must be 0 or above.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; 1 keeps every token.")
         if self.cfg_scale is not None and self.cfg_scale < 0:
@@ -301,8 +307,14 @@ class XDLMGenerationMixin:
             raise ValueError("mixing_ratio=1 has no released sampler to reproduce; leave out reference_compat.")
         if options.cfg_scale and options.mask_token_id is None:
             raise ValueError(f"cfg_scale={options.cfg_scale} masks the prompt and needs a mask_token_id.")
+        rows = self.config.embedding_size
+        for name in ("mask_token_id", "pad_token_id"):
+            if getattr(options, name) is not None:
+                validate_ids(name, torch.tensor([getattr(options, name)]), rows)
         if options.suppress_tokens:
-            validate_ids("suppress_tokens", torch.tensor(options.suppress_tokens), self.config.embedding_size)
+            validate_ids("suppress_tokens", torch.tensor(options.suppress_tokens), rows)
+            if len({options.mask_token_id, *options.suppress_tokens} - {None}) == rows:
+                raise ValueError(f"suppress_tokens leaves none of the {rows} tokens to predict; suppress fewer.")
 
     def _prepare_prompt(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, options: XDLMGenerationConfig
@@ -313,11 +325,13 @@ class XDLMGenerationMixin:
             if attention_mask is not None:
                 raise ValueError("attention_mask was given without input_ids.")
             input_ids = torch.empty(1, 0, dtype=torch.long)
+        if not isinstance(input_ids, Tensor) or not isinstance(attention_mask, Tensor | None):
+            raise ValueError("input_ids and attention_mask must be tensors: tokenize with return_tensors='pt'.")
         if input_ids.numel() == 0:
             input_ids = input_ids.long()  # tokenizers answer an empty text with an empty float tensor
         if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.shape[0] == 0:
             raise ValueError(
-                f"input_ids must be integers of shape (B, P), got {tuple(input_ids.shape)} {input_ids.dtype}."
+                f"input_ids must be integers of shape (B, P) with B >= 1, got {tuple(input_ids.shape)} {input_ids.dtype}."
             )
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if attention_mask.shape != input_ids.shape:

@@ -11,6 +11,7 @@ Shapes: B batch, L length, N vocabulary. Ids are int64 of shape (B, L); alphas a
 """
 
 from collections.abc import Mapping
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class NoiseKernel:
             )
         special_weights = {} if mask_token_id is None else {mask_token_id: 1 - mixing_ratio}
         self._set(vocab_size, mixing_ratio, special_weights)
-        self.mask_token_id = mask_token_id
+        self.mask_token_id = None if mask_token_id is None else int(mask_token_id)
 
     @classmethod
     def from_special_weights(cls, vocab_size: int, special_weights: Mapping[int, float]) -> "NoiseKernel":
@@ -59,10 +60,10 @@ class NoiseKernel:
         return kernel
 
     def _set(self, vocab_size: int, mixing_ratio: float, special_weights: Mapping[int, float]) -> None:
-        if vocab_size < 1:
-            raise ValueError(f"vocab_size={vocab_size} must be positive.")
+        if not isinstance(vocab_size, Integral) or vocab_size < 1:
+            raise ValueError(f"vocab_size={vocab_size} must be a positive integer.")
         for token_id in special_weights:
-            if not 0 <= token_id < vocab_size:
+            if not isinstance(token_id, Integral) or not 0 <= token_id < vocab_size:
                 raise ValueError(f"special token id {token_id} is not in [0, {vocab_size}); check mask_token_id.")
         self.vocab_size = int(vocab_size)
         self.mixing_ratio = float(mixing_ratio)
@@ -150,13 +151,15 @@ def as_column(alpha: Tensor, ids: Tensor) -> Tensor:
     """A signal rate as (B, 1), to broadcast over the (B, L) `ids`; float32 at least.
 
     Raises:
-        ValueError: If `alpha` is neither (), (B,) nor (B, 1).
+        ValueError: If `ids` are not (B, L), or `alpha` is neither (), (B,) nor (B, 1).
     """
     alpha = torch.as_tensor(alpha, device=ids.device)
     if alpha.ndim == 1:
         alpha = alpha[:, None]
     if alpha.ndim == 0:
         alpha = alpha[None, None]
+    if ids.ndim != 2:
+        raise ValueError(f"token ids must be (B, L), got {tuple(ids.shape)}.")
     if alpha.ndim != 2 or alpha.shape[1] != 1 or alpha.shape[0] not in (1, ids.shape[0]):
         raise ValueError(
             f"a signal rate of shape {tuple(alpha.shape)} does not fit ids of shape {tuple(ids.shape)}: "

@@ -41,6 +41,7 @@ def posterior(p_x0: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kerne
     Source: Lemma 3.3. k = 0 gives Eq. 16 (MDLM), k = 1 gives Eq. 18 (UDLM).
     """
     alpha_s, alpha_t = check_step(p_x0, z_t, alpha_s, alpha_t, kernel)
+    z_t = z_t.long()
     p_x0 = p_x0 if p_x0.dtype == torch.float64 else p_x0.float()
     p_z = p_x0.gather(-1, z_t[..., None]).squeeze(-1).double()
     stay, from_p, from_uniform, to_special = four_way_weights(p_z, z_t, alpha_s, alpha_t, kernel)
@@ -74,14 +75,14 @@ def sample_posterior(
         generator: Source of randomness; may live on another device than `logits`.
 
     Returns:
-        Token ids z_s, (B, L).
+        Token ids z_s, (B, L), of the dtype of `z_t`.
 
     Raises:
-        ValueError: As `posterior`.
+        ValueError: As `posterior`, or if logits that the draw needs are NaN or all -inf.
     """
     alpha_s, alpha_t = check_step(logits, z_t, alpha_s, alpha_t, kernel)
-    draw = begin_step(z_t, alpha_s, alpha_t, kernel, generator)
-    return finish_step(draw, logits[draw.needs_p], kernel, generator)
+    draw = begin_step(z_t.long(), alpha_s, alpha_t, kernel, generator)
+    return finish_step(draw, logits[draw.needs_p], kernel, generator).to(z_t.dtype)
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,9 @@ def draw_from_weights(weights: Tensor, u: Tensor) -> Tensor:
 
     Returns:
         Token ids, (M,); never one of weight 0.
+
+    Raises:
+        ValueError: If a row has no positive sum, as exp(logits) of NaN or of -inf alone.
     """
     n = weights.shape[-1]
     group = math.isqrt(n - 1) + 1
@@ -221,6 +225,8 @@ def draw_from_weights(weights: Tensor, u: Tensor) -> Tensor:
     sums = weights[:, :whole].unflatten(-1, (-1, group)).sum(-1)
     if whole < n:
         sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=-1)
+    if sums.isnan().any():
+        raise ValueError("cannot draw a token: some logits are NaN, or every token of a position is excluded (-inf).")
     chosen, rest = _invert(sums.double(), u)
     columns = chosen * group + torch.arange(group, device=weights.device)
     inside = torch.where(columns < n, weights.gather(-1, columns.clamp_max(n - 1)), 0.0)

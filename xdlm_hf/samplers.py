@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -326,7 +327,7 @@ def most_confident(priority: Tensor, candidates: Tensor, count: Tensor) -> Tenso
 def check_positive(**values: int) -> None:
     """Raise ValueError naming the first value that is not a positive integer."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer.")
 
 

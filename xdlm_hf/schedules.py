@@ -38,7 +38,8 @@ class Schedule(ABC):
         return f"{type(self).__name__}()"
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def _at_least_float32(x: Tensor | float) -> Tensor:
+    x = torch.as_tensor(x)
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -78,6 +79,6 @@ def get_schedule(name: str) -> Schedule:
     Raises:
         ValueError: If no schedule has that name.
     """
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise ValueError(f"noise_schedule={name!r} is not known; choose one of {sorted(SCHEDULES)}.")
     return SCHEDULES[name]()
