@@ -13,13 +13,16 @@ printed form is a value of rho, and rho loses nothing near 0 (derivation: docs/e
     Eqs. 14, 15, everything at t:    loss = -alpha'_t r(z)/f_t(x,z) { w  rho(alpha w)                   + H }
 
 so the limit is the first line with B = 0 inside the braces. The network enters through p = softmax(logits), [MASK] row
-excluded when k < 1, alone; the gradient is closed-form and reads the logits once more.
+excluded when k < 1, alone. Six numbers a token say all that the loss needs of p (`_Reading`), and with them the
+gradient is closed-form, row by row: the logits are read once for the loss and once for the gradient, a few rows at a
+time through two scratch buffers, and nothing else of size N exists. Tokens without a loss are not read at all.
 
 Per-token scalars are float64, passes over the vocabulary float32 (float64 for float64 logits), whatever the model's
 dtype.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,14 +32,16 @@ from torch.autograd.function import once_differentiable
 from .kernel import NoiseKernel, as_column, validate_ids, validate_rates
 from .posterior import check_shapes, check_step
 
-# Below this alpha / u the vocabulary sum takes the series of rho: 1 - log1p(y)/y has lost half its digits there.
+# Below this rho takes its series: 1 - log1p(y)/y has lost half its digits there.
 _SERIES_BELOW = 1e-2
-# Elements of one row block: small enough to stay in a CPU's cache, large enough to fill a GPU.
-_BLOCK_ELEMENTS = {"cpu": 2**18, "other": 2**26}
+# Elements of one row block, for each CPU thread: two float32 buffers of that size stay in cache, or fill a GPU.
+_BLOCK_ELEMENTS = {"cpu": 2**17, "other": 2**26}
 # Tokens whose logits the fused loss holds at a time.
-_CHUNK_TOKENS = {"cpu": 256, "other": 1024}
+_CHUNK_TOKENS = {"cpu": 208, "other": 1024}
 
 
+# The public functions run outside torch.compile's graphs, which would unroll their loops over blocks and chunks.
+@torch.compiler.disable
 def kl_divergence(
     logits: Tensor, x_0: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: NoiseKernel
 ) -> Tensor:
@@ -62,6 +67,7 @@ def kl_divergence(
     return _dense_loss(logits, _finite_step_terms(x_0, z_t, alpha_s, alpha_t, kernel), kernel)
 
 
+@torch.compiler.disable
 def diffusion_loss(
     logits: Tensor, x_0: Tensor, z_t: Tensor, alpha_t: Tensor, d_alpha_t: Tensor, kernel: NoiseKernel
 ) -> Tensor:
@@ -90,6 +96,7 @@ def diffusion_loss(
     return _dense_loss(logits, terms, kernel)
 
 
+@torch.compiler.disable
 def fused_linear_diffusion_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -103,21 +110,25 @@ def fused_linear_diffusion_loss(
 ) -> tuple[Tensor, Tensor]:
     """`diffusion_loss(hidden @ weight.T, ...)` without the logits of more than `chunk_size` tokens at a time.
 
-    Gradients are formed in the forward pass, chunk by chunk, so the logits exist once and are never stored.
+    The logits of a chunk of tokens are made, read and dropped. In float32 the same pass adds the chunk's share to the
+    gradients. A trained float16 or bfloat16 head would round its gradient at every chunk: there the backward pass
+    makes the logits again, a slice of the vocabulary for all tokens at a time, so that each row is rounded once.
 
     Args:
         hidden: Last hidden states, (B, L, D).
         weight: Output layer without bias, (N, D).
         x_0, z_t, alpha_t, d_alpha_t, kernel: As in `diffusion_loss`.
         token_weights: Weight of each token in the sum, (B, L); default 1 for all.
-        chunk_size: Tokens per chunk; default 256 on a CPU, 1024 on a GPU.
+        chunk_size: Tokens per chunk; default 208 on a CPU, 1024 on a GPU.
 
     Returns:
         `(total, per_token)`: the scalar sum of token_weights * loss, which carries the gradient to `hidden` and
         `weight`, and the unweighted losses in nats, (B, L), detached. float64 for float64 `hidden`, else float32.
 
     Raises:
-        ValueError: As `diffusion_loss`, or if `weight`, `token_weights` or `chunk_size` do not fit.
+        ValueError: As `diffusion_loss`, or if `weight`, its dtype, `token_weights` or `chunk_size` do not fit.
+
+    Under autocast the product runs in autocast's dtype, as that of `torch.nn.functional.linear`.
     """
     if hidden.ndim != 3 or tuple(hidden.shape[:2]) != tuple(x_0.shape) or hidden.shape[0] == 0:
         raise ValueError(f"hidden of shape {tuple(hidden.shape)} must be (B, L, D) for ids {tuple(x_0.shape)}.")
@@ -125,6 +136,9 @@ def fused_linear_diffusion_loss(
         raise ValueError(
             f"weight of shape {tuple(weight.shape)} must be (N, D) = ({kernel.vocab_size}, {hidden.shape[-1]})."
         )
+    hidden, weight = _as_autocast_would(hidden), _as_autocast_would(weight)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one, or run under autocast.")
     if chunk_size is None:
         chunk_size = _per_device(_CHUNK_TOKENS, hidden)
     if chunk_size < 1:
@@ -134,9 +148,14 @@ def fused_linear_diffusion_loss(
     if tuple(token_weights.shape) != tuple(x_0.shape):
         raise ValueError(f"token_weights of shape {tuple(token_weights.shape)} must be {tuple(x_0.shape)}.")
     terms = _limit_terms(x_0, z_t, alpha_t, d_alpha_t, kernel)
-    total, per_token = _FusedLinearLoss.apply(
-        hidden, weight, terms, token_weights.detach().double().reshape(-1), kernel, chunk_size
-    )
+    tokens, token_weights = hidden.reshape(-1, hidden.shape[-1]), token_weights.detach().double().reshape(-1)
+    scored = terms.scale > 0
+    if not scored.all():  # at k = 0 the masked positions alone go through the output layer
+        tokens, token_weights, terms = tokens[scored], token_weights[scored], terms.rows(scored)
+    with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    total, losses = _FusedLinearLoss.apply(tokens, weight, terms, token_weights, kernel, chunk_size, with_gradient)
+    per_token = torch.zeros(scored.shape, dtype=losses.dtype, device=losses.device)
+    per_token[scored] = losses
     return total, per_token.reshape(x_0.shape)
 
 
@@ -144,9 +163,20 @@ def fused_linear_diffusion_loss(
 # Scalars of one token: everything but p
 
 
+class _PerToken:
+    """A dataclass of tensors with one entry, or one row, per token."""
+
+    def rows(self, rows: slice | Tensor):
+        return type(self)(**{name: value[rows] for name, value in vars(self).items()})
+
+    @classmethod
+    def joined(cls, parts: list):
+        return cls(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+
+
 @dataclass(frozen=True)
-class _TokenTerms:
-    """What the formula needs of each token besides the logits; ids (B*L,) int64, the rest (B*L,) float64."""
+class _TokenTerms(_PerToken):
+    """What the formula needs of each token besides the logits; ids (M,) int64, the rest (M,) float64."""
 
     x_0: Tensor
     z_t: Tensor
@@ -157,13 +187,8 @@ class _TokenTerms:
     r_z: Tensor
     r_0: Tensor
 
-    def rows(self, start: int, stop: int) -> "_TokenTerms":
-        return _TokenTerms(**{name: value[start:stop] for name, value in vars(self).items()})
 
-
-def _finite_step_terms(
-    x_0: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: NoiseKernel
-) -> _TokenTerms:
+def _finite_step_terms(x_0: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: NoiseKernel) -> _TokenTerms:
     """Scalars of Eqs. 12, 13: rates at s, scale B alpha_s with B = b_ts r(z_t) / f_t(x, z_t)."""
     alpha_s, alpha_t = alpha_s.double(), alpha_t.double()
     r_z = kernel._rate(z_t, torch.float64)
@@ -173,9 +198,7 @@ def _finite_step_terms(
     return _token_terms(x_0, z_t, step * alpha_s, step, (1 - b_ts) / f_t, alpha_s, kernel)
 
 
-def _limit_terms(
-    x_0: Tensor, z_t: Tensor, alpha_t: Tensor, d_alpha_t: Tensor, kernel: NoiseKernel
-) -> _TokenTerms:
+def _limit_terms(x_0: Tensor, z_t: Tensor, alpha_t: Tensor, d_alpha_t: Tensor, kernel: NoiseKernel) -> _TokenTerms:
     """Validated scalars of Eqs. 14, 15: rates at t, scale -alpha'_t r(z_t) / f_t(x, z_t), B = 0."""
     _check_targets(x_0, z_t, kernel)
     validate_ids("z_t", z_t, kernel.vocab_size)
@@ -211,7 +234,7 @@ def _f(alpha: Tensor, p: Tensor, r: Tensor) -> Tensor:
 def _rho(y: Tensor, log_1_plus_y: Tensor | None = None) -> Tensor:
     """rho(y) = 1 - log(1 + y)/y for y > -1, with rho(0) = 0 and rho(inf) = 1; the series takes over near 0."""
     small = y.abs() < _SERIES_BELOW
-    y_large = torch.where(small, 1.0, y).clamp_max(1e300)
+    y_large = torch.where(small, 1.0, y).clamp_max(torch.finfo(y.dtype).max)
     log = torch.log1p(y_large) if log_1_plus_y is None else log_1_plus_y
     return torch.where(small, _rho_series(torch.where(small, y, 0.0)), 1 - log / y_large)
 
@@ -225,57 +248,199 @@ def _rho_series(y: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# One block of rows: the formula and its gradient
+# Passes over the vocabulary: the logits are read here and nowhere else
 
 
 @dataclass(frozen=True)
-class _RowState:
-    """p of a row block, unnormalised, and what loss and gradient share; `exp` is (M, N), the rest (M,) float64."""
+class _Reading(_PerToken):
+    """What the formula needs of the logits, each (M,) float64; meaningless for tokens without a loss."""
 
-    exp: Tensor  # exp(logit - max), absorbing rows 0: p = exp / total
-    total: Tensor
+    top: Tensor  # largest logit
+    total: Tensor  # sum of exp(logit - top): p = exp(logit - top) / total
+    log_p_0: Tensor
     p_z: Tensor
+    rho: Tensor  # sum_{e not special} p_e rho(y_e), y_e = alpha p_e / u
+    share: Tensor  # sum_{e not special} p_e y_e / (1 + y_e); only where a gradient is wanted
+
+
+def _read_logits(logits: Tensor, terms: _TokenTerms, kernel: NoiseKernel, with_gradient: bool) -> _Reading:
+    """One pass over the logits (M, N) of the tokens that have a loss, a second over those near t = 1.
+
+    With exp = exp(logit - top), total its sum and floor = u / alpha: p = exp / total and y = p / floor. As sum p = 1,
+
+        sum p rho(y) = 1 - floor sum log(1 + y),    sum p y/(1 + y) = 1 - floor sum y/(1 + y)
+
+    Where y is small throughout, these differences cancel: such rows are summed term by term.
+    """
+    floor, scored = _floor(terms, kernel, logits), terms.scale > 0
+    floor_column = floor.to(_work_dtype(logits))[:, None]
+    sums = torch.ones(logits.shape[0], 4, dtype=floor_column.dtype, device=logits.device)
+    for rows, exp, scratch in _row_blocks(logits, scored, kernel.absorbing_ids):
+        top = exp.amax(-1, keepdim=True)
+        total = _exp_below(exp, top).sum(-1, keepdim=True)
+        logs, shares = total, total
+        if kernel.mixing_ratio > 0:
+            y = exp.mul_((floor_column[rows] * total).reciprocal_())
+            logs, shares = _vocabulary_sums(y, scratch, with_gradient)
+        sums[rows] = torch.cat((top, total, logs, shares), -1)
+    top, total, logs, shares = sums.double().unbind(-1)
+    rho, share = 1 - floor * logs, 1 - floor * shares
+
+    faint = scored & (floor * max(64, logits.shape[-1] / 16) > 1)
+    for rows, exp, _ in _row_blocks(logits, faint, kernel.absorbing_ids):
+        y = _exp_below(exp, sums[rows, :1]) / (floor_column[rows] * sums[rows, 1:2])
+        rho[rows] = (exp * _rho(y)).sum(-1).double() / total[rows]
+        share[rows] = (exp * (y / (1 + y))).sum(-1).double() / total[rows]
+    log_p_0, log_p_z = (_log_p(logits, ids, top + total.log(), kernel) for ids in (terms.x_0, terms.z_t))
+    return _Reading(top, total, log_p_0, log_p_z.exp(), rho, share)
+
+
+def _vocabulary_sums(y: Tensor, scratch: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """sum log(1 + y) and sum y/(1 + y), (M, 1) each, of a block of even width; overwrites both buffers.
+
+    One logarithm, of a product, serves two tokens: y <= 1e18 keeps the product within float32.
+    """
+    f, half = torch.add(y, 1.0, out=scratch), y.shape[-1] // 2
+    shares = y.div_(f).sum(-1, keepdim=True) if with_gradient else y[:, :1]
+    logs = f[:, :half].mul_(f[:, half:]).log_().sum(-1, keepdim=True)
+    return logs, shares
+
+
+def _exp_below(logits: Tensor, top: Tensor, exact_zero: bool = False) -> Tensor:
+    """exp(logits - top) in place, no less than 1e-26, or 0 there.
+
+    Sums do not feel the difference. A CPU takes a hundred times as long for numbers that leave float32's normal range.
+    """
+    exp = logits.sub_(top).clamp_min_(-60.0).exp_()
+    return torch.threshold_(exp, 1e-26, 0.0) if exact_zero else exp
+
+
+def _log_p(logits: Tensor, ids: Tensor, log_total: Tensor, kernel: NoiseKernel) -> Tensor:
+    log_p = logits.gather(-1, ids[:, None]).squeeze(-1).double() - log_total
+    for token_id in kernel.absorbing_ids:
+        log_p[ids == token_id] = -torch.inf
+    return log_p
+
+
+@dataclass(frozen=True)
+class _GradientTerms(_PerToken):
+    """dloss/dlogit_e = factor exp (exp / (exp + t) - mean), but at z_t and x_0; exp = exp(logit - top)."""
+
+    top: Tensor  # this and the next three: (M, 1) in the working dtype
+    t: Tensor
+    mean: Tensor
+    factor: Tensor
+    z_t: Tensor  # this and the rest: (M,)
+    x_0: Tensor
+    at_z: Tensor  # the gradient at z_t, 0 if that is x_0; float64
+    at_0: Tensor
+    active: Tensor  # tokens that have a gradient, bool
+
+
+def _row_gradients(logits: Tensor, out: Tensor, terms: _GradientTerms, kernel: NoiseKernel, first: int = 0) -> None:
+    """Write the gradient of the logits (M, n) of tokens [first, first + n) to `out`, which may be `logits` itself.
+
+    Its entries at z_t and x_0 are for `_set_peaks`.
+    """
+    width = logits.shape[-1]
+    if not terms.active.all():
+        out[~terms.active] = 0.0
+    absorbing = [i - first for i in kernel.absorbing_ids if first <= i < first + width]
+    in_place = out.dtype == _work_dtype(out) and bool(terms.active.all())
+    for rows, exp, f in _row_blocks(logits, terms.active, absorbing, out if in_place else None):
+        _exp_below(exp, terms.top[rows], exact_zero=True)
+        if kernel.mixing_ratio > 0:
+            f = f[:, : exp.shape[-1]]
+            torch.div(exp, torch.add(exp, terms.t[rows], out=f), out=f)
+            exp.mul_(f.sub_(terms.mean[rows])).mul_(terms.factor[rows])
+        else:
+            exp.mul_((1 - terms.mean[rows]) * terms.factor[rows])
+        if not in_place:
+            out[rows] = exp[:, :width] if isinstance(rows, slice) else exp[:, :width].to(out.dtype)
+
+
+def _set_peaks(out: Tensor, terms: _GradientTerms, first: int = 0, to_zero: bool = False) -> None:
+    """Set the entries at z_t and x_0 of a gradient that `_row_gradients` wrote."""
+    for ids, value in ((terms.z_t, terms.at_z), (terms.x_0, terms.at_0)):
+        inside = ((ids >= first) & (ids < first + out.shape[-1])).nonzero().squeeze(-1)
+        # Not scatter_, which costs as much as a pass over `out` in bfloat16.
+        out[inside, ids[inside] - first] = 0.0 if to_zero else value[inside].to(out.dtype)
+
+
+def _add_peaks(grad_hidden: Tensor, weight: Tensor, terms: _GradientTerms) -> None:
+    """Add what the entries at z_t and x_0 contribute to the gradient of the hidden states, (M, D), float32 or wider."""
+    for ids, value in ((terms.z_t, terms.at_z), (terms.x_0, terms.at_0)):
+        grad_hidden.addcmul_(value[:, None].to(grad_hidden.dtype), weight[ids].to(grad_hidden.dtype))
+
+
+def _floor(terms: _TokenTerms, kernel: NoiseKernel, logits: Tensor) -> Tensor:
+    """u / alpha with u = beta k / N, (M,): f(p, e) = alpha (p_e + floor). Kept above 0, so that 0/0 cannot arise."""
+    u = (1 - terms.alpha) * (kernel.mixing_ratio / kernel.vocab_size)
+    return torch.where(u > 0, u / terms.alpha, 0.0).clamp_min(1e-100 if logits.dtype == torch.float64 else 1e-18)
+
+
+def _row_blocks(
+    logits: Tensor, active: Tensor, absorbing: Sequence[int], out: Tensor | None = None
+) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
+    """Yield (rows, block, scratch): the active rows, some at a time, as slice or indices, and two buffers.
+
+    `block` is a float32-or-wider copy of those rows with -inf in absorbing columns and in the one that makes the width
+    even; or these very rows of `out`, if given: then all must be active.
+    """
+    index = None if active.all() else active.nonzero().squeeze(-1)
+    count, width = logits.shape[0] if index is None else len(index), logits.shape[-1]
+    threads = torch.get_num_threads() if logits.device.type == "cpu" else 1
+    size = max(1, min(count, threads * _per_device(_BLOCK_ELEMENTS, logits) // width))
+    buffers = torch.empty(2, size, width + width % 2, dtype=_work_dtype(logits), device=logits.device)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        rows = slice(start, stop) if index is None else index[start:stop]
+        block, scratch = buffers[:, : stop - start]
+        block = block if out is None else out[rows]
+        if out is not logits:
+            block[:, :width] = logits[rows]
+        for column in (*absorbing, *range(width, block.shape[-1])):
+            block[:, column] = -torch.inf
+        yield rows, block, scratch
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The formula and its gradient
+
+
+@dataclass(frozen=True)
+class _TokenState:
+    """Both predictions at z_t and x_0, each (M,) float64."""
+
     log_p_0: Tensor
     f_x_z: Tensor  # f(x, z)
-    f_p_z: Tensor  # f(p, z), 1 where the token has no loss
+    f_p_z: Tensor  # f(p, z)
     f_p_0: Tensor  # f(p, x_0)
     w: Tensor
 
 
-def _row_state(logits: Tensor, terms: _TokenTerms, kernel: NoiseKernel) -> _RowState:
-    """Read one block of logits, (M, N). `logits` is overwritten when it is float32 or float64 already."""
-    for token_id in kernel.absorbing_ids:
-        logits[:, token_id] = -torch.inf
-    top = logits.amax(-1, keepdim=True)
-    log_0 = (logits.gather(-1, terms.x_0[:, None]) - top).squeeze(-1).double()
-    log_z = (logits.gather(-1, terms.z_t[:, None]) - top).squeeze(-1).double()
-    exp = logits.sub_(top).exp_()
-    total = exp.sum(-1).double()
-    log_p_0 = log_0 - total.log()
-    p_z = log_z.exp() / total
-
-    has_loss = terms.scale > 0
+def _token_state(reading: _Reading, terms: _TokenTerms) -> _TokenState:
     x_z = (terms.z_t == terms.x_0).double()
-    f_x_z = torch.where(has_loss, _f(terms.alpha, x_z, terms.r_z), 1.0)
-    f_p_z = torch.where(has_loss, _f(terms.alpha, p_z, terms.r_z), 1.0)
-    f_p_0 = _f(terms.alpha, log_p_0.exp(), terms.r_0)
-    w = torch.where(x_z == p_z, 0.0, (x_z - p_z) / f_p_z)
-    return _RowState(exp, total, p_z, log_p_0, f_x_z, f_p_z, f_p_0, w)
+    f_x_z, f_p_z = _f(terms.alpha, x_z, terms.r_z), _f(terms.alpha, reading.p_z, terms.r_z)
+    f_p_0 = _f(terms.alpha, reading.log_p_0.exp(), terms.r_0)
+    w = torch.where(x_z == reading.p_z, 0.0, (x_z - reading.p_z) / f_p_z)
+    return _TokenState(reading.log_p_0, f_x_z, f_p_z, f_p_0, w)
 
 
-def _row_losses(state: _RowState, terms: _TokenTerms, kernel: NoiseKernel, buffer: Tensor) -> Tensor:
-    """Losses of one block, (M,) float64; `buffer` is (M, N) scratch."""
+def _losses(reading: _Reading, terms: _TokenTerms) -> Tensor:
+    """Losses, (M,) float64."""
+    state = _token_state(reading, terms)
     u_0 = (1 - terms.alpha) * terms.r_0
     # log f(x,x_0)/f(p,x_0) = log1p(alpha (1 - p_0) / f(p,x_0)); at u_0 = 0 it is -log p_0, also where p_0 underflows.
     gain = terms.alpha * -torch.expm1(state.log_p_0) / torch.where(u_0 > 0, state.f_p_0, 1.0)
     ratio = torch.where(u_0 > 0, torch.log1p(gain), -state.log_p_0)
     peak = _rho(torch.where(u_0 > 0, terms.alpha / u_0, torch.inf))
-    entropy_gap = _vocabulary_sum(state, terms, kernel, buffer) - peak
+    braces = _stay_gap(state, terms) + ratio + reading.rho - peak
     # A token that cannot change (r(z) = 0: unmasked at k = 0) has no loss, whatever its probability.
-    return torch.where(terms.scale > 0, terms.scale * (_stay_gap(state, terms) + ratio + entropy_gap), 0.0)
+    return torch.where(terms.scale > 0, terms.scale * braces, 0.0)
 
 
-def _stay_gap(state: _RowState, terms: _TokenTerms) -> Tensor:
+def _stay_gap(state: _TokenState, terms: _TokenTerms) -> Tensor:
     """T = w [rho(alpha w) - rho(B alpha w)], (M,): what p gets wrong about staying at z."""
     y, step_y = terms.alpha * state.w, terms.step * terms.alpha * state.w
     # 1 + alpha w = f(x,z)/f(p,z); formed from w it would cancel where p is sure of a wrong z. At s = 0 it is 1/p_0 for
@@ -290,69 +455,34 @@ def _stay_gap(state: _RowState, terms: _TokenTerms) -> Tensor:
     return torch.where(((y < -0.5) & (terms.step > 0.5)) | (step_y > 1), other, gap)
 
 
-def _amplification(terms: _TokenTerms, kernel: NoiseKernel) -> Tensor:
-    """alpha / u with u = beta k / N, (M,), capped so that 0 * inf cannot arise in float32."""
-    u = (1 - terms.alpha) * (kernel.mixing_ratio / kernel.vocab_size)
-    return (terms.alpha / u).clamp_max(1e30)
-
-
-def _vocabulary_sum(state: _RowState, terms: _TokenTerms, kernel: NoiseKernel, buffer: Tensor) -> Tensor:
-    """sum_{e not special} p_e rho(alpha p_e / u), (M,) float64; 1 at u = 0."""
-    if kernel.mixing_ratio == 0:
-        return torch.ones_like(state.total)
-    a = _amplification(terms, kernel)
-    torch.mul(state.exp, _column(a / state.total, state.exp), out=buffer)
-    # sum p - sum log1p(a p)/a, where sum p = 1 by construction: `total` is the very sum of `exp`.
-    plain = 1 - buffer.log1p_().sum(-1).double() / a
-    near_zero = a < _SERIES_BELOW
-    if not near_zero.any():
-        return plain
-    torch.mul(state.exp, _column(a / state.total, state.exp), out=buffer)
-    series = (_rho_series(buffer.clamp_(max=_SERIES_BELOW)) * state.exp).sum(-1).double() / state.total
-    return torch.where(near_zero, series, plain)
-
-
-def _row_gradients(
-    state: _RowState, terms: _TokenTerms, kernel: NoiseKernel, row_weights: Tensor, buffer: Tensor
-) -> Tensor:
-    """d(sum of row_weights * loss)/d logits of one block, (M, N); overwrites `state.exp` and returns it.
+def _gradient_terms(
+    reading: _Reading, terms: _TokenTerms, kernel: NoiseKernel, token_weights: Tensor, logits: Tensor
+) -> _GradientTerms:
+    """Gradient of the sum of token_weights * loss in the logits, but for the pass over the vocabulary.
 
         dloss/dp_e     = scale { y_e/(1 + y_e) + [e = z] S_z + [e = x_0] S_0 },  y_e = alpha p_e / u
         dloss/dlogit_e = p_e (dloss/dp_e - sum_j p_j dloss/dp_j)
 
     up to a constant in the first line, which the second removes. S_0 = -alpha/f(p, x_0), and S_z is dT/dp_z of
-    T = w [rho(alpha w) - rho(B alpha w)].
+    T = w [rho(alpha w) - rho(B alpha w)]. At z and x_0 the second line is taken in float64.
     """
-    p = state.exp.mul_(_column(1 / state.total, state.exp))
-    if kernel.mixing_ratio == 0:
-        buffer.fill_(1.0)
-        mean = torch.ones_like(state.total)
-    else:
-        torch.mul(p, _column(_amplification(terms, kernel), p), out=buffer)
-        buffer.div_(1 + buffer)
-        mean = torch.linalg.vecdot(buffer, p).double()
-
+    state, floor = _token_state(reading, terms), _floor(terms, kernel, logits)
     s_z = -terms.alpha * state.w * terms.stay / (terms.stay * state.f_p_z + terms.step)
-    p_s_z = torch.where(state.p_z > 0, state.p_z * s_z, 0.0)
+    p_s_z = torch.where(reading.p_z > 0, reading.p_z * s_z, 0.0)
     # alpha p_0 / f(p, x_0) tends to 1, not 0/0, where u_0 = 0 and p_0 underflows.
-    u_0 = (1 - terms.alpha) * terms.r_0
-    p_0 = state.log_p_0.exp()
+    u_0, p_0 = (1 - terms.alpha) * terms.r_0, state.log_p_0.exp()
     p_s_0 = -torch.where(u_0 > 0, terms.alpha * p_0 / torch.where(u_0 > 0, state.f_p_0, 1.0), 1.0)
-    mean = mean + p_s_z + p_s_0
+    mean = reading.share + p_s_z + p_s_0
 
-    gradient = buffer.sub_(_column(mean, p)).mul_(p)
-    gradient.scatter_add_(-1, terms.z_t[:, None], _column(p_s_z, p))
-    gradient.scatter_add_(-1, terms.x_0[:, None], _column(p_s_0, p))
-    scale = torch.where(terms.scale > 0, terms.scale * row_weights, 0.0)
-    gradient.mul_(_column(scale, p))
-    gradient.masked_fill_(_column(scale, p) == 0, 0.0)
-    for token_id in kernel.absorbing_ids:
-        gradient[:, token_id] = 0.0
-    return gradient
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.dtype)[:, None]
+    same = terms.z_t == terms.x_0
+    at_z = reading.p_z * (reading.p_z / (reading.p_z + floor) - mean) + p_s_z
+    at_0 = p_0 * (p_0 / (p_0 + floor) - mean) + p_s_0 + torch.where(same, p_s_z, 0.0)
+    weight = torch.where(terms.scale > 0, terms.scale * token_weights, 0.0)
+    active = weight != 0
+    columns = (reading.top, floor * reading.total, mean, weight / reading.total)
+    columns = (column.to(_work_dtype(logits))[:, None] for column in columns)
+    at_z, at_0 = torch.where(active & ~same, weight * at_z, 0.0), torch.where(active, weight * at_0, 0.0)
+    return _GradientTerms(*columns, terms.z_t, terms.x_0, at_z, at_0, active)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -360,86 +490,137 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _dense_loss(logits: Tensor, terms: _TokenTerms, kernel: NoiseKernel) -> Tensor:
-    per_token = _DiffusionLoss.apply(logits.reshape(-1, logits.shape[-1]), terms, kernel)
+    with_gradient = torch.is_grad_enabled() and logits.requires_grad
+    per_token = _DiffusionLoss.apply(logits.reshape(-1, logits.shape[-1]), terms, kernel, with_gradient)
     return per_token.reshape(logits.shape[:-1])
 
 
 class _DiffusionLoss(torch.autograd.Function):
-    """Losses (M,) of logits (M, N). Saves the logits alone; the backward pass reads them again, block by block."""
+    """Losses (M,) of logits (M, N). Keeps the logits and six numbers a token; the backward pass reads them again."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, terms: _TokenTerms, kernel: NoiseKernel) -> Tensor:
+    def forward(ctx, logits: Tensor, terms: _TokenTerms, kernel: NoiseKernel, with_gradient: bool) -> Tensor:
+        reading = _read_logits(logits, terms, kernel, with_gradient)
         ctx.save_for_backward(logits)
-        ctx.terms, ctx.kernel = terms, kernel
-        losses = torch.empty(logits.shape[0], dtype=torch.float64, device=logits.device)
-        for start, stop, block, buffer in _row_blocks(logits):
-            rows = terms.rows(start, stop)
-            losses[start:stop] = _row_losses(_row_state(block, rows, kernel), rows, kernel, buffer)
-        return losses.to(_work_dtype(logits))
+        ctx.reading, ctx.terms, ctx.kernel = reading, terms, kernel
+        return _losses(reading, terms).to(_work_dtype(logits))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses: Tensor):
         (logits,) = ctx.saved_tensors
+        terms = _gradient_terms(ctx.reading, ctx.terms, ctx.kernel, grad_losses.double(), logits)
         gradient = torch.empty_like(logits)
-        for start, stop, block, buffer in _row_blocks(logits):
-            rows = ctx.terms.rows(start, stop)
-            state = _row_state(block, rows, ctx.kernel)
-            gradient[start:stop] = _row_gradients(
-                state, rows, ctx.kernel, grad_losses[start:stop].double(), buffer
-            )
-        return gradient, None, None
+        _row_gradients(logits, gradient, terms, ctx.kernel)
+        _set_peaks(gradient, terms)
+        return gradient, None, None, None
 
 
 class _FusedLinearLoss(torch.autograd.Function):
-    """Weighted sum and losses of hidden (B, L, D) through the head (N, D); gradients are made in the forward pass."""
+    """Weighted sum and losses (M,) of hidden (M, D) through the head (N, D)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, terms: _TokenTerms, token_weights: Tensor, kernel: NoiseKernel, chunk_size: int):
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        grad_hidden = torch.empty_like(flat) if need_hidden else None
-        # Summed over chunks in float32: in bfloat16 the small late contributions would vanish.
-        grad_weight = torch.zeros_like(weight, dtype=_work_dtype(weight)) if need_weight else None
-        losses = torch.empty(flat.shape[0], dtype=torch.float64, device=hidden.device)
-        for start in range(0, flat.shape[0], chunk_size):
-            stop = min(start + chunk_size, flat.shape[0])
-            tokens = flat[start:stop]
-            logits = tokens @ weight.T
-            for first, last, block, buffer in _row_blocks(logits):
-                rows = terms.rows(start + first, start + last)
-                state = _row_state(block, rows, kernel)
-                losses[start + first : start + last] = _row_losses(state, rows, kernel, buffer)
-                if need_hidden or need_weight:
-                    row_weights = token_weights[start + first : start + last]
-                    # The block's logits have been read for the last time: their gradient takes their place.
-                    logits[first:last] = _row_gradients(state, rows, kernel, row_weights, buffer)
-            if need_hidden:
-                grad_hidden[start:stop] = logits @ weight
-            if need_weight:
-                grad_weight += logits.T @ tokens
-        ctx.grad_hidden = grad_hidden.reshape(hidden.shape) if need_hidden else None
-        ctx.grad_weight = grad_weight.to(weight.dtype) if need_weight else None
-        per_token = losses.to(_work_dtype(hidden))
+    def forward(ctx, hidden, weight, terms, token_weights, kernel, chunk_size, with_gradient):
+        # Chunks may add up their shares of a gradient that is float32 or wider, and need not where none is added up.
+        full_precision = weight.dtype in (torch.float32, torch.float64)
+        ctx.by_chunks = full_precision or (weight.dtype == torch.bfloat16 and not ctx.needs_input_grad[1])
+        ctx.save_for_backward(hidden, weight)
+        ctx.dtype = hidden.dtype
+        ctx.context = terms, token_weights, kernel, chunk_size
+        needed = ctx.needs_input_grad[:2] if with_gradient and ctx.by_chunks else (False, False)
+        ctx.reading, *ctx.gradients = _by_chunks(hidden, weight, needed, with_gradient, *ctx.context)
+        losses = _losses(ctx.reading, terms)
+        total, per_token = (token_weights * losses).sum().to(_work_dtype(hidden)), losses.to(_work_dtype(hidden))
         ctx.mark_non_differentiable(per_token)
-        return (token_weights * losses).sum().to(_work_dtype(hidden)), per_token
+        return total, per_token
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total: Tensor, _):
-        scaled = (None if g is None else g * grad_total.to(g.dtype) for g in (ctx.grad_hidden, ctx.grad_weight))
-        return (*scaled, None, None, None, None)
+        needed = ctx.needs_input_grad[:2]
+        if ctx.by_chunks:
+            # Handed over and not copied, being as large as the head: a second backward pass makes them anew.
+            gradients, ctx.gradients = ctx.gradients, None
+            if gradients is None:
+                _, *gradients = _by_chunks(*ctx.saved_tensors, needed, True, *ctx.context)
+            gradients = [gradient if gradient is None else gradient.mul_(grad_total) for gradient in gradients]
+        else:
+            gradients = _by_slices(*ctx.saved_tensors, needed, grad_total, ctx.reading, *ctx.context)
+        return (*(gradient if gradient is None else gradient.to(ctx.dtype) for gradient in gradients), *5 * [None])
 
 
-def _row_blocks(logits: Tensor):
-    """Yield (start, stop, block, buffer): a float32-or-wider scratch copy of rows [start, stop) and scratch like it."""
-    rows = max(1, math.ceil(_per_device(_BLOCK_ELEMENTS, logits) / logits.shape[-1]))
-    rows = max(1, min(rows, logits.shape[0]))
-    scratch = torch.empty(2, rows, logits.shape[-1], dtype=_work_dtype(logits), device=logits.device)
-    for start in range(0, logits.shape[0], rows):
-        stop = min(start + rows, logits.shape[0])
-        block, buffer = scratch[:, : stop - start]
-        yield start, stop, block.copy_(logits[start:stop]), buffer
+def _by_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    needed: tuple[bool, bool],
+    with_gradient: bool,
+    terms: _TokenTerms,
+    token_weights: Tensor,
+    kernel: NoiseKernel,
+    chunk_size: int,
+) -> tuple[_Reading, Tensor | None, Tensor | None]:
+    """Reading of the logits hidden @ weight.T, and the gradients needed, from the logits of some tokens at a time."""
+    tokens = hidden.shape[0]
+    size = math.ceil(tokens / max(1, math.ceil(tokens / chunk_size)))  # no small chunk is left over
+    grad_hidden = torch.empty_like(hidden, dtype=_work_dtype(hidden)) if needed[0] else None
+    grad_weight = torch.empty_like(weight) if needed[1] else None
+    buffer, readings = hidden.new_empty(size, weight.shape[0]), []
+    for start in range(0, max(1, tokens), max(1, size)):
+        rows = slice(start, start + size)
+        chunk, chunk_terms = hidden[rows], terms.rows(rows)
+        logits = torch.mm(chunk, weight.T, out=buffer[: chunk.shape[0]])
+        readings.append(_read_logits(logits, chunk_terms, kernel, with_gradient))
+        if any(needed):
+            gradient_terms = _gradient_terms(readings[-1], chunk_terms, kernel, token_weights[rows], logits)
+            _row_gradients(logits, logits, gradient_terms, kernel)
+        if grad_hidden is not None:
+            _set_peaks(logits, gradient_terms, to_zero=True)
+            grad_hidden[rows] = torch.mm(logits, weight)
+            _add_peaks(grad_hidden[rows], weight, gradient_terms)
+        if grad_weight is not None:
+            _set_peaks(logits, gradient_terms)
+            grad_weight.addmm_(logits.T, chunk, beta=int(start > 0))
+    return _Reading.joined(readings), grad_hidden, grad_weight
+
+
+def _by_slices(
+    hidden: Tensor,
+    weight: Tensor,
+    needed: tuple[bool, bool],
+    grad_total: Tensor,
+    reading: _Reading,
+    terms: _TokenTerms,
+    token_weights: Tensor,
+    kernel: NoiseKernel,
+    chunk_size: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients, from the logits of a slice of the vocabulary at a time."""
+    gradient_terms = _gradient_terms(reading, terms, kernel, token_weights * grad_total.double(), hidden)
+    grad_hidden = torch.zeros_like(hidden, dtype=_work_dtype(hidden)) if needed[0] else None
+    grad_weight = torch.empty_like(weight) if needed[1] else None
+    # An eighth of a chunk, as it stands beside the gradient of the weight; products like multiples of 64.
+    width = 64 * math.ceil(chunk_size * weight.shape[0] / (8 * 64 * max(1, hidden.shape[0])))
+    buffer = hidden.new_empty(min(width, weight.shape[0]) * hidden.shape[0])
+    for first in range(0, weight.shape[0], width):
+        part = weight[first : first + width]
+        logits = buffer[: hidden.shape[0] * part.shape[0]].view(hidden.shape[0], part.shape[0])
+        torch.mm(hidden, part.T, out=logits)
+        _row_gradients(logits, logits, gradient_terms, kernel, first)
+        if grad_hidden is not None:
+            _set_peaks(logits, gradient_terms, first, to_zero=True)
+            grad_hidden += torch.mm(logits, part)
+        if grad_weight is not None:
+            _set_peaks(logits, gradient_terms, first)
+            torch.mm(logits.T, hidden, out=grad_weight[first : first + width])
+    if grad_hidden is not None:
+        _add_peaks(grad_hidden, weight, gradient_terms)
+    return grad_hidden, grad_weight
+
+
+def _as_autocast_would(x: Tensor) -> Tensor:
+    device = x.device.type
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if casts else x
 
 
 def _work_dtype(x: Tensor) -> torch.dtype:
