@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -441,3 +442,12 @@ def test_a_processor_that_excludes_everything_is_named():
 def test_unknown_option_in_the_config_class():
     with pytest.raises(ValueError, match=r"no option num_beams=4\."):
         XDLMGenerationConfig(num_beams=4)
+
+
+def test_adapters_saved_as_causal_ones_load_and_generate(tmp_path):
+    # Other LLaDA tools save LoRA adapters with peft's task type CAUSAL_LM.
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=r".*blocks\.\d+\.(q_proj|ff_out)")
+    peft.get_peft_model(small_model(), lora).save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(small_model(), tmp_path)
+    assert loaded.generate(input_ids=torch.tensor([[1, 2]]), steps=2, max_new_tokens=4).shape == (1, 6)
+    assert loaded(input_ids=torch.tensor([[1, 2]]), attention_mask=torch.ones(1, 2)).logits.shape == (1, 2, 24)

@@ -331,7 +331,8 @@ class XDLMGenerationMixin:
             input_ids = input_ids.long()  # tokenizers answer an empty text with an empty float tensor
         if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.shape[0] == 0:
             raise ValueError(
-                f"input_ids must be integers of shape (B, P) with B >= 1, got {tuple(input_ids.shape)} {input_ids.dtype}."
+                f"input_ids must be integers of shape (B, P) with B >= 1, got {tuple(input_ids.shape)} "
+                f"{input_ids.dtype}."
             )
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if attention_mask.shape != input_ids.shape:
@@ -370,6 +371,10 @@ class XDLMGenerationMixin:
             remasking=options.remasking or "low_confidence",
             **common,
         )
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """The arguments as they are. Not used here; peft looks it up to load adapters saved as causal ones."""
+        return {"input_ids": input_ids, **kwargs}
 
     def adjust_generation_fn(
         self,
