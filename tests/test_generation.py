@@ -451,3 +451,16 @@ def test_adapters_saved_as_causal_ones_load_and_generate(tmp_path):
     loaded = peft.PeftModel.from_pretrained(small_model(), tmp_path)
     assert loaded.generate(input_ids=torch.tensor([[1, 2]]), steps=2, max_new_tokens=4).shape == (1, 6)
     assert loaded(input_ids=torch.tensor([[1, 2]]), attention_mask=torch.ones(1, 2)).logits.shape == (1, 2, 24)
+
+
+def test_stored_options_give_way_to_the_sampler_the_call_chooses():
+    model = small_model()
+    stored = {"block_length": 4, "remasking": "random", "top_k": 3, "temperature": 0.5, "seed": 1}
+    model.generation_config = XDLMGenerationConfig(steps=4, max_new_tokens=8, **stored)
+    assert model.generate(sampler="ancestral").shape == (1, 8)
+    assert model.generate(temperature=0.0).shape == (1, 8)
+    assert model.generate(generator=torch.Generator()).shape == (1, 8)
+    with pytest.raises(ValueError, match="sampler='ancestral' has no option block_length=2"):
+        model.generate(sampler="ancestral", block_length=2)
+    with pytest.raises(ValueError, match="top_k=2.*temperature=0 draws nothing"):
+        model.generate(temperature=0.0, top_k=2)

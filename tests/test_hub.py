@@ -240,3 +240,11 @@ def test_failure_leaves_nothing(model, tmp_path, monkeypatch):
         export_for_hub(model, tmp_path / "out", tokenizer)
     assert list(tmp_path.iterdir()) == []
     assert LLaDAForDiffusionLM._auto_class is None and LLaDAConfig._auto_class is None
+
+
+def test_export_to_the_working_folder_and_after_a_broken_one(tmp_path, monkeypatch):
+    model = LLaDAForDiffusionLM.from_pretrained(FIXTURE)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert (export_for_hub(model, ".") / "README.md").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]

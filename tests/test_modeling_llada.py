@@ -484,3 +484,18 @@ def test_folder_without_weights_is_refused(checkpoint):
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(OSError, match="model.safetensors"):
         AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_resizing_keeps_the_mask_row():
+    model = LLaDAForDiffusionLM.from_pretrained(FIXTURE)
+    with pytest.raises(ValueError, match="500 rows would cut off mask_token_id=510; keep at least 511"):
+        model.resize_token_embeddings(500)
+
+
+def test_a_tied_config_with_two_different_matrices_is_refused(tmp_path):
+    model = LLaDAForDiffusionLM.from_pretrained(FIXTURE)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"weight_tying": True}))
+    with pytest.raises(ValueError, match="weight_tying is true.*set weight_tying to false"):
+        LLaDAForDiffusionLM.from_pretrained(tmp_path)

@@ -9,7 +9,7 @@ Shapes: B batch, T whole length (prompt and answer), N rows of the output layer.
 import copy
 import math
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -120,6 +120,8 @@ class XDLMGenerationConfig(GenerationConfig):
         check_positive(**{name: value for name, value in counts.items() if value is not None})
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("remasking", self.remasking, REMASKING)
+        if self.seed is not None and not isinstance(self.seed, Integral):
+            raise ValueError(f"seed={self.seed!r} must be an integer.")
         for name in ("mixing_ratio", "temperature", "top_p", "cfg_scale"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
@@ -242,7 +244,7 @@ class XDLMGenerationMixin:
             ValueError: For an unknown or unfit option, or inputs that do not fit; names the value and the remedy.
         """
         # 1.
-        options = self._resolve_options(generation_config, kwargs)
+        options = self._resolve_options(generation_config, kwargs, generator)
         generator = _make_generator(generator, options.seed)
         input_ids, attention_mask = self._prepare_prompt(input_ids, attention_mask, options)
         # 2.
@@ -275,7 +277,12 @@ class XDLMGenerationMixin:
             history=None if history is None else tuple(history),
         )
 
-    def _resolve_options(self, given: XDLMGenerationConfig | None, kwargs: dict[str, Any]) -> XDLMGenerationConfig:
+    def _resolve_options(
+        self,
+        given: XDLMGenerationConfig | None,
+        kwargs: dict[str, Any],
+        generator: torch.Generator | None = None,
+    ) -> XDLMGenerationConfig:
         """Call keywords over the config given, over the model's, over the defaults; then checked."""
         unknown = {name: value for name, value in kwargs.items() if name not in XDLMGenerationConfig.OPTIONS}
         if unknown:
@@ -289,6 +296,10 @@ class XDLMGenerationMixin:
             stored = (getattr(layer, name, None) for layer in (given, self.generation_config))
             values = [kwargs.get(name), *stored, defaults.get(name)]
             setattr(options, name, next((copy.copy(value) for value in values if value is not None), None))
+        # What the checkpoint stores gives way where the call chose what it does not fit; None cannot unset it.
+        for name in _without_effect(options, generator):
+            if kwargs.get(name) is None and getattr(given, name, None) is None:
+                setattr(options, name, None)
         options.validate()
         if options.steps is None:
             options.steps = options.max_new_tokens
@@ -424,7 +435,8 @@ class _Network:
         options: XDLMGenerationConfig,
         processors: LogitsProcessorList | None,
     ):
-        self.model, self.options, self.processors = model, options, processors
+        self.model, self.options = model, options
+        self.processors = LogitsProcessorList(processors) if processors else None
         self.num_forward_passes = 0
         self.prompt = torch.nn.functional.pad(attention_mask.bool(), (0, options.max_new_tokens), value=False)
         self.inputs: dict[str, Tensor] = {}
@@ -448,7 +460,7 @@ class _Network:
         if self.options.cfg_scale:
             unconditional = self._forward(torch.where(self.prompt, self.options.mask_token_id, ids), positions)
             logits = unconditional + (self.options.cfg_scale + 1) * (logits - unconditional)
-        if self.processors:
+        if self.processors is not None:
             if positions.dtype == torch.bool:
                 rows = ids[positions.nonzero()[:, 0]]
             else:
@@ -468,7 +480,8 @@ class _Finished:
     """Which rows have met a stopping criterion, and what becomes of the text after their end."""
 
     def __init__(self, options: XDLMGenerationConfig, criteria: StoppingCriteriaList | None, prompt_length: int):
-        self.options, self.criteria, self.prompt_length = options, criteria, prompt_length
+        self.options, self.prompt_length = options, prompt_length
+        self.criteria = StoppingCriteriaList(criteria) if criteria else None
         self.ends: Tensor | None = None  # (B,) column after which a row is padding
         if criteria and options.pad_token_id is None:
             raise ValueError("stopping_criteria need a pad_token_id for what follows the end of a row; pass one.")
@@ -502,7 +515,17 @@ def _make_generator(generator: torch.Generator | None, seed: int | None) -> torc
     if generator is not None:
         raise ValueError(f"pass either seed={seed} or a generator, not both.")
     # On the CPU whatever the model's device: only (B, T) numbers are drawn, and one seed gives one text everywhere.
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(int(seed))
+
+
+def _without_effect(options: XDLMGenerationConfig, generator: torch.Generator | None) -> tuple[str, ...]:
+    """Options that contradict the sampler, the temperature or the generator chosen."""
+    contradicting: tuple[str, ...] = ()
+    if options.sampler == "ancestral":
+        contradicting += _CONFIDENCE_ONLY
+    elif not options.temperature:
+        contradicting += ("top_k", "top_p")
+    return contradicting + (("seed",) if generator is not None else ())
 
 
 def _make_warp(options: XDLMGenerationConfig):

@@ -1,6 +1,6 @@
 """Export of a model for the Hub: weights, code files that load without this package, tokenizer and model card."""
 
-import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +45,7 @@ def export_for_hub(
         ValueError: If the folder is not empty, the model is no LLaDAForDiffusionLM or carries an adapter, the config
             is invalid, or the tokenizer does not fit the model.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder; export to a new one.")
     _validate_model(model)
@@ -55,17 +55,15 @@ def export_for_hub(
     card = model_card(
         model, tokenizer, name=repo_id or folder.name, base_model=base_model, license=license, notes=notes
     )
-    partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as partial:
+        whole = Path(partial) / folder.name
         with _saved_as_code(model):
-            model.save_pretrained(partial)
+            model.save_pretrained(whole)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            tokenizer.save_pretrained(whole)
+        (whole / "README.md").write_text(card, encoding="utf-8")
+        whole.rename(folder)
     return folder
 
 
@@ -79,7 +77,8 @@ def model_card(
     notes: str = "",
 ) -> str:
     """README.md of an export: base, k, schedule, special tokens, sizes, how to generate. See [`export_for_hub`]."""
-    header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    # No pipeline_tag: Transformers' text-generation pipeline is for models that write from left to right.
+    header = ["---", "library_name: transformers"]
     header += ["tags:", "- diffusion-language-model", "- xdlm", "- llada"]
     header += [f"base_model: {base_model}"] if base_model else []
     header += [f"license: {license}"] if license else []

@@ -238,6 +238,12 @@ class LLaDAPreTrainedModel(PreTrainedModel):
             ) from error
         mismatched = set() if ignore_mismatched_sizes else info["mismatched_keys"]
         _refuse_foreign_tensors(source, info["missing_keys"], info["unexpected_keys"], mismatched)
+        head, wte = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is not None and model.config.weight_tying and head.weight is not wte.weight:
+            raise ValueError(
+                f"{source}: weight_tying is true, but the file holds an output layer that differs from the embedding; "
+                "set weight_tying to false in config.json to keep both."
+            )
         return (model, info) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -247,7 +253,14 @@ class LLaDAPreTrainedModel(PreTrainedModel):
         self.base_model.transformer.wte = value
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Transformers' method; the format's second size field, `embedding_size`, follows."""
+        """Transformers' method; the format's second size field, `embedding_size`, follows.
+
+        Raises:
+            ValueError: If the rows kept would not hold the mask token.
+        """
+        rows, mask = kwargs.get("new_num_tokens", args[0] if args else None), self.config.mask_token_id
+        if rows is not None and mask is not None and rows <= mask:
+            raise ValueError(f"{rows} rows would cut off mask_token_id={mask}; keep at least {mask + 1}.")
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.config.embedding_size = self.config.vocab_size
         return embeddings
