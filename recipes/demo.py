@@ -116,7 +116,8 @@ def train(config: str, model: Path, output: Path, steps_scale: float) -> None:
     command += [str(Path(__file__).with_name("llada_cpt.py")), "--config", str(CONFIGS / config)]
     command += ["--model_name_or_path", str(model), "--output_dir", str(output)]
     command += ["--max_steps", str(max(2, round(steps * steps_scale)))]
-    run(command, OMP_NUM_THREADS=str(os.cpu_count()))
+    # Waiting threads sleep: spinning ones would stall training tenfold on a machine that others use too.
+    run(command, OMP_NUM_THREADS=str(os.cpu_count()), OMP_WAIT_POLICY="PASSIVE")
 
 
 def run(command: list[str], **environment: str) -> None:

@@ -382,6 +382,8 @@ def test_a_checkpoints_autoregressive_options_are_dropped_and_said(tmp_path, cap
         ({"cfg_scale": float("nan")}, r"cfg_scale=nan must be a finite number"),
         ({"mask_token_id": -1}, r"mask_token_id holds token id -1, outside \[0, 24\)"),
         ({"pad_token_id": 24}, r"pad_token_id holds token id 24"),
+        ({"pad_token_id": 20}, r"pad_token_id=20 is the mask token"),
+        ({"seed": 1.5}, r"seed=1.5 must be an integer"),
         ({"suppress_tokens": [i for i in range(24) if i != 20]}, r"leaves none of the 24 tokens"),
         ({"input_ids": [[1, 2]]}, r"must be tensors: tokenize with return_tensors='pt'"),
         ({"input_ids": torch.empty(0, 2, dtype=torch.long)}, r"of shape \(B, P\) with B >= 1, got \(0, 2\)"),

@@ -322,6 +322,8 @@ class XDLMGenerationMixin:
         for name in ("mask_token_id", "pad_token_id"):
             if getattr(options, name) is not None:
                 validate_ids(name, torch.tensor([getattr(options, name)]), rows)
+        if options.pad_token_id is not None and options.pad_token_id == options.mask_token_id:
+            raise ValueError(f"pad_token_id={options.pad_token_id} is the mask token, which no answer may hold.")
         if options.suppress_tokens:
             validate_ids("suppress_tokens", torch.tensor(options.suppress_tokens), rows)
             if len({options.mask_token_id, *options.suppress_tokens} - {None}) == rows:
