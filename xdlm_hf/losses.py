@@ -35,7 +35,7 @@ from .posterior import check_shapes, check_step
 # Below this rho takes its series: 1 - log1p(y)/y has lost half its digits there.
 _SERIES_BELOW = 1e-2
 # Elements of one row block, for each CPU thread: two float32 buffers of that size stay in cache, or fill a GPU.
-_BLOCK_ELEMENTS = {"cpu": 2**17, "other": 2**26}
+_BLOCK_ELEMENTS = {"cpu": 2**18, "other": 2**26}
 # Tokens whose logits the fused loss holds at a time.
 _CHUNK_TOKENS = {"cpu": 192, "other": 1024}
 
