@@ -984,3 +984,9 @@ def test_fused_refuses_what_does_not_fit():
         fused_linear_diffusion_loss(hidden, weight, *args, chunk_size=0)
     with pytest.raises(ValueError, match=r"hidden of shape \(4, 4, 4\) must be \(B, L, D\)"):
         fused_linear_diffusion_loss(hidden[:, 1:], weight, *args)
+
+
+def test_a_slope_that_is_no_number_is_refused():
+    ids, kernel = torch.ones(1, 2, dtype=torch.long), NoiseKernel(4, 0.1, 0)
+    with pytest.raises(ValueError, match="d_alpha_t holds nan; a signal rate falls"):
+        diffusion_loss(torch.randn(1, 2, 4), ids, ids, torch.tensor([0.5]), torch.tensor([torch.nan]), kernel)

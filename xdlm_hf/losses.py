@@ -204,8 +204,9 @@ def _limit_terms(x_0: Tensor, z_t: Tensor, alpha_t: Tensor, d_alpha_t: Tensor, k
     validate_ids("z_t", z_t, kernel.vocab_size)
     alpha_t, d_alpha_t = as_column(alpha_t, z_t).double(), as_column(d_alpha_t, z_t).double()
     validate_rates(alpha_t=alpha_t)
-    if (d_alpha_t > 0).any():
-        raise ValueError(f"d_alpha_t holds {d_alpha_t.max().item():g}; a signal rate falls with t, so alpha'_t <= 0.")
+    rising = ~(d_alpha_t <= 0)  # so that NaN is refused too
+    if rising.any():
+        raise ValueError(f"d_alpha_t holds {d_alpha_t[rising][0].item():g}; a signal rate falls: alpha'_t <= 0.")
     r_z = kernel._rate(z_t, torch.float64)
     f_t = _f(alpha_t, (z_t == x_0).double(), r_z)
     weight = torch.where(r_z > 0, r_z / f_t, 0.0)
