@@ -106,9 +106,8 @@ def test_nothing_of_the_vocabularys_size_waits_for_the_backward_pass_in_half_pre
 def tensors_in(value):
     if isinstance(value, torch.Tensor):
         return [value]
-    if isinstance(value, (tuple, list)):
-        return [t for item in value for t in tensors_in(item)]
-    return [t for t in getattr(value, "__dict__", {}).values() if isinstance(t, torch.Tensor)]
+    items = value if isinstance(value, (tuple, list)) else getattr(value, "__dict__", {}).values()
+    return [t for item in items for t in tensors_in(item)]
 
 
 # --- k = 0 ----------------------------------------------------------------------------------------------------
@@ -205,11 +204,10 @@ def test_slices_equal_autograd():
         token_weights[0, 1] = 0.0
         h, w = leaves(hidden, weight)
         expected = torch.autograd.grad(-3 * plain(h, w, args, token_weights), (h, w))
-        terms = losses._limit_terms(*args)
-        context = (terms, token_weights.reshape(-1), args[-1], 8)
+        objective = losses._Objective(losses._limit_terms(*args), token_weights.reshape(-1), args[-1], chunk_size=8)
         flat = hidden.reshape(-1, 6)
-        reading, *_ = losses._by_chunks(flat, weight, (False, False), True, *context)
-        ours = losses._by_slices(flat, weight, (True, True), torch.tensor(-3.0, dtype=F64), reading, *context)
+        reading, *_ = losses._by_chunks(flat, weight, (False, False), True, objective)
+        ours = losses._by_slices(flat, weight, (True, True), torch.tensor(-3.0, dtype=F64), reading, objective)
         torch.testing.assert_close(ours[0].reshape(h.shape), expected[0], rtol=1e-11, atol=1e-13)
         torch.testing.assert_close(ours[1], expected[1], rtol=1e-11, atol=1e-13)
 

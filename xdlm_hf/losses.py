@@ -153,7 +153,8 @@ def fused_linear_diffusion_loss(
     if not scored.all():  # at k = 0 the masked positions alone go through the output layer
         tokens, token_weights, terms = tokens[scored], token_weights[scored], terms.rows(scored)
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total, losses = _FusedLinearLoss.apply(tokens, weight, terms, token_weights, kernel, chunk_size, with_gradient)
+    objective = _Objective(terms, token_weights, kernel, chunk_size)
+    total, losses = _FusedLinearLoss.apply(tokens, weight, objective, with_gradient)
     per_token = torch.zeros(scored.shape, dtype=losses.dtype, device=losses.device)
     per_token[scored] = losses
     return total, per_token.reshape(x_0.shape)
@@ -278,7 +279,7 @@ def _read_logits(logits: Tensor, terms: _TokenTerms, kernel: NoiseKernel, with_g
     sums = torch.ones(logits.shape[0], 4, dtype=floor_column.dtype, device=logits.device)
     for rows, exp, scratch in _row_blocks(logits, scored, kernel.absorbing_ids):
         top = exp.amax(-1, keepdim=True)
-        total = _exp_below(exp, top).sum(-1, keepdim=True)
+        total = _exp_from_top(exp, top).sum(-1, keepdim=True)
         logs, shares = total, total
         if kernel.mixing_ratio > 0:
             y = exp.mul_((floor_column[rows] * total).reciprocal_())
@@ -289,7 +290,7 @@ def _read_logits(logits: Tensor, terms: _TokenTerms, kernel: NoiseKernel, with_g
 
     faint = scored & (floor * max(64, logits.shape[-1] / 16) > 1)
     for rows, exp, _ in _row_blocks(logits, faint, kernel.absorbing_ids):
-        y = _exp_below(exp, sums[rows, :1]) / (floor_column[rows] * sums[rows, 1:2])
+        y = _exp_from_top(exp, sums[rows, :1]) / (floor_column[rows] * sums[rows, 1:2])
         rho[rows] = (exp * _rho(y)).sum(-1).double() / total[rows]
         share[rows] = (exp * (y / (1 + y))).sum(-1).double() / total[rows]
     log_p_0, log_p_z = (_log_p(logits, ids, top + total.log(), kernel) for ids in (terms.x_0, terms.z_t))
@@ -307,7 +308,7 @@ def _vocabulary_sums(y: Tensor, scratch: Tensor, with_gradient: bool) -> tuple[T
     return logs, shares
 
 
-def _exp_below(logits: Tensor, top: Tensor, exact_zero: bool = False) -> Tensor:
+def _exp_from_top(logits: Tensor, top: Tensor, exact_zero: bool = False) -> Tensor:
     """exp(logits - top) in place, no less than 1e-26, or 0 there.
 
     Sums do not feel the difference. A CPU takes a hundred times as long for numbers that leave float32's normal range.
@@ -349,7 +350,7 @@ def _row_gradients(logits: Tensor, out: Tensor, terms: _GradientTerms, kernel: N
     absorbing = [i - first for i in kernel.absorbing_ids if first <= i < first + width]
     in_place = out.dtype == _work_dtype(out) and bool(terms.active.all())
     for rows, exp, f in _row_blocks(logits, terms.active, absorbing, out if in_place else None):
-        _exp_below(exp, terms.top[rows], exact_zero=True)
+        _exp_from_top(exp, terms.top[rows], exact_zero=True)
         if kernel.mixing_ratio > 0:
             f = f[:, : exp.shape[-1]]
             torch.div(exp, torch.add(exp, terms.t[rows], out=f), out=f)
@@ -517,21 +518,30 @@ class _DiffusionLoss(torch.autograd.Function):
         return gradient, None, None, None
 
 
+@dataclass(frozen=True)
+class _Objective:
+    """What the fused loss needs besides hidden states and head."""
+
+    terms: _TokenTerms
+    token_weights: Tensor  # (M,) float64
+    kernel: NoiseKernel
+    chunk_size: int
+
+
 class _FusedLinearLoss(torch.autograd.Function):
     """Weighted sum and losses (M,) of hidden (M, D) through the head (N, D)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, terms, token_weights, kernel, chunk_size, with_gradient):
+    def forward(ctx, hidden: Tensor, weight: Tensor, objective: _Objective, with_gradient: bool):
         # Chunks may add up their shares of a gradient that is float32 or wider, and need not where none is added up.
         full_precision = weight.dtype in (torch.float32, torch.float64)
         ctx.by_chunks = full_precision or (weight.dtype == torch.bfloat16 and not ctx.needs_input_grad[1])
         ctx.save_for_backward(hidden, weight)
-        ctx.dtype = hidden.dtype
-        ctx.context = terms, token_weights, kernel, chunk_size
+        ctx.dtype, ctx.objective = hidden.dtype, objective
         needed = ctx.needs_input_grad[:2] if with_gradient and ctx.by_chunks else (False, False)
-        ctx.reading, *ctx.gradients = _by_chunks(hidden, weight, needed, with_gradient, *ctx.context)
-        losses = _losses(ctx.reading, terms)
-        total, per_token = (token_weights * losses).sum().to(_work_dtype(hidden)), losses.to(_work_dtype(hidden))
+        ctx.reading, *ctx.gradients = _by_chunks(hidden, weight, needed, with_gradient, objective)
+        losses = _losses(ctx.reading, objective.terms)
+        total, per_token = (x.to(_work_dtype(hidden)) for x in ((objective.token_weights * losses).sum(), losses))
         ctx.mark_non_differentiable(per_token)
         return total, per_token
 
@@ -543,36 +553,29 @@ class _FusedLinearLoss(torch.autograd.Function):
             # Handed over and not copied, being as large as the head: a second backward pass makes them anew.
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:
-                _, *gradients = _by_chunks(*ctx.saved_tensors, needed, True, *ctx.context)
+                _, *gradients = _by_chunks(*ctx.saved_tensors, needed, True, ctx.objective)
             gradients = [gradient if gradient is None else gradient.mul_(grad_total) for gradient in gradients]
         else:
-            gradients = _by_slices(*ctx.saved_tensors, needed, grad_total, ctx.reading, *ctx.context)
-        return (*(gradient if gradient is None else gradient.to(ctx.dtype) for gradient in gradients), *5 * [None])
+            gradients = _by_slices(*ctx.saved_tensors, needed, grad_total, ctx.reading, ctx.objective)
+        return *(gradient if gradient is None else gradient.to(ctx.dtype) for gradient in gradients), None, None
 
 
 def _by_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    needed: tuple[bool, bool],
-    with_gradient: bool,
-    terms: _TokenTerms,
-    token_weights: Tensor,
-    kernel: NoiseKernel,
-    chunk_size: int,
+    hidden: Tensor, weight: Tensor, needed: tuple[bool, bool], with_gradient: bool, objective: _Objective
 ) -> tuple[_Reading, Tensor | None, Tensor | None]:
     """Reading of the logits hidden @ weight.T, and the gradients needed, from the logits of some tokens at a time."""
-    tokens = hidden.shape[0]
-    size = math.ceil(tokens / max(1, math.ceil(tokens / chunk_size)))  # no small chunk is left over
+    tokens, kernel = hidden.shape[0], objective.kernel
+    size = math.ceil(tokens / max(1, math.ceil(tokens / objective.chunk_size)))  # no small chunk is left over
     grad_hidden = torch.empty_like(hidden, dtype=_work_dtype(hidden)) if needed[0] else None
     grad_weight = torch.empty_like(weight) if needed[1] else None
     buffer, readings = hidden.new_empty(size, weight.shape[0]), []
     for start in range(0, max(1, tokens), max(1, size)):
         rows = slice(start, start + size)
-        chunk, chunk_terms = hidden[rows], terms.rows(rows)
+        chunk, terms = hidden[rows], objective.terms.rows(rows)
         logits = torch.mm(chunk, weight.T, out=buffer[: chunk.shape[0]])
-        readings.append(_read_logits(logits, chunk_terms, kernel, with_gradient))
+        readings.append(_read_logits(logits, terms, kernel, with_gradient))
         if any(needed):
-            gradient_terms = _gradient_terms(readings[-1], chunk_terms, kernel, token_weights[rows], logits)
+            gradient_terms = _gradient_terms(readings[-1], terms, kernel, objective.token_weights[rows], logits)
             _row_gradients(logits, logits, gradient_terms, kernel)
         if grad_hidden is not None:
             _set_peaks(logits, gradient_terms, to_zero=True)
@@ -590,17 +593,15 @@ def _by_slices(
     needed: tuple[bool, bool],
     grad_total: Tensor,
     reading: _Reading,
-    terms: _TokenTerms,
-    token_weights: Tensor,
-    kernel: NoiseKernel,
-    chunk_size: int,
+    objective: _Objective,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients, from the logits of a slice of the vocabulary at a time."""
-    gradient_terms = _gradient_terms(reading, terms, kernel, token_weights * grad_total.double(), hidden)
+    """The gradients needed, from the logits of all tokens for a slice of the vocabulary at a time."""
+    token_weights, kernel = objective.token_weights * grad_total.double(), objective.kernel
+    gradient_terms = _gradient_terms(reading, objective.terms, kernel, token_weights, hidden)
     grad_hidden = torch.zeros_like(hidden, dtype=_work_dtype(hidden)) if needed[0] else None
     grad_weight = torch.empty_like(weight) if needed[1] else None
     # An eighth of a chunk, as it stands beside the gradient of the weight; products like multiples of 64.
-    width = 64 * math.ceil(chunk_size * weight.shape[0] / (8 * 64 * max(1, hidden.shape[0])))
+    width = 64 * math.ceil(objective.chunk_size * weight.shape[0] / (8 * 64 * max(1, hidden.shape[0])))
     buffer = hidden.new_empty(min(width, weight.shape[0]) * hidden.shape[0])
     for first in range(0, weight.shape[0], width):
         part = weight[first : first + width]
