@@ -393,7 +393,6 @@ def test_a_checkpoints_autoregressive_options_are_dropped_and_said(tmp_path, cap
         ({"cfg_scale": -1.0}, r"cfg_scale=-1.0 must be 0"),
         ({"sampler": "ancestral", "block_length": 4}, r"sampler='ancestral' has no option block_length=4"),
         ({"sampler": "ancestral", "temperature": 0.0}, r"temperature=0.0 must be positive"),
-        ({"sampler": "ancestral", "reference_compat": True}, r"no option reference_compat=True"),
         ({"reference_compat": True, "mixing_ratio": 1.0}, r"mixing_ratio=1 has no released sampler"),
         ({"suppress_tokens": [24]}, r"suppress_tokens holds token id 24, outside \[0, 24\)"),
         ({"max_new_tokens": 65}, r"a prompt of 2 and max_new_tokens=65 make 67 tokens, more than.*=64"),

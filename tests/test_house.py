@@ -19,8 +19,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 LAYERS = [
     ["schedules"],
     ["kernel"],
-    ["posterior", "losses"],
+    ["posterior", "losses", "refinement"],
     ["samplers"],
+    ["cache", "spans"],
+    ["generation_config", "denoising"],
     ["configuration_llada", "modeling_llada", "generation", "hub"],
     ["data", "checkpoints", "training_metrics", "display"],
     ["stream"],

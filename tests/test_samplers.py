@@ -1,11 +1,14 @@
 """Samplers on logits written down by hand: what is filled, what is refined, and how often what is drawn."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import one_hot
 
 from xdlm_hf.kernel import NoiseKernel
-from xdlm_hf.samplers import AncestralSampler, Canvas, ConfidenceSampler, most_confident
+from xdlm_hf.refinement import BudgetRefinement, Canvas, most_confident
+from xdlm_hf.samplers import AncestralSampler, ConfidenceSampler
 from xdlm_hf.schedules import CosineSchedule, LinearSchedule
 
 MASK, N = 0, 6
@@ -115,10 +118,10 @@ def test_the_edit_budget_does_not_depend_on_the_blocks(block):
 
 @pytest.mark.parametrize("percent", range(1, 100))
 def test_budgets_are_those_of_exact_arithmetic(percent):
-    sampler = ConfidenceSampler(MASK, percent / 100, 1, start=0, length=1)
     filled = torch.arange(1, 4097)
     canvas = Canvas(*(torch.zeros(4096, 0, dtype=kind) for kind in (torch.long, torch.bool, torch.bool)), 0 * filled)
-    allowed = sampler._edit_allowance(canvas, _Counts(filled), 1)
+    look = SimpleNamespace(canvas=canvas, step=1, polish_steps_left=0)
+    allowed = BudgetRefinement(percent / 100).allowance(look, _Counts(filled))
     assert allowed.tolist() == [percent * n // (100 - percent) for n in filled.tolist()]
 
 

@@ -1,15 +1,14 @@
-"""`generate()` for diffusion language models: options, output, and the loop around a sampler.
+"""`generate()` and `revise()` for diffusion language models: from options to a canvas and a sampler, and the output.
 
 Options come, in this order of precedence, from the call's keywords, the `generation_config` passed, the model's own
 generation_config.json, and the defaults; None means "not set". Costs are counted in forward passes.
 
-Shapes: B batch, T whole length (prompt and answer), N rows of the output layer.
+Shapes: B batch, P prompt or given text, T whole length (prompt and answer), N rows of the output layer.
 """
 
 import copy
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -23,154 +22,33 @@ from transformers.generation import (
 )
 from transformers.utils import ModelOutput, logging
 
+from .cache import check_cache_attention
+from .denoising import Finished, Network, denoise
+from .generation_config import CONFIDENCE_ONLY, XDLMGenerationConfig, unknown_options
 from .kernel import NoiseKernel, validate_ids
+from .refinement import (
+    BudgetRefinement,
+    LoopGuard,
+    NoRefinement,
+    Refinement,
+    RemaskingRefinement,
+    SwitchedOff,
+    ThresholdRefinement,
+)
 from .samplers import (
-    REMASKING,
     AncestralSampler,
     ConfidenceSampler,
+    ReferenceAncestralSampler,
     ReferenceConfidenceSampler,
     Sampler,
-    check_positive,
 )
 from .schedules import get_schedule
+from .spans import Spans, character_mask, check_disjoint, position_mask
 
 logger = logging.get_logger(__name__)
 
-SAMPLERS = ("confidence", "ancestral")
 # What a checkpoint's config.json says when no generation config does.
 _FROM_MODEL_CONFIG = ("mixing_ratio", "mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
-_CONFIDENCE_ONLY = ("block_length", "remasking", "reference_compat")
-
-
-class XDLMGenerationConfig(GenerationConfig):
-    """
-    Options of [`XDLMGenerationMixin.generate`], stored as generation_config.json. Every option defaults to `None`, "not
-    set"; the defaults named below apply in the end.
-
-    Args:
-        max_new_tokens (`int`, *optional*, defaults to `128`): Length of the answer in tokens.
-        steps (`int`, *optional*, defaults to `max_new_tokens`):
-            Denoising steps, one forward pass each (two with `cfg_scale`). Fewer is faster.
-        block_length (`int`, *optional*, defaults to `max_new_tokens`):
-            Tokens that are filled together; the blocks follow each other from left to right.
-        mixing_ratio (`float`, *optional*, defaults to the model's):
-            k in Eq. 7: 0 is MDLM, 1 is UDLM. For the confidence sampler it is the refinement budget, k / (1 - k) edits
-            for every token filled.
-        sampler (`str`, *optional*, defaults to `"confidence"`): `"confidence"` (Algorithm 1) or `"ancestral"` (Eq. 11).
-        remasking (`str`, *optional*, defaults to `"low_confidence"`): Which holes are filled first, or `"random"`.
-        temperature (`float`, *optional*):
-            Above 0, tokens are drawn from softmax(logits / temperature); 0 takes the most likely one. By default 0 for
-            the confidence sampler and 1 for the ancestral one, which always draws.
-        top_k (`int`, *optional*), top_p (`float`, *optional*): Filters of the distribution that tokens are drawn from.
-        cfg_scale (`float`, *optional*, defaults to `0.0`):
-            Classifier-free guidance, uncond + (cfg_scale + 1) (cond - uncond), where uncond sees the prompt masked.
-        suppress_tokens (`list[int]`, *optional*): Tokens that are never predicted.
-        num_return_sequences (`int`, *optional*, defaults to `1`): Answers per prompt.
-        seed (`int`, *optional*): Seed of the draws, the same on every device; by default PyTorch's global generator.
-        reference_compat (`bool`, *optional*, defaults to `False`): Reproduce the released sampler token for token.
-        return_dict_in_generate (`bool`, *optional*, defaults to `False`): Return a [`DiffusionGenerateOutput`].
-        output_history (`bool`, *optional*, defaults to `False`): Keep the sequences of every step.
-        mask_token_id, pad_token_id, bos_token_id (`int`, *optional*, default to the model config's): Special tokens.
-        eos_token_id (`int` or `list[int]`, *optional*, defaults to the model config's):
-            What follows the first of these in an answer becomes padding; `[]` keeps everything.
-
-    Raises:
-        ValueError: For an unknown option, or a value outside its range.
-    """
-
-    OPTIONS = (
-        "max_new_tokens",
-        "steps",
-        "block_length",
-        "mixing_ratio",
-        "sampler",
-        "remasking",
-        "temperature",
-        "top_k",
-        "top_p",
-        "cfg_scale",
-        "suppress_tokens",
-        "num_return_sequences",
-        "seed",
-        "reference_compat",
-        "return_dict_in_generate",
-        "output_history",
-        "mask_token_id",
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-    )
-    _METADATA = ("_commit_hash", "_from_model_config", "transformers_version")
-
-    def __init__(self, **kwargs: Any):
-        # The parent's __init__ is not called: it would set options of autoregressive decoding, ignored here.
-        for name in self.OPTIONS + self._METADATA:
-            setattr(self, name, kwargs.pop(name, None))
-        if kwargs:
-            raise ValueError(_unknown_options(kwargs))
-        self.validate()
-
-    def validate(self, **_: Any) -> None:
-        """Raise ValueError for a value outside its range; what depends on the model is checked by `generate`."""
-        counts = {
-            name: getattr(self, name) for name in ("max_new_tokens", "steps", "block_length", "num_return_sequences")
-        }
-        if self.top_k is not None:
-            counts["top_k"] = self.top_k
-        check_positive(**{name: value for name, value in counts.items() if value is not None})
-        _check_choice("sampler", self.sampler, SAMPLERS)
-        _check_choice("remasking", self.remasking, REMASKING)
-        if self.seed is not None and not isinstance(self.seed, Integral):
-            raise ValueError(f"seed={self.seed!r} must be an integer.")
-        for name in ("mixing_ratio", "temperature", "top_p", "cfg_scale"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
-                raise ValueError(f"{name}={value!r} must be a finite number.")
-        if self.mixing_ratio is not None and not 0 <= self.mixing_ratio <= 1:
-            raise ValueError(f"mixing_ratio={self.mixing_ratio} must lie in [0, 1]: 0 is MDLM, 1 is UDLM.")
-        if self.temperature is not None and self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must be 0 or above.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; 1 keeps every token.")
-        if self.cfg_scale is not None and self.cfg_scale < 0:
-            raise ValueError(f"cfg_scale={self.cfg_scale} must be 0 (no guidance) or above.")
-        if self.sampler == "ancestral":
-            given = [name for name in _CONFIDENCE_ONLY if getattr(self, name)]
-            if given:
-                raise ValueError(
-                    f"sampler='ancestral' has no option {given[0]}={getattr(self, given[0])!r}; leave it out."
-                )
-
-    @property
-    def end_of_text(self) -> list[int]:
-        """`eos_token_id` as a list, empty when there is none."""
-        eos = self.eos_token_id
-        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-
-    @staticmethod
-    def _get_default_generation_params() -> dict[str, Any]:
-        return {
-            "max_new_tokens": 128,
-            "sampler": "confidence",
-            "cfg_scale": 0.0,
-            "num_return_sequences": 1,
-            "reference_compat": False,
-            "return_dict_in_generate": False,
-            "output_history": False,
-        }
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "XDLMGenerationConfig":
-        """From a stored generation_config.json; options of autoregressive decoding are dropped with a warning."""
-        foreign = sorted(name for name in config_dict if name not in cls.OPTIONS + cls._METADATA)
-        if foreign:
-            logger.warning(f"generation_config.json holds options that diffusion generation does not have: {foreign}.")
-        return super().from_dict({k: v for k, v in config_dict.items() if k not in foreign}, **kwargs)
-
-    @classmethod
-    def from_model_config(cls, model_config: Any) -> "XDLMGenerationConfig":
-        """An empty config: what the model config says is looked up when `generate` runs."""
-        return cls(_from_model_config=True)
 
 
 @dataclass
@@ -184,6 +62,12 @@ class DiffusionGenerateOutput(ModelOutput):
             Network evaluations per row: one for each step, two with guidance, none for an ancestral step that no
             position needs logits for.
         num_edits (`torch.LongTensor` of shape `(B,)`): Filled tokens that were replaced by another token.
+        num_remasked (`torch.LongTensor` of shape `(B,)`): Filled tokens that became holes again.
+        row_forward_passes (`torch.LongTensor` of shape `(B,)`):
+            Evaluations in which the row still had something to do; fewer than `num_forward_passes` for one that was
+            full, or at its end, before others.
+        tokens_per_forward (`torch.FloatTensor` of shape `(B,)`):
+            Tokens of the answer, up to its end-of-text token, for each of these.
         history (`tuple[torch.LongTensor]`, *optional*):
             The `(B, T)` ids before the first step and after each, with `output_history=True`.
     """
@@ -191,7 +75,26 @@ class DiffusionGenerateOutput(ModelOutput):
     sequences: torch.LongTensor | None = None
     num_forward_passes: int | None = None
     num_edits: torch.LongTensor | None = None
+    num_remasked: torch.LongTensor | None = None
+    row_forward_passes: torch.LongTensor | None = None
+    tokens_per_forward: torch.FloatTensor | None = None
     history: tuple[torch.LongTensor, ...] | None = None
+
+
+@dataclass
+class _Task:
+    """A text and what is to become of it."""
+
+    ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T), 0 at padding
+    generated: Tensor  # (B, T) bool, what may change
+    holes: Tensor  # (B, T) bool, what is to be filled
+    start: int  # first column that may change
+    open_ended: bool  # the answer follows the text: it ends at its end-of-text token
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[1] - self.start
 
 
 class XDLMGenerationMixin:
@@ -208,20 +111,21 @@ class XDLMGenerationMixin:
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         generator: torch.Generator | None = None,
+        streamer: Any = None,
+        holes: Tensor | Spans | None = None,
         **kwargs: Any,
     ) -> Tensor | DiffusionGenerateOutput:
         """
         Generate text by denoising all of the answer in `steps` steps.
 
         The text of the prompt is never edited, and no [MASK] is left in the answer; a mask token inside the prompt is
-        text, not a hole. The loop:
+        text, not a hole. With `holes`, the text given is filled there and nothing is added to it.
 
-        1. resolve the options and check them against the model, before anything runs;
-        2. lay out the canvas, prompt then answer, and the sampler;
-        3. per step: where the sampler needs logits, the network there, guidance, the user's logits processors, the
-           sampler;
-        4. where a block ends: the stopping criteria, on the text so far; rows that are done become padding after it;
-        5. what follows the first end-of-text token becomes padding.
+        1. Resolve the options and check them against the model, before anything runs.
+        2. Lay out the canvas, prompt then answer, and the sampler.
+        3. Denoise (`denoising.denoise`): per step the sampler's request, the network there, guidance, the user's logits
+           processors, the sampler; where a block ends the stopping criteria, on the text so far.
+        4. What follows the end of a row becomes padding.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, P)`, *optional*):
@@ -234,47 +138,163 @@ class XDLMGenerationMixin:
             stopping_criteria (`StoppingCriteriaList`, *optional*):
                 Called after each block with the `(B, n)` ids up to its end and `scores=None`.
             generator (`torch.Generator`, *optional*): Source of randomness; instead of `seed`.
+            streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
+                `put` gets the prompt, then what can no longer change; `put_draft`, if it has one, after every step the
+                columns not yet put, (B, n).
+            holes (`torch.BoolTensor` of shape `(B, P)` or list of `(first, end)` columns, *optional*):
+                Positions of `input_ids` to fill, whatever they hold; `steps` is then by default their largest number
+                in a row, and a block without holes costs nothing.
             kwargs: Any option of [`XDLMGenerationConfig`].
 
         Returns:
-            `torch.LongTensor` of shape `(B * num_return_sequences, P + max_new_tokens)`, or, with
-            `return_dict_in_generate=True`, a [`DiffusionGenerateOutput`].
+            `torch.LongTensor` of shape `(B * num_return_sequences, P + max_new_tokens)`, with `holes` without the new
+            tokens, or, with `return_dict_in_generate=True`, a [`DiffusionGenerateOutput`].
 
         Raises:
             ValueError: For an unknown or unfit option, or inputs that do not fit; names the value and the remedy.
         """
         # 1.
+        if holes is not None:
+            _refuse_for_given_text("holes are", kwargs, generation_config)
+            if stopping_criteria:
+                raise ValueError("stopping_criteria end an answer, and holes are filled in a text; leave them out.")
         options = self._resolve_options(generation_config, kwargs, generator)
         generator = _make_generator(generator, options.seed)
-        input_ids, attention_mask = self._prepare_prompt(input_ids, attention_mask, options)
+        input_ids, attention_mask = self._prepare_prompt(input_ids, attention_mask, options, holes is None)
         # 2.
-        prompt_length = input_ids.shape[1]
-        sampler = self._make_sampler(options, prompt_length, generator)
-        ids = torch.nn.functional.pad(input_ids, (0, options.max_new_tokens), value=0)
-        generated = torch.zeros_like(ids, dtype=torch.bool)
-        generated[:, prompt_length:] = True
-        canvas = sampler.begin(ids, generated)
-        network = _Network(self, attention_mask, prompt_length, options, logits_processor)
-        history = [canvas.ids] if options.output_history else None
-        finished = _Finished(options, stopping_criteria, prompt_length)
-        # 3.
-        for i in range(sampler.steps):
-            request = sampler.request(canvas, i)
-            canvas = sampler.step(canvas, network.logits(canvas.ids, request.positions), request)
-            if history is not None:
-                history.append(canvas.ids)
-            # 4.
-            if i in sampler.block_ends and finished.after_block(canvas.ids, sampler.block_ends[i]):
-                break
-        # 5.
-        sequences = finished.pad(canvas.ids)
+        if holes is None:
+            task = _continuation(input_ids, attention_mask, options.max_new_tokens)
+        else:
+            positions = position_mask("holes", holes, attention_mask)
+            task = _Task(input_ids, attention_mask, positions, positions, 0, open_ended=False)
+        if options.steps is None:
+            options.steps = _default_steps(task, options.block_length)
+        sampler = self._make_sampler(options, task, generator)
+        # 3. and 4.
+        return self._run(task, sampler, options, logits_processor, stopping_criteria, streamer)
+
+    @torch.no_grad()
+    def revise(
+        self,
+        text: str | Sequence[str] | Tensor,
+        editable: Any = None,
+        locked: Any = None,
+        tokenizer: Any = None,
+        attention_mask: Tensor | None = None,
+        generation_config: XDLMGenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        generator: torch.Generator | None = None,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> str | list[str] | Tensor | DiffusionGenerateOutput:
+        """
+        Let the model correct a given text: no hole is made, only edits by the refinement policy.
+
+        Args:
+            text (`str`, `list[str]` or `torch.LongTensor` of shape `(B, P)`): What to correct; ids padded on any side.
+            editable (*optional*, defaults to everything):
+                Where it may change. For a `str`, a list of `(first, end)` characters, for a list of texts a list of
+                such lists: a token may change when it lies wholly inside. For ids, a bool mask `(B, P)` or a list of
+                columns `(first, end)`.
+            locked (*optional*): Where it must not, in the same form; overlaps are refused.
+            tokenizer (*optional*): A fast tokenizer; needed for texts.
+            attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): For ids, 0 at padding.
+            generation_config, logits_processor, generator, streamer, kwargs:
+                As for `generate`. `steps` (by default 8) bounds the forward passes; at temperature 0 they end when a
+                step changes nothing. What a step may change is up to `refinement`: with the budget, at most
+                k / (1 - k) edits for each editable token, spread over the steps.
+
+        Returns:
+            In the form of `text`, or, with `return_dict_in_generate=True`, a [`DiffusionGenerateOutput`].
+
+        Raises:
+            ValueError: If the policy edits nothing (k = 0 without `refinement="threshold"`), spans leave the text or
+                overlap, or an option does not fit.
+        """
+        _refuse_for_given_text("a revision is", kwargs, generation_config)
+        options = self._resolve_options(generation_config, {"steps": 8, **kwargs}, generator)
+        _check_revision(options)
+        generator = _make_generator(generator, options.seed)
+        if isinstance(text, Tensor):
+            ids, attention_mask = self._prepare_prompt(text, attention_mask, options, False)
+            everything = attention_mask.bool()
+            open_ = everything if editable is None else position_mask("editable", editable, attention_mask)
+            closed = ~everything if locked is None else position_mask("locked", locked, attention_mask)
+            if editable is not None and (open_ & closed).any():
+                row, column = (open_ & closed).nonzero()[0].tolist()
+                raise ValueError(f"editable and locked overlap at row {row} column {column}; take it out of one.")
+        else:
+            ids, attention_mask, open_, closed = self._tokenized(text, editable, locked, tokenizer, options)
+        task = _Task(ids, attention_mask, open_ & ~closed, torch.zeros_like(open_), 0, open_ended=False)
+        polishing = copy.copy(options)
+        polishing.steps, polishing.polish_steps = 0, options.steps
+        sampler = self._make_sampler(polishing, task, generator)
+        output = self._run(task, sampler, options, logits_processor, None, streamer)
+        if isinstance(text, Tensor) or options.return_dict_in_generate:
+            return output
+        texts = [tokenizer.decode(row[mask.bool()]) for row, mask in zip(output, attention_mask, strict=True)]
+        return texts[0] if isinstance(text, str) else texts
+
+    def _tokenized(
+        self, text: str | Sequence[str], editable: Any, locked: Any, tokenizer: Any, options: XDLMGenerationConfig
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Ids, attention mask, and which tokens the character spans open and close, (B, P) each."""
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError("revise() of a text needs tokenizer=..., a fast one: it finds tokens by their characters.")
+        texts = [text] if isinstance(text, str) else list(text)
+        if isinstance(text, str):
+            editable, locked = ([spans] if spans is not None else None for spans in (editable, locked))
+        if editable is not None and locked is not None:
+            check_disjoint(editable, locked)
+        encoding = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=False)
+        longest = max(map(len, encoding["input_ids"]), default=0)
+        ids = torch.full((len(texts), longest), options.pad_token_id or 0)
+        attention_mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(encoding["input_ids"]):
+            ids[row, : len(tokens)], attention_mask[row, : len(tokens)] = torch.tensor(tokens), 1
+        options = copy.copy(options)
+        options.num_return_sequences = 1
+        ids, attention_mask = self._prepare_prompt(ids, attention_mask, options, False)
+        spans = {"editable": editable, "locked": locked}
+        masks = {
+            name: None if given is None else character_mask(name, given, texts, encoding, attention_mask)
+            for name, given in spans.items()
+        }
+        everything = attention_mask.bool()
+        open_ = everything if masks["editable"] is None else masks["editable"]
+        closed = ~everything if masks["locked"] is None else masks["locked"]
+        return ids, attention_mask, open_, closed
+
+    def _run(
+        self,
+        task: _Task,
+        sampler: Sampler,
+        options: XDLMGenerationConfig,
+        processors: LogitsProcessorList | None,
+        criteria: StoppingCriteriaList | None,
+        streamer: Any,
+    ) -> Tensor | DiffusionGenerateOutput:
+        """Denoise a task, watched by history and streamer, and put the output together."""
+        answer = task.generated if task.open_ended else None
+        finished = Finished(options, criteria, answer, sampler.may_edit or not isinstance(sampler, ConfidenceSampler))
+        canvas = sampler.begin(task.ids, task.generated, task.holes)
+        prompt = task.attention_mask.bool() & ~task.generated
+        network = Network(self, task.attention_mask, prompt, options, processors)
+        watcher = _Watcher(options, streamer, sampler, finished, task.start)
+        watcher.begin(canvas.ids)
+        progress = denoise(network, sampler, canvas, finished, watcher)
+        sequences = finished.pad(progress.canvas.ids)
+        watcher.end(sequences)
         if not options.return_dict_in_generate:
             return sequences
         return DiffusionGenerateOutput(
             sequences=sequences,
             num_forward_passes=network.num_forward_passes,
-            num_edits=canvas.num_edits,
-            history=None if history is None else tuple(history),
+            num_edits=progress.canvas.num_edits,
+            num_remasked=progress.canvas.num_remasked,
+            row_forward_passes=progress.passes,
+            tokens_per_forward=finished.num_tokens(task.holes, progress.canvas.ids) / progress.passes.clamp_min(1),
+            history=watcher.history,
         )
 
     def _resolve_options(
@@ -286,7 +306,7 @@ class XDLMGenerationMixin:
         """Call keywords over the config given, over the model's, over the defaults; then checked."""
         unknown = {name: value for name, value in kwargs.items() if name not in XDLMGenerationConfig.OPTIONS}
         if unknown:
-            raise ValueError(_unknown_options(unknown))
+            raise ValueError(unknown_options(unknown))
         if given is not None and not isinstance(given, XDLMGenerationConfig):
             raise ValueError(f"generation_config must be an XDLMGenerationConfig, not {type(given).__name__}.")
         options = XDLMGenerationConfig()
@@ -301,8 +321,6 @@ class XDLMGenerationMixin:
             if kwargs.get(name) is None and getattr(given, name, None) is None:
                 setattr(options, name, None)
         options.validate()
-        if options.steps is None:
-            options.steps = options.max_new_tokens
         if options.pad_token_id is None:
             options.pad_token_id = next(iter(options.end_of_text), None)
         self._check_against_model(options)
@@ -314,10 +332,19 @@ class XDLMGenerationMixin:
                 "sampler='confidence' needs a mask token, and neither the model config nor the call gives "
                 "mask_token_id; for a uniform-noise model (k = 1) use sampler='ancestral'."
             )
-        if options.reference_compat and options.mixing_ratio == 1:
+        if options.reference_compat and options.mixing_ratio == 1 and options.sampler == "confidence":
             raise ValueError("mixing_ratio=1 has no released sampler to reproduce; leave out reference_compat.")
         if options.cfg_scale and options.mask_token_id is None:
             raise ValueError(f"cfg_scale={options.cfg_scale} masks the prompt and needs a mask_token_id.")
+        if options.use_cache:
+            check_cache_attention(self.config._attn_implementation)
+        if options.refinement == "budget" and options.mixing_ratio == 0:
+            raise ValueError("refinement='budget' allows k / (1 - k) edits, none at mixing_ratio=0; pass a larger one.")
+        if options.polish_steps and options.refinement is None and options.mixing_ratio == 0:
+            raise ValueError(
+                f"polish_steps={options.polish_steps} only edit, and mixing_ratio=0 edits nothing; pass mixing_ratio, "
+                "or refinement='threshold' with edit_threshold."
+            )
         rows = self.config.embedding_size
         for name in ("mask_token_id", "pad_token_id"):
             if getattr(options, name) is not None:
@@ -330,7 +357,11 @@ class XDLMGenerationMixin:
                 raise ValueError(f"suppress_tokens leaves none of the {rows} tokens to predict; suppress fewer.")
 
     def _prepare_prompt(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, options: XDLMGenerationConfig
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        options: XDLMGenerationConfig,
+        adds_answer: bool,
     ) -> tuple[Tensor, Tensor]:
         """Prompts and their mask, each row `num_return_sequences` times, on the device of the embedding."""
         device = self.get_input_embeddings().weight.device
@@ -354,8 +385,14 @@ class XDLMGenerationMixin:
                 f"{tuple(input_ids.shape)}."
             )
         validate_ids("input_ids", input_ids, self.config.embedding_size)
-        total, limit = input_ids.shape[1] + options.max_new_tokens, self.config.max_sequence_length
-        if total > limit:
+        limit = self.config.max_sequence_length
+        if not adds_answer and input_ids.shape[1] > limit:
+            raise ValueError(
+                f"a text of {input_ids.shape[1]} tokens is longer than the model's max_sequence_length={limit}; "
+                "shorten it."
+            )
+        total = input_ids.shape[1] + options.max_new_tokens
+        if adds_answer and total > limit:
             raise ValueError(
                 f"a prompt of {input_ids.shape[1]} and max_new_tokens={options.max_new_tokens} make {total} tokens, "
                 f"more than the model's max_sequence_length={limit}; shorten one of them."
@@ -363,26 +400,35 @@ class XDLMGenerationMixin:
         repeats = options.num_return_sequences
         return (x.to(device).long().repeat_interleave(repeats, 0) for x in (input_ids, attention_mask))
 
-    def _make_sampler(self, options: XDLMGenerationConfig, start: int, generator: torch.Generator | None) -> Sampler:
+    def _make_sampler(self, options: XDLMGenerationConfig, task: _Task, generator: torch.Generator | None) -> Sampler:
         common = {
             "steps": options.steps,
-            "start": start,
-            "length": options.max_new_tokens,
+            "start": task.start,
+            "length": task.length,
             "warp": _make_warp(options),
             "generator": generator,
         }
         if options.sampler == "ancestral":
             kernel = NoiseKernel(self.config.embedding_size, options.mixing_ratio, options.mask_token_id)
             temperature = 1.0 if options.temperature is None else options.temperature
-            return AncestralSampler(kernel, get_schedule(self.config.noise_schedule), temperature=temperature, **common)
-        cls = ReferenceConfidenceSampler if options.reference_compat else ConfidenceSampler
-        return cls(
+            cls = ReferenceAncestralSampler if options.reference_compat else AncestralSampler
+            return cls(kernel, get_schedule(self.config.noise_schedule), temperature=temperature, **common)
+        common |= {
+            "block_length": options.block_length,
+            "temperature": options.temperature or 0.0,
+            "remasking": options.remasking or "low_confidence",
+        }
+        if options.reference_compat:
+            return ReferenceConfidenceSampler(options.mask_token_id, options.mixing_ratio, **common)
+        return ConfidenceSampler(
             options.mask_token_id,
             options.mixing_ratio,
-            block_length=options.block_length,
-            temperature=options.temperature or 0.0,
-            remasking=options.remasking or "low_confidence",
             **common,
+            refinement=make_refinement(options),
+            polish_steps=options.polish_steps or 0,
+            confidence_threshold=options.confidence_threshold,
+            confidence_factor=options.confidence_factor,
+            ends_early=not task.open_ended,
         )
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
@@ -426,89 +472,116 @@ class XDLMGenerationMixin:
                 logger.info("The checkpoint has no generation_config.json; the defaults apply.")
 
 
-class _Network:
-    """Logits of chosen positions: forward pass, guidance, processors; counts forward passes."""
+class _Watcher:
+    """Shows the whole batch to history and streamer after each step.
 
-    def __init__(
-        self,
-        model: Any,
-        attention_mask: Tensor,
-        prompt_length: int,
-        options: XDLMGenerationConfig,
-        processors: LogitsProcessorList | None,
-    ):
-        self.model, self.options = model, options
-        self.processors = LogitsProcessorList(processors) if processors else None
-        self.num_forward_passes = 0
-        self.prompt = torch.nn.functional.pad(attention_mask.bool(), (0, options.max_new_tokens), value=False)
-        self.inputs: dict[str, Tensor] = {}
-        # Without padding there is nothing to tell the model, and attention runs its fastest kernel.
-        if not attention_mask.all():
-            whole = torch.nn.functional.pad(attention_mask, (0, options.max_new_tokens), value=1)
-            self.inputs = {"attention_mask": whole}
-            if not options.reference_compat:
-                # Positions count text alone, so that a row computes what it computes by itself, wherever its
-                # padding stands.
-                self.inputs["position_ids"] = (whole.cumsum(-1) - 1).clamp_min(0)
+    Raises:
+        ValueError: If the streamer lacks `put` or `end`, or the sampler may change what a streamer was given for good.
+    """
 
-    def logits(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits of columns (C,), as (B, C, N), or of a (B, T) mask, as (M, N).
+    def __init__(self, options: XDLMGenerationConfig, streamer: Any, sampler: Sampler, finished: Finished, start: int):
+        for name in ("put", "end") if streamer is not None else ():
+            if not callable(getattr(streamer, name, None)):
+                raise ValueError(
+                    f"streamer={type(streamer).__name__} has no method {name}(); see Transformers' BaseStreamer."
+                )
+        if streamer is not None and options.reference_compat:
+            raise ValueError(
+                "a streamer is given the prompt for good, and the released sampler, which reference_compat=True "
+                "reproduces, may edit it; leave one of them out."
+            )
+        self.streamer, self.finished, self.shown = streamer, finished, start
+        # A block is final when it ends, unless a later step may still edit it.
+        self.in_blocks = isinstance(sampler, ConfidenceSampler) and not sampler.may_edit
+        self._history: list[Tensor] | None = [] if options.output_history else None
 
-        float32 unless `reference_compat` audits lower precision. A mask without a position costs no forward pass.
-        """
-        if positions.dtype == torch.bool and not positions.any():
-            return torch.empty(0, self.model.config.embedding_size, device=ids.device)
-        logits = self._forward(ids, positions)
-        if self.options.cfg_scale:
-            unconditional = self._forward(torch.where(self.prompt, self.options.mask_token_id, ids), positions)
-            logits = unconditional + (self.options.cfg_scale + 1) * (logits - unconditional)
-        if self.processors is not None:
-            if positions.dtype == torch.bool:
-                rows = ids[positions.nonzero()[:, 0]]
-            else:
-                rows = ids.repeat_interleave(len(positions), 0)
-            logits = self.processors(rows, logits.view(-1, logits.shape[-1])).view(logits.shape)
-        if self.options.suppress_tokens:
-            logits = logits.index_fill(-1, torch.tensor(self.options.suppress_tokens, device=ids.device), -torch.inf)
-        return logits
+    @property
+    def history(self) -> tuple[Tensor, ...] | None:
+        return None if self._history is None else tuple(self._history)
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        self.num_forward_passes += 1
-        logits = self.model(input_ids=ids, logits_to_keep=positions, **self.inputs).logits
-        return logits if self.options.reference_compat or logits.dtype == torch.float64 else logits.float()
+    def begin(self, ids: Tensor) -> None:
+        if self._history is not None:
+            self._history.append(ids)
+        if self.streamer is not None:
+            self.streamer.put(ids[:, : self.shown].cpu())
+
+    def __call__(self, ids: Tensor, block_end: int | None) -> None:
+        if self._history is not None:
+            self._history.append(ids)
+        if self.streamer is None:
+            return
+        if hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(value=ids[:, self.shown :].cpu())
+        if self.in_blocks and block_end is not None and self.shown < block_end < ids.shape[1]:
+            self._put(self.finished.pad(ids)[:, :block_end])
+
+    def end(self, ids: Tensor) -> None:
+        if self.streamer is None:
+            return
+        if self.shown < ids.shape[1]:
+            self._put(ids)
+        self.streamer.end()
+
+    def _put(self, ids: Tensor) -> None:
+        self.streamer.put(ids[:, self.shown :].cpu())
+        self.shown = ids.shape[1]
 
 
-class _Finished:
-    """Which rows have met a stopping criterion, and what becomes of the text after their end."""
+def make_refinement(options: XDLMGenerationConfig) -> Refinement:
+    """The policy that the options describe, Algorithm 1's budget by default."""
+    name = options.refinement or ("budget" if options.mixing_ratio else "none")
+    if name == "none":
+        return NoRefinement()
+    if name == "budget":
+        policy: Refinement = BudgetRefinement(options.mixing_ratio)
+    elif name == "threshold":
+        policy = ThresholdRefinement(options.edit_threshold)
+    else:
+        policy = RemaskingRefinement(name.removeprefix("remask_"), options.remask_rate)
+    if options.max_edits_per_token is not None:
+        policy = LoopGuard(policy, options.max_edits_per_token)
+    if options.refinement_off_steps is not None:
+        policy = SwitchedOff(policy, options.refinement_off_steps)
+    return policy
 
-    def __init__(self, options: XDLMGenerationConfig, criteria: StoppingCriteriaList | None, prompt_length: int):
-        self.options, self.prompt_length = options, prompt_length
-        self.criteria = StoppingCriteriaList(criteria) if criteria else None
-        self.ends: Tensor | None = None  # (B,) column after which a row is padding
-        if criteria and options.pad_token_id is None:
-            raise ValueError("stopping_criteria need a pad_token_id for what follows the end of a row; pass one.")
 
-    def after_block(self, ids: Tensor, block_end: int) -> bool:
-        """Ask the criteria about the text up to `block_end`; True when every row is done."""
-        if not self.criteria:
-            return False
-        if self.ends is None:
-            self.ends = torch.full_like(ids[:, 0], ids.shape[1])
-        done = self.criteria(ids[:, :block_end], None).to(ids.device)
-        self.ends = torch.where(done, self.ends.clamp_max(block_end), self.ends)
-        return bool((self.ends <= block_end).all())
+def _continuation(input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> _Task:
+    """Prompt, then `max_new_tokens` holes."""
+    start = input_ids.shape[1]
+    ids = torch.nn.functional.pad(input_ids, (0, max_new_tokens), value=0)
+    attention_mask = torch.nn.functional.pad(attention_mask, (0, max_new_tokens), value=1)
+    holes = torch.zeros_like(ids, dtype=torch.bool)
+    holes[:, start:] = True
+    return _Task(ids, attention_mask, holes, holes, start, open_ended=True)
 
-    def pad(self, ids: Tensor) -> Tensor:
-        """Padding after the block in which a criterion was met, and after the first end-of-text of the answer."""
-        pad, eos = self.options.pad_token_id, self.options.end_of_text
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        if self.ends is not None:
-            ids = torch.where(columns >= self.ends[:, None], pad, ids)
-        if not eos or pad is None or self.options.reference_compat:
-            return ids
-        is_eos = torch.isin(ids, torch.tensor(eos, device=ids.device)) & (columns >= self.prompt_length)
-        after = is_eos.cumsum(-1) - is_eos.long() > 0
-        return torch.where(after, pad, ids)
+
+def _default_steps(task: _Task, block_length: int | None) -> int:
+    """One token a step: as many as the row with most holes has, rounded up to spread over the blocks."""
+    most = max(int(task.holes.sum(-1).max()), 1)
+    blocks = 1 if block_length is None else max(task.length // block_length, 1)
+    return -(-most // blocks) * blocks
+
+
+def _refuse_for_given_text(what: str, kwargs: dict[str, Any], config: XDLMGenerationConfig | None) -> None:
+    """Options about an answer that is added, where nothing is."""
+    given = kwargs.get("max_new_tokens") or getattr(config, "max_new_tokens", None)
+    if given is not None:
+        raise ValueError(f"max_new_tokens={given}: {what} about the text given, nothing is added; leave it out.")
+    if kwargs.get("reference_compat"):
+        raise ValueError(f"reference_compat=True: the released sampler knows only answers, and {what} about a text.")
+
+
+def _check_revision(options: XDLMGenerationConfig) -> None:
+    if options.sampler != "confidence":
+        raise ValueError(f"sampler={options.sampler!r} cannot revise a text; leave it out.")
+    for name in ("block_length", "polish_steps", "confidence_threshold", "confidence_factor", "refinement_off_steps"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name}={getattr(options, name)} is about filling holes, and a revision fills none.")
+    if not make_refinement(options).edits:
+        raise ValueError(
+            f"mixing_ratio={options.mixing_ratio} with refinement={options.refinement!r} edits nothing; pass "
+            "mixing_ratio, or refinement='threshold' with edit_threshold."
+        )
 
 
 def _make_generator(generator: torch.Generator | None, seed: int | None) -> torch.Generator | None:
@@ -524,7 +597,7 @@ def _without_effect(options: XDLMGenerationConfig, generator: torch.Generator | 
     """Options that contradict the sampler, the temperature or the generator chosen."""
     contradicting: tuple[str, ...] = ()
     if options.sampler == "ancestral":
-        contradicting += _CONFIDENCE_ONLY
+        contradicting += CONFIDENCE_ONLY
     elif not options.temperature:
         contradicting += ("top_k", "top_p")
     return contradicting + (("seed",) if generator is not None else ())
@@ -545,23 +618,3 @@ def _make_warp(options: XDLMGenerationConfig):
         )
     chain = LogitsProcessorList(warpers)
     return lambda logits: chain(None, logits)
-
-
-def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
-    if value is not None and value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {list(choices)}.")
-
-
-def _unknown_options(unknown: dict[str, Any]) -> str:
-    hints = {
-        "max_length": "use max_new_tokens",
-        "do_sample": "temperature=0 is greedy, temperature > 0 samples",
-        "gen_length": "use max_new_tokens",
-        "k1": "use mixing_ratio",
-        "num_inference_steps": "use steps",
-        "token_type_ids": "call the tokenizer with return_token_type_ids=False",
-    }
-    named = ", ".join(
-        f"{name}={value!r}" + (f" ({hints[name]})" if name in hints else "") for name, value in unknown.items()
-    )
-    return f"generate() has no option {named}. Options: {', '.join(XDLMGenerationConfig.OPTIONS)}."

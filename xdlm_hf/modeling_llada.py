@@ -27,6 +27,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache import CanvasCache, check_cache_attention
 from .configuration_llada import LLaDAConfig
 from .generation import XDLMGenerationMixin
 from .kernel import NoiseKernel
@@ -123,16 +124,20 @@ class LLaDAAttention(nn.Module):
         value: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
+        past_key_values: CanvasCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
         """Queries (B, H, L, W), keys and values (B, n_kv_heads, L, W) to (B, L, D) and, in eager, the weights."""
+        query, key = (rotate(x, *position_embeddings) for x in (query, key))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         attended, weights = attend(
             self,
-            rotate(query, *position_embeddings),
-            rotate(key, *position_embeddings),
+            query,
+            key,
             value,
             attention_mask,
             dropout=self.config.attention_dropout if self.training else 0.0,
@@ -148,7 +153,7 @@ class LLaDABlock(GradientCheckpointingLayer):
     def __init__(self, config: LLaDAConfig, layer_idx: int):
         super().__init__()
         width = config.d_model // config.n_heads
-        self.head_width = width
+        self.head_width, self.heads = width, (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         self.residual_dropout = config.residual_dropout
         self.attn_norm = LLaDARMSNorm(config.d_model, config.rms_norm_eps)
         self.q_proj = nn.Linear(config.d_model, config.n_heads * width, bias=False)
@@ -171,8 +176,8 @@ class LLaDABlock(GradientCheckpointingLayer):
         """Residual stream (B, L, D) in and out."""
         h = self.attn_norm(hidden_states)
         query, key, value = (
-            project(h).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(h).unflatten(-1, (heads, self.head_width)).transpose(1, 2)
+            for project, heads in zip((self.q_proj, self.k_proj, self.v_proj), self.heads, strict=True)
         )
         h, _ = self.attention(query, key, value, position_embeddings, attention_mask, **kwargs)
         hidden_states = hidden_states + self._drop(self.attn_out(h))
@@ -290,10 +295,14 @@ class LLaDAModel(LLaDAPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        past_key_values: CanvasCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """Hidden states after the final norm; the arguments are those of [`LLaDAForDiffusionLM`]."""
         _refuse_unknown_arguments(kwargs)
+        if past_key_values is not None:
+            _check_cache(past_key_values, self.config)
+            kwargs["past_key_values"] = past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids (B, L) and inputs_embeds (B, L, D).")
         if inputs_embeds is None:
@@ -302,15 +311,18 @@ class LLaDAModel(LLaDAPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         width = self.config.d_model // self.config.n_heads
         position_embeddings = rotary_angles(position_ids, width, self.config.rope_theta)
-        attention_mask = self._prepare_mask(attention_mask, inputs_embeds)
+        attention_mask = self._prepare_mask(attention_mask, inputs_embeds, past_key_values)
         hidden_states = nn.functional.dropout(inputs_embeds, self.config.embedding_dropout, self.training)
         for block in self.transformer.blocks:
             # The residual stream goes first and by position: reentrant checkpointing and output capture need it so.
             hidden_states = block(hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.transformer.ln_f(hidden_states))
 
-    def _prepare_mask(self, attention_mask: Any, inputs_embeds: Tensor) -> Any:
+    def _prepare_mask(self, attention_mask: Any, inputs_embeds: Tensor, cache: CanvasCache | None) -> Any:
         """The mask that the chosen attention implementation wants, or None when nothing is padded."""
+        if cache is not None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            # Some columns ask, all of them answer; what is asked does not depend on who asks.
+            attention_mask = attention_mask[:, None, None, :]
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
             return self._prepare_bias(attention_mask, inputs_embeds)
         if isinstance(attention_mask, Tensor) and attention_mask.shape != inputs_embeds.shape[:2]:
@@ -374,6 +386,7 @@ class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        past_key_values: CanvasCache | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
@@ -385,6 +398,9 @@ class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
             position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*, defaults to 0..L-1):
                 Positions. Rotary embeddings see only differences, so left padding needs none.
             inputs_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): Instead of `input_ids`.
+            past_key_values ([`CanvasCache`], *optional*):
+                Keys and values of all T columns; `input_ids` and `position_ids` are then those of the columns set by
+                its `at`, and `attention_mask` is still `(B, T)`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Where to run the output layer: the last n positions, 0 for all; a LongTensor of columns, logits
                 `(B, n, N)`; or a bool mask `(B, L)`, logits `(number selected, N)` in row order.
@@ -403,6 +419,7 @@ class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
             **kwargs,
         )
         kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
@@ -424,6 +441,15 @@ def _refuse_unknown_arguments(kwargs: dict[str, Any]) -> None:
         # use_cache=False, past_key_values=None and the like ask for nothing.
         if name not in TransformersKwargs.__annotations__ and value is not None and value is not False:
             raise ValueError(f"unknown argument {name!r}: LLaDA's forward does not take it; remove it.")
+
+
+def _check_cache(cache: Any, config: LLaDAConfig) -> None:
+    if not isinstance(cache, CanvasCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}, which only grows at its end, and denoising changes any "
+            "position: pass an xdlm_hf.cache.CanvasCache, or generate with use_cache='prefix' or 'dual'."
+        )
+    check_cache_attention(config._attn_implementation)
 
 
 def _refuse_pickle(source: str | Path | None, use_safetensors: bool | None) -> None:

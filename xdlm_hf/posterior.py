@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .kernel import NoiseKernel, as_column, uniform, validate_ids, validate_rates
 
-# Logits that one block of a draw holds in float32 at a time: small enough for a CPU's cache, 64 MB at most on a GPU.
-_DRAW_ELEMENTS = 2**24
+# Logits that are read in float32 at a time: small enough for a CPU's cache, 64 MB at most on a GPU.
+_BLOCK_ELEMENTS = 2**24
 
 
 def posterior(p_x0: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: NoiseKernel) -> Tensor:
@@ -246,10 +246,15 @@ def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 def _weight_blocks(logits: Tensor, kernel: NoiseKernel | None) -> Iterator[tuple[int, Tensor]]:
     """Yield (first row, exp(logit - max) of a block of rows), absorbing tokens 0: bounded memory for any M."""
-    rows = max(1, _DRAW_ELEMENTS // logits.shape[-1])
-    for start in range(0, logits.shape[0], rows):
-        block = masked_logits(logits[start : start + rows], kernel)
-        yield start, block.sub_(block.amax(-1, keepdim=True)).exp_()
+    for rows in row_blocks(*logits.shape):
+        block = masked_logits(logits[rows], kernel)
+        yield rows.start, block.sub_(block.amax(-1, keepdim=True)).exp_()
+
+
+def row_blocks(m: int, n: int) -> Iterator[slice]:
+    """Slices of m rows of n elements, each of at most `_BLOCK_ELEMENTS` elements or one row."""
+    rows = max(1, _BLOCK_ELEMENTS // n)
+    return (slice(start, min(start + rows, m)) for start in range(0, m, rows))
 
 
 def check_step(

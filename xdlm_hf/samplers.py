@@ -18,20 +18,29 @@ import torch
 from torch import Tensor
 
 from .kernel import NoiseKernel, uniform
-from .posterior import StepDraw, begin_step, finish_step, masked_logits, sample_categorical
+from .posterior import (
+    StepDraw,
+    begin_step,
+    draw_from_weights,
+    finish_step,
+    masked_logits,
+    posterior,
+    row_blocks,
+    sample_categorical,
+)
+from .refinement import (
+    BudgetRefinement,
+    Canvas,
+    Look,
+    NoRefinement,
+    ReferenceBudget,
+    Refinement,
+    block_quota,
+    most_confident,
+)
 from .schedules import Schedule
 
 REMASKING = ("low_confidence", "random")
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """State of a generation, replaced (never modified) by each step."""
-
-    ids: Tensor  # (B, T) int64
-    holes: Tensor  # (B, T) bool, positions still to be filled
-    generated: Tensor  # (B, T) bool, positions that generation owns: never prompt, padding or fixed text
-    num_edits: Tensor  # (B,) int64, filled tokens that were replaced by another token
 
 
 @dataclass(frozen=True)
@@ -39,21 +48,24 @@ class Request:
     """What step `i` needs of the network."""
 
     i: int
-    positions: (
-        Tensor  # (C,) columns, answered by logits (B, C, N); or (B, T) bool, answered by (M, N) in row-major order
-    )
+    # (C,) columns or (B, C) columns of each row, answered by logits (B, C, N); or (B, T) bool, answered by (M, N) in
+    # row-major order
+    positions: Tensor
     draw: StepDraw | None = None  # what an ancestral step has drawn already
+    valid: Tensor | None = None  # (B, C) bool, columns that count, where some only fill a row up
 
 
 class Sampler(ABC):
     """Interface: `begin` a canvas, then for each step `request`, run the network, `step`."""
 
     steps: int
-    block_ends: dict[int, int]  # step after which a block is final -> its end column
+    may_edit = True  # False: a token once drawn stays
+    adaptive = False  # True: a block may end before its steps are used up, so each step waits for the device
 
     @abstractmethod
-    def begin(self, ids: Tensor, generated: Tensor) -> Canvas:
-        """Canvas before the first step; `ids` are (B, T), `generated` (B, T) marks the positions to fill."""
+    def begin(self, ids: Tensor, generated: Tensor, holes: Tensor | None = None) -> Canvas:
+        """Canvas before the first step; `ids` are (B, T), `generated` (B, T) marks the positions that may change, and
+        `holes` those of them to fill, by default all."""
 
     @abstractmethod
     def request(self, canvas: Canvas, i: int) -> Request:
@@ -63,25 +75,52 @@ class Sampler(ABC):
     def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
         """Second half: the logits asked for in, the next canvas out."""
 
+    @abstractmethod
+    def block(self, i: int) -> tuple[int, int]:
+        """The columns [first, end) that step `i` is about."""
+
+    def first_step(self, canvas: Canvas) -> int:
+        """The step to begin with; `steps` when there is nothing to do."""
+        return 0
+
+    def next_step(self, before: Canvas, after: Canvas, i: int) -> int:
+        """The step that follows `i`, which led from one canvas to the other; `steps` when there is none."""
+        return i + 1
+
+    def working_rows(self, canvas: Canvas, i: int) -> Tensor:
+        """(B,) bool, the rows that step `i` has something to do for; the others wait for them."""
+        return torch.ones_like(canvas.num_edits, dtype=torch.bool)
+
+    def block_end(self, i: int, following: int) -> int | None:
+        """End column of the block of step `i` when the step `following` it belongs to another, else None."""
+        block = self.block(i)
+        return block[1] if following >= self.steps or self.block(following) != block else None
+
 
 class ConfidenceSampler(Sampler):
     """LLaDA's low-confidence remasking with the refinement branch, Algorithm 1 of the paper.
 
     Each step fills the most confident of a block's holes, the same number per step (earlier steps take the remainder),
-    and, for k > 0, replaces filled tokens that the model now disagrees with. Refinement has a budget over the whole
-    generation: after a step at most floor(k / (1 - k) * tokens filled so far) edits, none at the first step; what finds
-    no candidate carries over. k = 0 is LLaDA's sampler.
+    and lets a refinement policy take back filled tokens, by default XDLM's budget. k = 0 is LLaDA's sampler. With a
+    confidence threshold or factor a step fills more where the network is sure, and a block without holes ends early.
 
     Args:
         mask_token_id: m, what an unfilled position holds; never predicted.
         mixing_ratio: k in [0, 1], the refinement knob.
-        steps: Forward passes in all; a multiple of the number of blocks, at most `length`.
+        steps: Forward passes that fill; a multiple of the number of blocks, at most `length`; 0 to refine only.
         start, length: The answer is the columns [start, start + length).
         block_length: Columns that are filled together, left to right; divides `length`.
         temperature: 0 predicts the argmax; above it, a draw from softmax(logits / temperature).
         warp: Filter of the tempered logits before a draw, (M, N) to (M, N), e.g. top-k or top-p.
         remasking: "low_confidence", or "random" to choose the holes to fill at random.
         generator: Source of randomness.
+        refinement: Policy for filled tokens; by default `BudgetRefinement(mixing_ratio)`, none at k = 0.
+        polish_steps: Steps after the last hole is filled that only refine; at temperature 0 they end when nothing
+            changes any more.
+        confidence_threshold: Fill every hole predicted with at least this confidence, and at least the step's number.
+        confidence_factor: Fill the n most confident holes, n the largest with (n + 1) (1 - c_n) < factor, c_n being
+            the n-th confidence (Fast-dLLM's rule), and at least the step's number.
+        ends_early: End a block when it has no hole left, also without threshold and factor.
 
     Raises:
         ValueError: If the lengths or steps do not fit each other (`check_blocks`), or an option is not known.
@@ -99,86 +138,176 @@ class ConfidenceSampler(Sampler):
         warp: Callable[[Tensor], Tensor] | None = None,
         remasking: str = "low_confidence",
         generator: torch.Generator | None = None,
+        *,
+        refinement: Refinement | None = None,
+        polish_steps: int = 0,
+        confidence_threshold: float | None = None,
+        confidence_factor: float | None = None,
+        ends_early: bool = False,
     ):
         block_length = length if block_length is None else block_length
-        check_blocks(steps, length, block_length)
+        if steps or not polish_steps:
+            check_blocks(steps, length, block_length)
         if temperature < 0:
             raise ValueError(f"temperature={temperature} must not be negative; 0 takes the most likely token.")
         if remasking not in REMASKING:
             raise ValueError(f"remasking={remasking!r} is not known; choose one of {list(REMASKING)}.")
-        self.mask_token_id, self.mixing_ratio, self.steps = mask_token_id, mixing_ratio, steps
+        self.mask_token_id, self.mixing_ratio = mask_token_id, mixing_ratio
         self.start, self.length, self.block_length = start, length, block_length
         self.temperature, self.warp, self.remasking, self.generator = temperature, warp, remasking, generator
-        self.steps_per_block = steps * block_length // length
-        self.block_ends = {
-            (block + 1) * self.steps_per_block - 1: start + (block + 1) * block_length
-            for block in range(length // block_length)
-        }
+        self.confidence_threshold, self.confidence_factor = confidence_threshold, confidence_factor
+        self.adaptive = ends_early or confidence_threshold is not None or confidence_factor is not None
+        self.refinement = self._default_refinement() if refinement is None else refinement
+        self.may_edit = self.refinement.edits
+        self.fill_steps, self.steps = steps, steps + polish_steps
+        self.steps_per_block = max(steps * block_length // length, 1)
 
-    def begin(self, ids: Tensor, generated: Tensor) -> Canvas:
-        ids = torch.where(generated, self.mask_token_id, ids)
-        return Canvas(ids, generated, generated, torch.zeros_like(ids[:, 0]))
+    def _default_refinement(self) -> Refinement:
+        return BudgetRefinement(self.mixing_ratio) if self.mixing_ratio > 0 else NoRefinement()
+
+    def begin(self, ids: Tensor, generated: Tensor, holes: Tensor | None = None) -> Canvas:
+        holes = generated if holes is None else holes
+        zeros = torch.zeros_like(ids[:, 0])
+        return Canvas(torch.where(holes, self.mask_token_id, ids), holes, generated, zeros, zeros)
 
     def request(self, canvas: Canvas, i: int) -> Request:
         """The current block, and with refinement everything before it in the answer: nothing else can change."""
         return Request(i, torch.arange(*self._columns(i), device=canvas.ids.device))
 
     def _columns(self, i: int) -> tuple[int, int]:
-        block_start, block_end = self._block(i)
-        return (self.start if self.mixing_ratio > 0 else block_start), block_end
+        first, end = self.block(i)
+        return (self.start if self.may_edit else first), end
 
     def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
-        """1. Predict. 2. Fill the a_i most confident holes. 3. Refine the u_i most confident disagreements."""
-        i = request.i
-        first, last = self._columns(i)
-        ids, holes, generated = (x[:, first:last] for x in (canvas.ids, canvas.holes, canvas.generated))
+        """1. Predict. 2. Re-mask. 3. Fill the most confident holes. 4. Edit where the policy wants to. 5. Remember."""
+        # 1.
+        look = self._look(canvas, logits, request)
+        # 2.
+        remasked = self.refinement.remask(look)
+        look = replace(look, editable=look.editable & ~remasked)
+        # 3.
+        priority = look.conf_predicted
+        if self.remasking == "random":
+            priority = uniform(priority.shape, self.generator, priority.device)
+        fill = most_confident(priority, look.holes, self._fill_count(look) + remasked.sum(-1))
+        # 4.
+        edit = self.refinement.edit(look, fill)
+        tokens = torch.where(fill | edit, look.predicted, torch.where(remasked, self.mask_token_id, look.ids))
+        # 5.
+        holes = canvas.holes.gather(1, look.columns)
+        return replace(
+            canvas,
+            ids=look.write(canvas.ids, tokens),
+            holes=look.write(canvas.holes, (holes & ~fill) | remasked),
+            num_edits=canvas.num_edits + edit.sum(-1),
+            num_remasked=canvas.num_remasked + remasked.sum(-1),
+            memory=self.refinement.remember(look, fill, edit),
+        )
+
+    def _look(self, canvas: Canvas, logits: Tensor, request: Request) -> Look:
+        i, columns = request.i, request.positions.expand(canvas.ids.shape[0], -1)
+        ids, holes, generated = (x.gather(1, columns) for x in (canvas.ids, canvas.holes, canvas.generated))
         predicted, conf_predicted, conf_current = self.predict(logits, ids)
-
-        random = self.remasking == "random"
-        priority = uniform(holes.shape, self.generator, holes.device) if random else conf_predicted
-        fill = most_confident(priority, holes, self._fill_count(holes, i))
-        if self.mixing_ratio > 0:
-            disagrees = generated & ~holes & (predicted != ids) & (conf_predicted >= conf_current)
-            refine = most_confident(conf_predicted, disagrees, self._edit_allowance(canvas, fill, i))
-        else:
-            refine = torch.zeros_like(fill)
-
-        new_ids, new_holes = canvas.ids.clone(), canvas.holes.clone()
-        new_ids[:, first:last] = torch.where(fill | refine, predicted, ids)
-        new_holes[:, first:last] = holes & ~fill
-        return replace(canvas, ids=new_ids, holes=new_holes, num_edits=canvas.num_edits + refine.sum(-1))
+        editable = generated & ~holes & self.working_rows(canvas, i)[:, None]
+        if request.valid is not None:
+            holes, editable = holes & request.valid, editable & request.valid
+        return Look(
+            canvas=canvas,
+            columns=columns,
+            valid=request.valid,
+            ids=ids,
+            holes=holes,
+            editable=editable,
+            in_block=columns >= self.block(i)[0],
+            predicted=predicted,
+            conf_predicted=conf_predicted,
+            conf_current=conf_current,
+            step=i,
+            done=i % self.steps_per_block if i < self.fill_steps else 0,
+            steps_per_block=self.steps_per_block,
+            fill_steps_left=max(self.fill_steps - i, 0),
+            polish_steps_left=self.steps - i if i >= self.fill_steps else 0,
+            generator=self.generator,
+        )
 
     def predict(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Predicted ids, and the confidence of predicted and of current ids under the untempered float32 softmax."""
-        logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32, copy=True)
-        logits[..., self.mask_token_id] = -torch.inf
-        predicted = draw(logits, self.temperature, self.warp, self.generator)
-        top = logits.amax(-1, keepdim=True)
-        exponents = torch.cat([logits.gather(-1, x[..., None]) - top for x in (predicted, ids)], dim=-1)
-        # exp(l - max) / sum, not exp(l - logsumexp): near certainty the latter cannot tell 1 - 1e-6 from 1.
-        confidence = exponents.exp() / logits.sub_(top).exp_().sum(-1, keepdim=True)
-        return predicted, confidence[..., 0], confidence[..., 1]
+        """Predicted ids, and the confidence of predicted and of current ids under the untempered float32 softmax.
 
-    def _block(self, i: int) -> tuple[int, int]:
-        block_start = self.start + i // self.steps_per_block * self.block_length
-        return block_start, block_start + self.block_length
+        Reads (B, C, N) logits of any dtype a few rows at a time, so that no copy of them is ever whole.
+        """
+        shape, logits, ids = ids.shape, logits.flatten(0, 1), ids.flatten()
+        u = uniform((len(ids), 1), self.generator, ids.device) if self.temperature > 0 else None
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        predicted = torch.empty_like(ids)
+        confidences = torch.empty(2, len(ids), dtype=wide, device=ids.device)
+        for rows in row_blocks(*logits.shape):
+            block = logits[rows].to(wide, copy=True)
+            block[:, self.mask_token_id] = -torch.inf
+            top = block.amax(-1, keepdim=True)
+            predicted[rows] = block.argmax(-1) if u is None else self._draw(block, top, u[rows])
+            both = torch.stack([predicted[rows], ids[rows]])
+            # exp(l - max) / sum, not exp(l - logsumexp): near certainty the latter cannot tell 1 - 1e-6 from 1.
+            exponents = block.gather(-1, both.T).sub_(top)
+            confidences[:, rows] = (exponents.exp_() / block.sub_(top).exp_().sum(-1, keepdim=True)).T
+        return predicted.view(shape), confidences[0].view(shape), confidences[1].view(shape)
 
-    def _fill_count(self, holes: Tensor, i: int) -> Tensor:
+    def _draw(self, logits: Tensor, top: Tensor, u: Tensor) -> Tensor:
+        """Tokens at the quantiles u (M, 1) of softmax(warp(logits / temperature)); logits (M, N) with maximum `top`."""
+        if self.warp is None:
+            return draw_from_weights((logits - top).div_(self.temperature).exp_(), u)
+        tempered = self.warp(logits / self.temperature)
+        return draw_from_weights((tempered - tempered.amax(-1, keepdim=True)).exp_(), u)
+
+    def block(self, i: int) -> tuple[int, int]:
+        if i >= self.fill_steps:
+            return self.start, self.start + self.length
+        first = self.start + i // self.steps_per_block * self.block_length
+        return first, first + self.block_length
+
+    def working_rows(self, canvas: Canvas, i: int) -> Tensor:
+        """With blocks that may end early, the rows whose block has holes: a row must not depend on its neighbours'."""
+        if not self.adaptive or i >= self.fill_steps:
+            return super().working_rows(canvas, i)
+        first, end = self.block(i)
+        return canvas.holes[:, first:end].any(-1)
+
+    def next_step(self, before: Canvas, after: Canvas, i: int) -> int:
+        if i >= self.fill_steps:
+            settled = self.temperature == 0 and torch.equal(before.ids, after.ids)
+            return self.steps if settled else i + 1
+        if self.adaptive and self._is_full(after, i):
+            i = i // self.steps_per_block * self.steps_per_block + self.steps_per_block - 1
+        return self._skip_full_blocks(after, i + 1)
+
+    def first_step(self, canvas: Canvas) -> int:
+        return self._skip_full_blocks(canvas, 0)
+
+    def _skip_full_blocks(self, canvas: Canvas, i: int) -> int:
+        while self.adaptive and i < self.fill_steps and i % self.steps_per_block == 0 and self._is_full(canvas, i):
+            i += self.steps_per_block
+        return i
+
+    def _is_full(self, canvas: Canvas, i: int) -> bool:
+        first, end = self.block(i)
+        return not canvas.holes[:, first:end].any()
+
+    def _fill_count(self, look: Look) -> Tensor:
+        """Holes that a step fills, (B,): its share a_i, or more where the network is sure."""
+        count = self._share(look)
+        confidence = torch.where(look.holes, look.conf_predicted, 0.0)
+        if self.confidence_threshold is not None:
+            count = torch.maximum(count, (look.holes & (confidence >= self.confidence_threshold)).sum(-1))
+        if self.confidence_factor is not None:
+            falling = confidence.sort(dim=-1, descending=True).values
+            n = torch.arange(1, falling.shape[-1] + 1, device=falling.device)
+            sure = (n + 1) * (1 - falling) < self.confidence_factor
+            count = torch.maximum(count, sure.long().cumprod(-1).sum(-1))
+        return count
+
+    def _share(self, look: Look) -> Tensor:
         """a_i, (B,): what is left of the block over the steps that are left, so earlier steps take the remainder."""
-        steps_left = self.steps_per_block - i % self.steps_per_block
-        return (holes.sum(-1) + steps_left - 1) // steps_left
-
-    def _edit_allowance(self, canvas: Canvas, fill: Tensor, i: int) -> Tensor:
-        """u_i = floor(k / (1 - k) * tokens filled after this step) - edits so far, (B,); without limit at k = 1."""
-        if i == 0:
-            return torch.zeros_like(canvas.num_edits)
-        filled = (canvas.generated & ~canvas.holes).sum(-1) + fill.sum(-1)
-        if self.mixing_ratio == 1:
-            return filled
-        # The nudge keeps whole numbers whole: 0.1 / 0.9 * 9 may come out just below 1.
-        # In float64: an integer tensor times a Python float would be float32, and the nudge lost in its rounding.
-        budget = (filled.double() * (self.mixing_ratio / (1 - self.mixing_ratio)) + 1e-9).floor().long()
-        return budget - canvas.num_edits
+        steps_left = max(look.steps_per_block - look.done, 1)
+        return (look.holes.sum(-1) + steps_left - 1) // steps_left
 
 
 class ReferenceConfidenceSampler(ConfidenceSampler):
@@ -189,8 +318,13 @@ class ReferenceConfidenceSampler(ConfidenceSampler):
     dtype; and the edit budget is floored per block, so that small blocks get none.
     """
 
+    def _default_refinement(self) -> Refinement:
+        if self.mixing_ratio == 0:
+            return NoRefinement()
+        return ReferenceBudget(self.mixing_ratio, self.block_length)
+
     def _columns(self, i: int) -> tuple[int, int]:
-        return 0, self._block(i)[1]
+        return 0, self.block(i)[1]
 
     def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
         everything = torch.ones_like(canvas.generated)
@@ -198,26 +332,20 @@ class ReferenceConfidenceSampler(ConfidenceSampler):
         return super().step(canvas, logits, request)
 
     def predict(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        predicted = draw(logits, self.temperature, self.warp, self.generator)
+        predicted = self._predict_tokens(logits)
         p = logits.softmax(-1)
         return predicted, *(p.gather(-1, x[..., None]).squeeze(-1) for x in (predicted, ids))
 
-    def _fill_count(self, holes: Tensor, i: int) -> Tensor:
-        done = i % self.steps_per_block
-        return torch.full_like(holes[:, 0], self._quota(done + 1) - self._quota(done), dtype=torch.long)
+    def _predict_tokens(self, logits: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        tempered = logits.flatten(0, -2) / self.temperature
+        tempered = tempered if self.warp is None else self.warp(tempered)
+        return sample_categorical(tempered, generator=self.generator).view(logits.shape[:-1])
 
-    def _edit_allowance(self, canvas: Canvas, fill: Tensor, i: int) -> Tensor:
-        finished_blocks, done = divmod(i, self.steps_per_block)
-        if done == 0:
-            return torch.zeros_like(canvas.num_edits)
-        per_fill = self.mixing_ratio / (1 - self.mixing_ratio)
-        budget = finished_blocks * int(per_fill * self.block_length) + int(per_fill * self._quota(done + 1))
-        return budget - canvas.num_edits
-
-    def _quota(self, done: int) -> int:
-        """Tokens of a block that are to be filled after `done` of its steps."""
-        whole, rest = divmod(self.block_length, self.steps_per_block)
-        return done * whole + min(done, rest)
+    def _share(self, look: Look) -> Tensor:
+        quota = [block_quota(done, self.block_length, self.steps_per_block) for done in (look.done, look.done + 1)]
+        return torch.full_like(look.holes[:, 0], quota[1] - quota[0], dtype=torch.long)
 
 
 class AncestralSampler(Sampler):
@@ -258,12 +386,16 @@ class AncestralSampler(Sampler):
         self.kernel, self.schedule, self.steps = kernel, schedule, steps
         self.start, self.length = start, length
         self.temperature, self.warp, self.generator = temperature, warp, generator
-        self.block_ends = {steps - 1: start + length}
 
-    def begin(self, ids: Tensor, generated: Tensor) -> Canvas:
+    def block(self, i: int) -> tuple[int, int]:
+        return self.start, self.start + self.length
+
+    def begin(self, ids: Tensor, generated: Tensor, holes: Tensor | None = None) -> Canvas:
+        """The positions that may change hold a draw from the prior; `holes` mean nothing here."""
         prior = self.kernel.sample_prior(tuple(ids.shape), self.generator, ids.device)
         nothing = torch.zeros_like(generated)
-        return Canvas(torch.where(generated, prior, ids), nothing, generated, torch.zeros_like(ids[:, 0]))
+        zeros = torch.zeros_like(ids[:, 0])
+        return Canvas(torch.where(generated, prior, ids), nothing, generated, zeros, zeros)
 
     def request(self, canvas: Canvas, i: int) -> Request:
         """Draws all of the step that does not depend on p, and asks for the positions where p decides.
@@ -271,9 +403,7 @@ class AncestralSampler(Sampler):
         Late in a long chain these are few: a token that stays whatever p is needs no logits, nor does a [MASK] that
         stays one.
         """
-        times = torch.tensor([1 - i / self.steps, 1 - (i + 1) / self.steps], dtype=torch.float64)
-        (alpha_t, alpha_s), _ = self.schedule(times.to(canvas.ids.device))
-        draw = begin_step(canvas.ids, alpha_s.view(1, 1), alpha_t.view(1, 1), self.kernel, self.generator)
+        draw = begin_step(canvas.ids, *self._rates(i, canvas), self.kernel, self.generator)
         draw = replace(
             draw, most=torch.where(canvas.generated, draw.most, 0.0), needs_p=draw.needs_p & canvas.generated
         )
@@ -282,6 +412,15 @@ class AncestralSampler(Sampler):
     def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
         """One exact draw from q(z_s | z_t, p), s = t - 1 / steps, at the generated positions."""
         z_s = finish_step(request.draw, self._tempered(logits), self.kernel, self.generator)
+        return self._moved(canvas, z_s)
+
+    def _rates(self, i: int, canvas: Canvas) -> tuple[Tensor, Tensor]:
+        """alpha_s and alpha_t of step `i`, (1, 1) float64."""
+        times = torch.tensor([1 - (i + 1) / self.steps, 1 - i / self.steps], dtype=torch.float64)
+        alpha, _ = self.schedule(times.to(canvas.ids.device))
+        return alpha[0].view(1, 1), alpha[1].view(1, 1)
+
+    def _moved(self, canvas: Canvas, z_s: Tensor) -> Canvas:
         special = torch.zeros_like(canvas.generated)
         for token_id in self.kernel.absorbing_ids:
             special |= (canvas.ids == token_id) | (z_s == token_id)
@@ -295,33 +434,31 @@ class AncestralSampler(Sampler):
         return logits if self.warp is None else self.warp(logits)
 
 
-def draw(
-    logits: Tensor, temperature: float, warp: Callable[[Tensor], Tensor] | None, generator: torch.Generator | None
-) -> Tensor:
-    """argmax at temperature 0, else a draw from softmax(warp(logits / temperature)); (B, C, N) to (B, C) ids."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    tempered = logits.flatten(0, -2) / temperature
-    tempered = tempered if warp is None else warp(tempered)
-    return sample_categorical(tempered, generator=generator).view(logits.shape[:-1])
+class ReferenceAncestralSampler(AncestralSampler):
+    """The released ancestral step, to audit published samples: the dense posterior drawn with float32 Gumbel noise.
 
-
-def most_confident(priority: Tensor, candidates: Tensor, count: Tensor) -> Tensor:
-    """Mask of the `count` candidates of highest priority in each row; equal priorities: the lower position first.
-
-    Args:
-        priority: (B, C), finite.
-        candidates: (B, C) bool.
-        count: (B,) int64; a count below 0 takes none, one above the number of candidates takes all.
-
-    Returns:
-        (B, C) bool.
+    Its noise comes in steps of 6e-8 where it matters, which starves tokens of small probability, above all the uniform
+    part of the kernel; `AncestralSampler` draws every token with its own probability.
     """
-    order = torch.where(candidates, priority, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    return candidates & (rank < count[:, None])
+
+    def request(self, canvas: Canvas, i: int) -> Request:
+        """Every position, as the released step reads them all."""
+        return Request(i, canvas.generated)
+
+    def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
+        p = masked_logits(self._tempered(logits), self.kernel).float().softmax(-1)[None]
+        z_t = canvas.ids[canvas.generated][None]
+        alpha_s, alpha_t = (rate.view(1) for rate in self._rates(request.i, canvas))
+        probs = posterior(p, z_t, alpha_s, alpha_t, self.kernel)
+        noise = torch.rand(probs.shape, generator=self.generator, device=_device(self.generator, probs.device))
+        # Gumbel-max without its logarithm: argmax of p / E, E exponential.
+        exponential = 1e-10 - (noise.to(probs.device) + 1e-10).log()
+        drawn = (probs / exponential).argmax(-1)
+        return self._moved(canvas, canvas.ids.masked_scatter(canvas.generated, drawn[0]))
+
+
+def _device(generator: torch.Generator | None, device: torch.device) -> torch.device:
+    return device if generator is None else generator.device
 
 
 def check_positive(**values: int) -> None:

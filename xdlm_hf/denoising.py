@@ -1,0 +1,280 @@
+"""The loop around a sampler: the network where a step needs it, and which rows are still at work.
+
+`generation.py` resolves what the user asked for and calls `denoise`. Costs are counted in forward passes.
+
+Shapes: B batch, R <= B rows still at work, T whole length (prompt and answer), N rows of the output layer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+
+from .cache import CanvasCache, RefreshPlan
+from .refinement import Canvas
+from .samplers import Request, Sampler
+
+# A row at end-of-text is looked for every so many steps: looking waits for the device.
+_STEPS_BETWEEN_CHECKS = 4
+
+
+class Network:
+    """Logits of chosen positions: forward pass, cache, guidance, processors; counts forward passes.
+
+    Args:
+        model: Ids to logits.
+        attention_mask: (B, T), 0 at padding.
+        prompt: (B, T) bool, what guidance hides.
+        options: A resolved `XDLMGenerationConfig`.
+        processors: The user's.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        attention_mask: Tensor,
+        prompt: Tensor,
+        options: Any,
+        processors: LogitsProcessorList | None,
+    ):
+        self.model, self.options, self.prompt = model, options, prompt
+        self.processors = LogitsProcessorList(processors) if processors else None
+        self.num_forward_passes = 0
+        self.attention_mask: Tensor | None = None
+        self.position_ids: Tensor | None = None
+        # Without padding there is nothing to tell the model, and attention runs its fastest kernel.
+        if not attention_mask.all():
+            self.attention_mask = attention_mask
+            if not options.reference_compat:
+                # Positions count text alone, so that a row computes what it computes by itself, wherever its
+                # padding stands.
+                self.position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)
+        self.plan = RefreshPlan(options.use_cache, options.cache_refresh) if options.use_cache else None
+        # Guidance runs two streams, and each has its own keys and values.
+        self.caches = [CanvasCache(model.config.n_layers) for _ in range(2)] if options.use_cache else [None, None]
+
+    def logits(self, ids: Tensor, request: Request, block: tuple[int, int], may_edit: bool) -> tuple[Tensor, Request]:
+        """What a step asked for, and for which positions it could be had: with a cache, those computed in this step.
+
+        Logits of columns are (R, C, N), of a mask (M, N), in the model's dtype; guided, processed or suppressed ones in
+        float32 or wider, unless `reference_compat` audits lower precision. A mask without a position costs no forward
+        pass.
+        """
+        positions = request.positions
+        if positions.dtype == torch.bool and not positions.any():
+            return torch.empty(0, self.model.config.embedding_size, device=ids.device), request
+        columns = None
+        if self.plan is not None:
+            planned = self.plan.columns(ids, block, may_edit)
+            if planned is not None:
+                columns, valid, open_columns = planned
+                request = replace(request, positions=columns[:, :open_columns], valid=valid)
+                positions = torch.arange(open_columns, device=ids.device)
+        logits = self._forward(0, ids, positions, columns)
+        if self.options.cfg_scale:
+            hidden_prompt = torch.where(self.prompt, self.options.mask_token_id, ids)
+            unconditional = self._forward(1, hidden_prompt, positions, columns)
+            logits = unconditional + (self.options.cfg_scale + 1) * (logits - unconditional)
+        return self._processed(logits, ids, request.positions), request
+
+    def _forward(self, stream: int, ids: Tensor, positions: Tensor, columns: Tensor | None) -> Tensor:
+        self.num_forward_passes += 1
+        inputs = {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
+        if columns is not None:
+            places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            places = places if self.position_ids is None else self.position_ids
+            inputs["position_ids"] = places.gather(1, columns)
+            ids = ids.gather(1, columns)
+        if self.caches[stream] is not None:
+            inputs["past_key_values"] = self.caches[stream].at(columns)
+        given = {name: value for name, value in inputs.items() if value is not None}
+        logits = self.model(input_ids=ids, logits_to_keep=positions, **given).logits
+        adjusted = self.options.cfg_scale or self.processors is not None or self.options.suppress_tokens
+        if not adjusted or self.options.reference_compat or logits.dtype == torch.float64:
+            return logits
+        return logits.float()
+
+    def _processed(self, logits: Tensor, ids: Tensor, positions: Tensor) -> Tensor:
+        if self.processors is not None:
+            if positions.dtype == torch.bool:
+                rows = ids[positions.nonzero()[:, 0]]
+            else:
+                rows = ids.repeat_interleave(logits.shape[1], 0)
+            logits = self.processors(rows, logits.view(-1, logits.shape[-1])).view(logits.shape)
+        if self.options.suppress_tokens:
+            logits = logits.index_fill(-1, torch.tensor(self.options.suppress_tokens, device=ids.device), -torch.inf)
+        return logits
+
+    def select(self, rows: Tensor) -> None:
+        """Keep some rows of the batch, (rows,)."""
+        self.prompt = self.prompt[rows]
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask[rows]
+        if self.position_ids is not None:
+            self.position_ids = self.position_ids[rows]
+        if self.plan is not None:
+            self.plan.select(rows)
+            for cache in self.caches:
+                if cache.get_seq_length():
+                    cache.batch_select_indices(rows)
+
+
+class Finished:
+    """Which rows need no more steps, and what becomes of the text after their end.
+
+    Args:
+        options: A resolved `XDLMGenerationConfig`.
+        criteria: The user's, asked after each block.
+        answer: (B, T) bool, where an end-of-text token counts; None: nowhere.
+        may_edit: Whether a token once filled may still change.
+
+    Raises:
+        ValueError: If there are criteria and no padding token for what follows the end.
+    """
+
+    def __init__(self, options: Any, criteria: StoppingCriteriaList | None, answer: Tensor | None, may_edit: bool):
+        self.options, self.answer = options, answer
+        self.criteria = StoppingCriteriaList(criteria) if criteria else None
+        self.ends: Tensor | None = None  # (B,) column after which a row is padding
+        if criteria and options.pad_token_id is None:
+            raise ValueError("stopping_criteria need a pad_token_id for what follows the end of a row; pass one.")
+        pads = bool(options.end_of_text) and options.pad_token_id is not None and not options.reference_compat
+        self.cuts = pads and answer is not None
+        # Where tokens may still change, leaving at end-of-text is a choice that can change the text.
+        wanted = (not may_edit) if options.early_stop is None else options.early_stop
+        self.leaves_at_end_of_text = self.cuts and wanted and options.sampler == "confidence"
+
+    def after_block(self, ids: Tensor, rows: Tensor, block_end: int) -> Tensor:
+        """Ask the criteria about the batch (B, T) up to `block_end`; (R,) bool, which of `rows` (R,) are done.
+
+        About the whole batch, also when rows have left it: a criterion may know its rows by their place.
+        """
+        if not self.criteria:
+            return torch.zeros_like(rows, dtype=torch.bool)
+        if self.ends is None:
+            self.ends = torch.full_like(self.answer[:, 0], ids.shape[1], dtype=torch.long)
+        done = self.criteria(self.pad(ids)[:, :block_end], None).to(ids.device)[rows]
+        self.ends[rows] = torch.where(done, self.ends[rows].clamp_max(block_end), self.ends[rows])
+        return done
+
+    def at_end_of_text(self, before: Canvas, after: Canvas, rows: Tensor) -> Tensor:
+        """(R,) bool: rows with an end-of-text token, no hole before it, and nothing before it edited in this step."""
+        is_eos = self._is_eos(after.ids, rows) & ~after.holes
+        until = is_eos.long().cumsum(-1) == 0
+        open_before = (after.holes | (after.generated & (before.ids != after.ids) & ~before.holes)) & until
+        return is_eos.any(-1) & ~open_before.any(-1)
+
+    def pad(self, ids: Tensor) -> Tensor:
+        """(B, T) ids with padding after the block in which a criterion was met, and after the first end-of-text."""
+        pad = self.options.pad_token_id
+        if self.ends is not None:
+            ids = torch.where(torch.arange(ids.shape[1], device=ids.device) >= self.ends[:, None], pad, ids)
+        if not self.cuts:
+            return ids
+        is_eos = self._is_eos(ids, slice(None))
+        after = is_eos.cumsum(-1) - is_eos.long() > 0
+        return torch.where(after & self.answer, pad, ids)
+
+    def num_tokens(self, holes: Tensor, ids: Tensor) -> Tensor:
+        """(B,) int64, the holes (B, T) that were filled, up to the row's end."""
+        if self.ends is not None:
+            holes = holes & (torch.arange(ids.shape[1], device=ids.device) < self.ends[:, None])
+        if self.cuts:
+            is_eos = self._is_eos(ids, slice(None))
+            holes = holes & (is_eos.cumsum(-1) - is_eos.long() == 0)
+        return holes.sum(-1)
+
+    def _is_eos(self, ids: Tensor, rows: Tensor | slice) -> Tensor:
+        eos = torch.tensor(self.options.end_of_text, device=ids.device)
+        return torch.isin(ids, eos) & self.answer[rows]
+
+
+@dataclass
+class Progress:
+    """The whole batch while some of its rows have left: (B, T) ids, (B,) counts."""
+
+    canvas: Canvas
+    passes: Tensor  # (B,) int64, forward passes that a row had something to do in
+    rows: Tensor  # (R,) int64, the rows still at work
+
+    def update(self, live: Canvas) -> None:
+        """Write the state of the live rows back."""
+        if len(self.rows) == len(self.passes):
+            self.canvas = live
+            return
+        merged = {name: getattr(self.canvas, name).index_copy(0, self.rows, getattr(live, name)) for name in _PER_ROW}
+        self.canvas = replace(self.canvas, **merged)
+
+
+_PER_ROW = ("ids", "holes", "num_edits", "num_remasked")
+
+
+def denoise(
+    network: Network,
+    sampler: Sampler,
+    canvas: Canvas,
+    finished: Finished,
+    observe: Callable[[Tensor, int | None], None] | None = None,
+) -> Progress:
+    """Run a sampler to its end.
+
+    Per step: 1. what the sampler needs, 2. the network there, 3. the sampler, 4. whoever watches, 5. rows that are done
+    leave the batch.
+
+    Args:
+        network, sampler, finished: The parts.
+        canvas: The sampler's first canvas.
+        observe: Called after each step with the whole batch's ids (B, T), and with the end column of a block that the
+            step completed, else None.
+    """
+    batch = canvas.ids.shape[0]
+    progress = Progress(canvas, torch.zeros_like(canvas.num_edits), torch.arange(batch, device=canvas.ids.device))
+    i = sampler.first_step(canvas)
+    while i < sampler.steps:
+        # 1.
+        request = sampler.request(canvas, i)
+        before, passes = canvas, network.num_forward_passes
+        working = sampler.working_rows(canvas, i)
+        # 2.
+        logits, request = network.logits(canvas.ids, request, sampler.block(i), sampler.may_edit)
+        # 3.
+        canvas = sampler.step(canvas, logits, request)
+        progress.passes[progress.rows] += working * (network.num_forward_passes - passes)
+        progress.update(canvas)
+        following = sampler.next_step(before, canvas, i)
+        block_end = sampler.block_end(i, following)
+        # 4.
+        if observe is not None:
+            observe(progress.canvas.ids, block_end)
+        # 5.
+        done = _done(sampler, finished, before, canvas, progress, block_end, i)
+        if done is not None and bool(done.any()):
+            if bool(done.all()):
+                break
+            stay = (~done).nonzero().squeeze(-1)
+            progress.rows, canvas = progress.rows[stay], canvas.select(stay)
+            network.select(stay)
+        i = following
+    return progress
+
+
+def _done(
+    sampler: Sampler,
+    finished: Finished,
+    before: Canvas,
+    after: Canvas,
+    progress: Progress,
+    block_end: int | None,
+    i: int,
+) -> Tensor | None:
+    """(R,) bool, the rows that need no more steps; None where it was not asked."""
+    done = None
+    if block_end is not None and finished.criteria:
+        done = finished.after_block(progress.canvas.ids, progress.rows, block_end)
+    if finished.leaves_at_end_of_text and (sampler.adaptive or i % _STEPS_BETWEEN_CHECKS == 0 or block_end is not None):
+        ended = finished.at_end_of_text(before, after, progress.rows)
+        done = ended if done is None else done | ended
+    return done
