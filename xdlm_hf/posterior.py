@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .kernel import NoiseKernel, as_column, uniform, validate_ids, validate_rates
 
-# Logits that are read in float32 at a time: small enough for a CPU's cache, 64 MB at most on a GPU.
-_BLOCK_ELEMENTS = 2**24
+# Logits that are read in float32 at a time: what stays in a CPU's cache, 64 MB on a GPU.
+_BLOCK_ELEMENTS = {"cpu": 2**19, "other": 2**24}
 
 
 def posterior(p_x0: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: NoiseKernel) -> Tensor:
@@ -82,7 +82,8 @@ def sample_posterior(
     """
     alpha_s, alpha_t = check_step(logits, z_t, alpha_s, alpha_t, kernel)
     draw = begin_step(z_t.long(), alpha_s, alpha_t, kernel, generator)
-    return finish_step(draw, logits[draw.needs_p], kernel, generator).to(z_t.dtype)
+    rows = draw.needs_p.flatten().nonzero().squeeze(-1)
+    return finish_step(draw, logits.flatten(0, 1), kernel, generator, rows).to(z_t.dtype)
 
 
 @dataclass(frozen=True)
@@ -119,24 +120,31 @@ def begin_step(
 
 
 def finish_step(
-    draw: StepDraw, logits: Tensor, kernel: NoiseKernel, generator: torch.Generator | None = None
+    draw: StepDraw,
+    logits: Tensor,
+    kernel: NoiseKernel,
+    generator: torch.Generator | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """z_s, (B, L), from the logits (M, N) of the M positions in `draw.needs_p`, in row-major order."""
+    """z_s, (B, L), from the logits of the M positions in `draw.needs_p`, in row-major order.
+
+    They are the rows of `logits` (M, N), or those that `rows` (M,) picks. The token from p is drawn where it is needed:
+    p at z_t may still say that the position stays, or takes noise.
+    """
     z_s = torch.where(draw.choice < draw.most, draw.noise, draw.z_t)
     alpha_s, alpha_t = (rate.expand(draw.z_t.shape)[draw.needs_p] for rate in draw.rates)
     z_t, noise, choice = (x[draw.needs_p] for x in (draw.z_t, draw.noise, draw.choice))
     r_z = kernel._rate(z_t, torch.float64)
-    u = uniform((logits.shape[0], 1), generator, logits.device)
-    drawn = []
-    for start, weights in _weight_blocks(logits, kernel):
-        rows = slice(start, start + weights.shape[0])
-        p_z = (weights.gather(-1, z_t[rows, None]) / weights.sum(-1, keepdim=True)).squeeze(-1).double()
-        f_t = alpha_t[rows] * p_z + (1 - alpha_t[rows]) * r_z[rows]
-        leave = _b_ts(alpha_s[rows], alpha_t[rows]) * r_z[rows] / f_t
-        otherwise = torch.where(choice[rows] < leave, noise[rows], z_t[rows])
-        from_p = choice[rows] < leave * alpha_s[rows]
-        drawn.append(torch.where(from_p, draw_from_weights(weights, u[rows]), otherwise))
-    z_s[draw.needs_p] = torch.cat(drawn) if drawn else z_t
+    u = uniform((len(z_t), 1), generator, logits.device)
+    drawn = torch.empty_like(z_t)
+    for part, weights in _weight_blocks(logits, kernel, rows):
+        p_z = (weights.gather(-1, z_t[part, None]) / weights.sum(-1, keepdim=True)).squeeze(-1).double()
+        f_t = alpha_t[part] * p_z + (1 - alpha_t[part]) * r_z[part]
+        leave = _b_ts(alpha_s[part], alpha_t[part]) * r_z[part] / f_t
+        otherwise = torch.where(choice[part] < leave, noise[part], z_t[part])
+        from_p = choice[part] < leave * alpha_s[part]
+        drawn[part] = torch.where(from_p, draw_from_weights(weights, u[part]), otherwise)
+    z_s[draw.needs_p] = drawn
     return z_s
 
 
@@ -196,10 +204,7 @@ def sample_categorical(
         Token ids, (M,).
     """
     u = uniform((logits.shape[0], 1), generator, logits.device)
-    draws = [
-        draw_from_weights(weights, u[start : start + weights.shape[0]])
-        for start, weights in _weight_blocks(logits, kernel)
-    ]
+    draws = [draw_from_weights(weights, u[part]) for part, weights in _weight_blocks(logits, kernel)]
     return torch.cat(draws) if draws else torch.empty(0, dtype=torch.long, device=logits.device)
 
 
@@ -244,16 +249,19 @@ def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return index, ((target - (cdf.gather(-1, index) - weight)) / weight).clamp(0, 1)
 
 
-def _weight_blocks(logits: Tensor, kernel: NoiseKernel | None) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first row, exp(logit - max) of a block of rows), absorbing tokens 0: bounded memory for any M."""
-    for rows in row_blocks(*logits.shape):
-        block = masked_logits(logits[rows], kernel)
-        yield rows.start, block.sub_(block.amax(-1, keepdim=True)).exp_()
+def _weight_blocks(
+    logits: Tensor, kernel: NoiseKernel | None, rows: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (part, exp(logit - max)) of the rows (M,), a few at a time, absorbing tokens 0."""
+    for part in row_blocks(len(logits) if rows is None else len(rows), logits):
+        block = masked_logits(logits[part] if rows is None else logits[rows[part]], kernel)
+        yield part, block.sub_(block.amax(-1, keepdim=True)).exp_()
 
 
-def row_blocks(m: int, n: int) -> Iterator[slice]:
-    """Slices of m rows of n elements, each of at most `_BLOCK_ELEMENTS` elements or one row."""
-    rows = max(1, _BLOCK_ELEMENTS // n)
+def row_blocks(m: int, logits: Tensor) -> Iterator[slice]:
+    """Slices of m rows, each of as many rows of `logits` (..., N) as are read at a time."""
+    elements = _BLOCK_ELEMENTS["cpu" if logits.device.type == "cpu" else "other"]
+    rows = max(1, elements // logits.shape[-1])
     return (slice(start, min(start + rows, m)) for start in range(0, m, rows))
 
 
