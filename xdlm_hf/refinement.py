@@ -84,7 +84,7 @@ class Refinement(ABC):
         """Filled tokens to replace by the predicted ones; `fill` are the holes that this step fills."""
 
     def remask(self, look: Look) -> Tensor:
-        """Filled tokens to turn into holes again; the step fills as many holes more, so the schedule holds."""
+        """Filled tokens to turn into holes again; the step fills as many holes more, as far as there are any."""
         return torch.zeros_like(look.holes)
 
     def remember(self, look: Look, filled: Tensor, edited: Tensor) -> dict[str, Tensor]:

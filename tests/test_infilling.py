@@ -1,0 +1,191 @@
+"""Text with holes anywhere, and text to be corrected within bounds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from xdlm_hf.data import train_tokenizer
+from xdlm_hf.spans import position_mask
+
+CHECKPOINT = Path(__file__).parent / "fixtures" / "tiny-llada"
+MASK = 510
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = "a token may change when it lies wholly inside of an editable span, and no other token ever does "
+    return train_tokenizer([words * 20], vocab_size=320)
+
+
+@pytest.fixture
+def text():
+    ids = torch.randint(0, 400, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture
+def holes():
+    holes = torch.zeros(3, 12, dtype=torch.bool)
+    holes[:, 5:8] = True
+    holes[1, 0] = holes[2, 11] = True
+    return holes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Holes
+
+
+@pytest.mark.parametrize("k", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("options", [{}, {"steps": 2}, {"cfg_scale": 1.0}, {"sampler": "ancestral", "steps": 6}])
+def test_only_holes_are_filled(model, text, holes, k, options):
+    given = text["input_ids"].clone()
+    filled = model.generate(**text, holes=holes, mixing_ratio=k, **options)
+    assert filled.shape == given.shape and filled[~holes].equal(given[~holes]) and (filled != MASK).all()
+    assert text["input_ids"].equal(given)
+
+
+def test_what_a_hole_held_does_not_matter(model, text, holes):
+    other = text["input_ids"].masked_fill(holes, 7)
+    filled = model.generate(**text, holes=holes)
+    assert model.generate(other, attention_mask=text["attention_mask"], holes=holes).equal(filled)
+
+
+def test_a_mask_token_that_is_no_hole_is_text(model, text, holes):
+    text["input_ids"][:, 10] = MASK
+    filled = model.generate(**text, holes=holes)
+    assert (filled[:, 10] == MASK).all() and (filled[holes] != MASK).all()
+
+
+def test_a_row_is_filled_as_it_is_alone(model, text, holes):
+    for options in (
+        {},
+        {"mixing_ratio": 0.4},
+        {"block_length": 4, "steps": 6, "use_cache": "dual", "cache_refresh": 1},
+    ):
+        batch = model.generate(**text, holes=holes, **options)
+        for row in range(1, 3):
+            options = {"steps": 4, **options}
+            alone = model.generate(text["input_ids"][row : row + 1], holes=holes[row : row + 1], **options)
+            assert alone[0].equal(batch[row])
+
+
+def test_blocks_without_holes_cost_nothing(model, text):
+    options = {"block_length": 3, "steps": 8, "return_dict_in_generate": True}
+    out = model.generate(**text, holes=[(4, 5), (9, 11)], **options)
+    assert out.num_forward_passes == 3  # one for the second block, two for the last
+    assert out.tokens_per_forward.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_spans_are_columns_of_every_row(model, text):
+    mask = torch.zeros(3, 12, dtype=torch.bool)
+    mask[:, 4:6] = mask[:, 10:12] = True
+    assert model.generate(**text, holes=[(4, 6), (10, 12)]).equal(model.generate(**text, holes=mask))
+
+
+@pytest.mark.parametrize(
+    "holes, options, message",
+    [
+        ([(8, 13)], {}, r"holes: span \(8, 13\) lies outside the text, which has 12 columns"),
+        ([(-1, 3)], {}, r"holes: span \(-1, 3\) lies outside the text"),
+        ([(5, 5)], {}, r"holes: span \(5, 5\) lies outside"),
+        ([3], {}, r"holes: 3 is no span; give pairs"),
+        ([(2, 6)], {}, r"holes include padding, row 0 column 2: that is outside the text"),
+        (
+            torch.zeros(3, 11, dtype=torch.bool),
+            {},
+            r"holes of shape \(3, 11\) torch.bool must be a bool mask.*\(3, 12\)",
+        ),
+        (torch.zeros(3, 12), {}, r"torch.float32 must be a bool mask"),
+        ([(5, 6)], {"max_new_tokens": 8}, r"max_new_tokens=8: holes are about the text given"),
+        ([(5, 6)], {"reference_compat": True}, r"reference_compat=True: the released sampler knows only answers"),
+        ([(5, 6)], {"stopping_criteria": [lambda ids, scores: True]}, r"stopping_criteria end an answer"),
+        ([(5, 6)], {"steps": 13}, r"steps=13 is more than"),
+    ],
+)
+def test_bad_holes_are_refused(model, text, holes, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(**text, holes=holes, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Revising
+
+
+@pytest.mark.parametrize("policy", [{"mixing_ratio": 0.5}, {"refinement": "threshold", "edit_threshold": 0.001}])
+def test_only_editable_tokens_change(model, text, policy):
+    out = model.revise(
+        text["input_ids"], [(4, 9)], [(10, 12)], attention_mask=text["attention_mask"], steps=4,
+        return_dict_in_generate=True, **policy,
+    )  # fmt: skip
+    changed = out.sequences != text["input_ids"]
+    assert changed[:, 4:9].any() and not changed[:, :4].any() and not changed[:, 9:].any()
+    assert (out.num_edits >= changed.sum(-1)).all() and out.num_forward_passes <= 4
+
+
+def test_the_budget_bounds_a_revision_and_is_spread_over_its_steps(model, text):
+    out = model.revise(
+        text["input_ids"], mixing_ratio=0.25, attention_mask=text["attention_mask"], steps=4,
+        return_dict_in_generate=True, output_history=True,
+    )  # fmt: skip
+    assert out.num_edits.tolist() == [2, 4, 4]  # floor(8 / 3), floor(12 / 3)
+    steps = [(a != b).sum(-1).tolist() for a, b in zip(out.history, out.history[1:], strict=False)]
+    assert all(max(step) <= 1 for step in steps)
+
+
+def test_a_text_comes_back_as_text_and_only_its_spans_change(model, tokenizer):
+    text = "a token may change when it lies wholly inside of an editable span"
+    first, end = text.index("wholly"), text.index(" editable")
+    revised = model.revise(
+        text, editable=[(first, end)], tokenizer=tokenizer, refinement="threshold", edit_threshold=1e-3, steps=2
+    )
+    assert isinstance(revised, str) and revised != text
+    assert revised.startswith(text[:first]) and revised.endswith(text[end:])
+    several = model.revise(
+        [text, "no other"], editable=[[(first, end)], []], tokenizer=tokenizer, refinement="threshold",
+        edit_threshold=1e-3, steps=2,
+    )  # fmt: skip
+    assert several[1] == "no other" and several[0].startswith(text[:first])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"mixing_ratio": 0.0}, r"mixing_ratio=0.0 with refinement=None edits nothing; pass mixing_ratio, or"),
+        ({"editable": [(2, 8)], "locked": [(5, 9)]}, r"editable and locked overlap at row 0 column 5"),
+        ({"editable": [(2, 99)]}, r"editable: span \(2, 99\) lies outside the text"),
+        ({"max_new_tokens": 4}, r"max_new_tokens=4: a revision is about the text given"),
+        ({"sampler": "ancestral"}, r"sampler='ancestral' cannot revise"),
+        ({"polish_steps": 2}, r"polish_steps=2 is about filling holes"),
+        ({"thoughts": 2}, r"generate\(\) has no option thoughts=2"),
+    ],
+)
+def test_bad_revisions_are_refused(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model.revise(torch.zeros(1, 12, dtype=torch.long), **{"mixing_ratio": 0.3, **arguments})
+
+
+def test_bad_character_spans_are_refused(model, tokenizer):
+    with pytest.raises(ValueError, match=r"editable span \(0, 4\) of text 0 overlaps the locked span \(3, 5\)"):
+        model.revise("a token", editable=[(0, 4)], locked=[(3, 5)], tokenizer=tokenizer, mixing_ratio=0.5)
+    with pytest.raises(
+        ValueError, match=r"editable: span \(0, 8\) lies outside the text, which has 7 characters of tex"
+    ):
+        model.revise("a token", editable=[(0, 8)], tokenizer=tokenizer, mixing_ratio=0.5)
+    with pytest.raises(ValueError, match="needs tokenizer=..., a fast one"):
+        model.revise("a token", editable=[(0, 4)], mixing_ratio=0.5)
+    with pytest.raises(ValueError, match="editable has spans for 1 texts, and there are 2"):
+        model.revise(["a", "b"], editable=[[(0, 1)]], tokenizer=tokenizer, mixing_ratio=0.5)
+
+
+def test_position_mask_keeps_a_mask_as_it_is():
+    given = torch.rand(2, 5) < 0.5
+    assert position_mask("holes", given, torch.ones(2, 5)).equal(given)
