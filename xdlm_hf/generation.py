@@ -21,6 +21,7 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
 from .kernel import NoiseKernel, validate_ids
@@ -208,6 +209,7 @@ class XDLMGenerationMixin:
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         generator: torch.Generator | None = None,
+        streamer: BaseStreamer | None = None,
         **kwargs: Any,
     ) -> Tensor | DiffusionGenerateOutput:
         """
@@ -234,6 +236,12 @@ class XDLMGenerationMixin:
             stopping_criteria (`StoppingCriteriaList`, *optional*):
                 Called after each block with the `(B, n)` ids up to its end and `scores=None`.
             generator (`torch.Generator`, *optional*): Source of randomness; instead of `seed`.
+            streamer (`BaseStreamer`, *optional*):
+                Follows the generation: `put` takes the `(B, P)` prompts before the first step; `put_draft`, if it has
+                one, after every step the `(B, W)` columns of the answer that were not `put` yet, unfilled ones holding
+                the mask token; `put` each column once more can no longer happen to it, padding included: at k = 0 as
+                its block ends, else at the end; then `end`. Ids are on the CPU. As in Transformers, a generation that
+                an exception stops does not call `end`. B is 1 for streamers that print text.
             kwargs: Any option of [`XDLMGenerationConfig`].
 
         Returns:
@@ -257,17 +265,24 @@ class XDLMGenerationMixin:
         network = _Network(self, attention_mask, prompt_length, options, logits_processor)
         history = [canvas.ids] if options.output_history else None
         finished = _Finished(options, stopping_criteria, prompt_length)
+        stream = _Stream(streamer, options, prompt_length)
+        stream.begin(input_ids)
         # 3.
         for i in range(sampler.steps):
             request = sampler.request(canvas, i)
             canvas = sampler.step(canvas, network.logits(canvas.ids, request.positions), request)
             if history is not None:
                 history.append(canvas.ids)
+            stream.draft(canvas.ids)
             # 4.
-            if i in sampler.block_ends and finished.after_block(canvas.ids, sampler.block_ends[i]):
-                break
+            if i in sampler.block_ends:
+                done = finished.after_block(canvas.ids, sampler.block_ends[i])
+                stream.after_block(canvas.ids, sampler.block_ends[i], finished)
+                if done:
+                    break
         # 5.
         sequences = finished.pad(canvas.ids)
+        stream.end(sequences)
         if not options.return_dict_in_generate:
             return sequences
         return DiffusionGenerateOutput(
@@ -509,6 +524,49 @@ class _Finished:
         is_eos = torch.isin(ids, torch.tensor(eos, device=ids.device)) & (columns >= self.prompt_length)
         after = is_eos.cumsum(-1) - is_eos.long() > 0
         return torch.where(after, pad, ids)
+
+
+class _Stream:
+    """Drives a streamer, if there is one: every draft, and every column once nothing can change it any more."""
+
+    def __init__(self, streamer: BaseStreamer | None, options: XDLMGenerationConfig, prompt_length: int):
+        self.streamer, self.final = streamer, prompt_length  # columns before `final` were put
+        self.blocks_are_final = options.mixing_ratio == 0  # above 0, later steps refine earlier blocks
+        if streamer is None:
+            return
+        missing = [name for name in ("put", "end") if not callable(getattr(streamer, name, None))]
+        if missing:
+            raise ValueError(f"streamer={streamer!r} has no method {missing[0]}(); pass a BaseStreamer.")
+        if getattr(streamer, "_takes_logits", False):
+            raise ValueError(f"streamer={streamer!r} wants the drafts as logits; here drafts are token ids.")
+        if options.reference_compat:
+            raise ValueError(
+                "reference_compat=True may edit the prompt, which a streamer has been given by then; leave out one of "
+                "the two."
+            )
+
+    def begin(self, prompt: Tensor) -> None:
+        if self.streamer is not None:
+            self.streamer.put(prompt.cpu())
+
+    def draft(self, ids: Tensor) -> None:
+        if hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(value=ids[:, self.final :].cpu())
+
+    def after_block(self, ids: Tensor, block_end: int, finished: _Finished) -> None:
+        if self.streamer is not None and self.blocks_are_final:
+            # Padding follows what stands before it, so that of the columns so far is known.
+            self._put(finished.pad(ids)[:, :block_end])
+
+    def end(self, sequences: Tensor) -> None:
+        if self.streamer is not None:
+            self._put(sequences)
+            self.streamer.end()
+
+    def _put(self, ids: Tensor) -> None:
+        if self.final < ids.shape[1]:
+            self.streamer.put(ids[:, self.final :].cpu())
+            self.final = ids.shape[1]
 
 
 def _make_generator(generator: torch.Generator | None, seed: int | None) -> torch.Generator | None:
