@@ -23,7 +23,7 @@ LAYERS = [
     ["samplers"],
     ["configuration_llada", "modeling_llada", "generation", "hub"],
     ["data", "checkpoints", "training_metrics", "display"],
-    ["stream"],
+    ["stream", "streamers", "trace"],
     ["trainer"],
 ]
 CORE = [module for layer in LAYERS[:3] for module in layer]

@@ -1,14 +1,17 @@
 """What a streamer is told while generate() runs, and the two that come with the package."""
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 from transformers.generation import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.generation.streamers import BaseStreamer, TextDiffusionStreamer
 
 from xdlm_hf.data import train_tokenizer
+from xdlm_hf.streamers import HistoryStreamer, LiveStreamer
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "tiny-llada"
 MASK, EOS = 510, 500
@@ -170,3 +173,120 @@ def test_the_streamers_of_transformers_print_one_answer(model, tokenizer, capsys
         assert printed.count("\0337") == 6
     with pytest.raises(ValueError, match="batch size 1"):
         model.generate(**PROMPT, **options, streamer=cls(tokenizer))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two of this package
+
+
+@pytest.mark.parametrize("k, sampler", [(0.0, "confidence"), (0.2, "confidence"), (0.0, "ancestral")])
+def test_recorded_history_is_the_model_s_own(model, k, sampler):
+    recorder = HistoryStreamer(MASK)
+    options = {"steps": 6, "max_new_tokens": 24, "mixing_ratio": k, "sampler": sampler, "seed": 1}
+    options |= {"block_length": 8} if sampler == "confidence" else {}
+    plain = model.generate(**PROMPT, **options)
+    options |= {"eos_token_id": int(plain[0, 8]), "pad_token_id": 7}  # ends early: padding is not part of a step
+    for _ in range(2):  # a second generation starts afresh
+        output = model.generate(
+            **PROMPT, **options, streamer=recorder, return_dict_in_generate=True, output_history=True
+        )
+        assert torch.stack(recorder.history).equal(torch.stack(output.history))
+        assert recorder.sequences.equal(output.sequences) and not recorder.sequences.equal(recorder.history[-1])
+        assert recorder.prompt_length == 3 and recorder.steps == 6
+
+
+def test_without_a_mask_token_history_begins_after_the_first_step(model):
+    recorder = HistoryStreamer(None)
+    options = {"steps": 4, "max_new_tokens": 8, "sampler": "ancestral", "mixing_ratio": 1.0, "seed": 0}
+    output = model.generate(**PROMPT, **options, streamer=recorder, return_dict_in_generate=True, output_history=True)
+    assert torch.stack(recorder.history).equal(torch.stack(output.history[1:])) and recorder.steps == 4
+
+
+def drawn(tokenizer, width=80, height=24, terminal=True, **options):
+    console = Console(
+        file=io.StringIO(),
+        width=width,
+        height=height,
+        force_terminal=terminal,
+        color_system="standard" if terminal else None,
+    )
+    return LiveStreamer(tokenizer, MASK, console=console, **options)
+
+
+def rendered(streamer):
+    """A frame as the terminal would show it, with its colours."""
+    console = Console(file=io.StringIO(), width=streamer.console.width, force_terminal=True, color_system="standard")
+    console.print(streamer.frame())
+    return console.file.getvalue()
+
+
+def test_live_view_of_a_batch(model, tokenizer):
+    streamer = drawn(tokenizer, steps=6)
+    with streamer:
+        model.generate(**PROMPT, steps=6, max_new_tokens=24, mixing_ratio=0.3, eos_token_id=[], streamer=streamer)
+    output = streamer.console.file.getvalue()
+    assert output.count("\033[?25l") == output.count("\033[?25h") == 1  # the cursor comes back
+    assert "step 6/6:" in output and "\033[1;32m" in output and "\033[1;34m" in output and "▁" in output
+    for row in range(2):
+        assert f"[{row}] " in output and streamer.answer(row).split("\n")[0] in output.replace("\033[0m", "")
+
+
+def test_frames_show_what_a_step_did(tokenizer):
+    streamer = drawn(tokenizer, steps=2, max_rows=1)
+    a, b = tokenizer("ab")["input_ids"]
+    streamer.put(torch.tensor([[a], [a]]))
+    streamer.put_draft(torch.tensor([[MASK, a, a], [MASK] * 3]))
+    streamer.put_draft(torch.tensor([[b, b, MASK], [a] * 3]))
+    frame = rendered(streamer)
+    assert "\033[1;32mb\033[0m\033[1;34mb\033[0m\033[1;31m▁\033[0m" in frame
+    assert "4 filled" in frame and "1 refined" in frame and "1 re-masked" in frame and "and 1 more" in frame
+    streamer.abandon()
+
+
+def test_long_text_is_shown_around_its_latest_change(tokenizer):
+    streamer = drawn(tokenizer, width=20, height=8)
+    a, b = tokenizer("ab")["input_ids"]
+    streamer.put(torch.empty(1, 0, dtype=torch.long))
+    before = torch.full((1, 400), a)
+    after = before.clone()
+    after[0, 300] = b
+    streamer.put_draft(before)
+    streamer.put_draft(after)
+    frame = rendered(streamer)
+    assert "b" in frame and len(frame.splitlines()) <= 8
+    streamer.abandon()
+
+
+def test_without_a_terminal_it_is_plain_text(model, tokenizer):
+    streamer = drawn(tokenizer, terminal=False, steps=20)
+    with streamer:
+        model.generate(**PROMPT, steps=20, max_new_tokens=20, eos_token_id=[], streamer=streamer)
+    output = streamer.console.file.getvalue()
+    assert "\033" not in output
+    reports = [line for line in output.splitlines() if line.startswith("step ")]
+    assert len(reports) == 10 and reports[-1] == "step 20/20: 2 filled 0 refined 0 re-masked"
+    assert "[1] " + streamer.answer(1).split("\n")[0] in output
+
+
+def test_a_stopped_generation_gives_the_terminal_back(model, tokenizer):
+    streamer = drawn(tokenizer)
+
+    def stop(ids):
+        raise KeyboardInterrupt
+
+    streamer.frame = lambda: stop(None)
+    with pytest.raises(KeyboardInterrupt), streamer:
+        model.generate(**PROMPT, steps=4, max_new_tokens=8, streamer=streamer)
+    output = streamer.console.file.getvalue()
+    assert output.count("\033[?25l") == output.count("\033[?25h") == 1
+    assert len(streamer.history) == 2 and streamer.sequences is None
+    del streamer.frame
+    with streamer:  # and the next one starts afresh
+        model.generate(**PROMPT, steps=4, max_new_tokens=8, streamer=streamer)
+    assert len(streamer.history) == 5 and streamer.sequences is not None
+
+
+@pytest.mark.parametrize("options, message", [({"steps": 0}, "steps=0 must be"), ({"max_rows": 0}, "max_rows=0 must")])
+def test_live_refusals(tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        LiveStreamer(tokenizer, MASK, **options)
