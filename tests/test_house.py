@@ -23,8 +23,10 @@ LAYERS = [
     ["samplers"],
     ["configuration_llada", "modeling_llada", "generation", "hub"],
     ["data", "checkpoints", "training_metrics", "display"],
-    ["stream", "streamers", "trace"],
-    ["trainer"],
+    ["stream", "streamers", "trace", "loading"],
+    ["trainer", "serving_requests", "serving_answers"],
+    ["serving_engine"],
+    ["serving"],
 ]
 CORE = [module for layer in LAYERS[:3] for module in layer]
 LIBRARY = sorted((ROOT / "xdlm_hf").glob("*.py"))
