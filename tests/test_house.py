@@ -26,7 +26,7 @@ LAYERS = [
     ["stream", "streamers", "trace", "loading"],
     ["trainer", "serving_requests", "serving_answers"],
     ["serving_engine"],
-    ["serving"],
+    ["serving", "chat"],
 ]
 CORE = [module for layer in LAYERS[:3] for module in layer]
 LIBRARY = sorted((ROOT / "xdlm_hf").glob("*.py"))

@@ -194,7 +194,8 @@ def test_completion_is_what_the_model_says(client, model, tokenizer):
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
-def test_chat_uses_the_template(client, model, tokenizer):
+def test_chat_uses_the_template(client, server, model, tokenizer):
+    assert server.engine.turn_ends - server.engine.ends == {tokenizer.convert_tokens_to_ids("<|eot_id|>")}
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who jumps?"}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     _, text, _ = reference(model, tokenizer, prompt)

@@ -46,3 +46,14 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
     theirs = model.generation_config.eos_token_id
     theirs = model.config.eos_token_id if theirs is None else theirs
     return {tokenizer.eos_token_id, *([theirs] if isinstance(theirs, int) else theirs or [])} - {None}
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The special token that the chat template puts behind a message, if it does; LLaDA's is <|eot_id|>."""
+    if not tokenizer.chat_template:
+        return set()
+    answer = "answer"
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)[2]
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return set(ids[:1]) & set(tokenizer.all_special_ids)

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from .loading import end_ids
+from .loading import end_ids, end_of_turn_ids
 from .serving_answers import Answer
 from .serving_requests import GenerationRequest, RequestError
 
@@ -118,6 +118,7 @@ class Engine:
         self.max_batch_rows, self.max_queue, self.batch_wait = max_batch_rows, max_queue, batch_wait
         self.metrics = Metrics() if metrics is None else metrics
         self.ends = end_ids(model, tokenizer)
+        self.turn_ends = self.ends | end_of_turn_ids(tokenizer)
         self._pad_token_id = next(iter(self.ends), 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._waiting: collections.deque[Job] = collections.deque()
         self._changed = threading.Condition()
@@ -153,7 +154,7 @@ class Engine:
         Raises:
             RequestError: 429 if the queue is full, 503 if the engine has stopped.
         """
-        ends = self.ends
+        ends = self.turn_ends if request.chat else self.ends
         answers = [Answer(self.tokenizer, ends, request.stops, request.max_tokens) for _ in range(request.rows)]
         job = Job(request, answers, asyncio.get_running_loop())
         with self._changed:
