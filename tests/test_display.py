@@ -4,7 +4,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from xdlm_hf.display import history_table, step_text, token_changes
+from xdlm_hf.data import train_tokenizer
+from xdlm_hf.display import TokenPieces, harmless, history_table, step_text, token_bytes, token_changes, visible
 
 MASK = 0
 
@@ -36,6 +37,30 @@ def test_step_text_colours_the_changes():
     styles = [(text.plain[span.start : span.end], str(span.style)) for span in text.spans]
     assert styles == [("b", "bold green"), ("d", "bold blue"), ("▁", "bold red"), ("▁", "dim")]
     assert step_text(torch.tensor([9]), torch.tensor([9]), Letters(), MASK).plain == "↵"
+
+
+def test_parts_of_characters_are_put_together():
+    tokenizer = train_tokenizer(["plain text"], vocab_size=262)  # bytes only
+    ids = tokenizer("a漢é")["input_ids"]
+    pieces = TokenPieces(tokenizer, tokenizer.mask_token_id)
+    assert [pieces[n] for n in ids] == ["a", b"\xe6", b"\xbc", b"\xa2", b"\xc3", b"\xa9"]
+    assert list(pieces.units(ids)) == [(0, 1, "a"), (1, 4, "漢"), (4, 6, "é")]
+    # A hole, another character or the end inside a character: what is left of it cannot be read.
+    broken = [*ids[1:3], tokenizer.mask_token_id, ids[2], ids[0], ids[1]]
+    assert "".join(text for _, _, text in pieces.units(broken)) == "\ufffd\ufffd▁\ufffda\ufffd"
+    holes = torch.full((6,), tokenizer.mask_token_id)
+    text = step_text(holes, torch.tensor(ids), tokenizer, tokenizer.mask_token_id)
+    assert text.plain == "a漢é" and {str(span.style) for span in text.spans} == {"bold green"}
+
+
+def test_bytes_of_tokens():
+    assert token_bytes("<0xE6>") == b"\xe6" and token_bytes("Ġæ") == b" \xe6" and token_bytes("Ċ") == b"\n"
+    assert token_bytes("漢") is None and token_bytes("") is None
+
+
+def test_nothing_that_a_terminal_obeys_is_shown():
+    assert visible("a\x1b[2Jb\r\n\tc") == "a·[2Jb·↵⇥c"
+    assert harmless("a\x1b]0;x\x07\n\tb\x9b") == "a·]0;x·\n\tb·"
 
 
 def test_table_adds_up_what_happens_between_the_steps_shown():

@@ -25,8 +25,10 @@ LAYERS = [
     ["generation_config", "denoising"],
     ["configuration_llada", "modeling_llada", "generation", "hub"],
     ["data", "checkpoints", "training_metrics", "display"],
-    ["stream"],
-    ["trainer"],
+    ["stream", "streamers", "trace", "loading"],
+    ["trainer", "serving_requests", "serving_answers"],
+    ["serving_engine"],
+    ["serving", "chat"],
 ]
 CORE = [module for layer in LAYERS[:3] for module in layer]
 LIBRARY = sorted((ROOT / "xdlm_hf").glob("*.py"))

@@ -1,10 +1,12 @@
 """A generation as a person sees it: which tokens a step filled, refined or re-masked, in the paper's colours.
 
-Works on the `history` of a `DiffusionGenerateOutput` and needs `rich` (in the extra `train`), nothing else of the
+Works on the `history` of a `DiffusionGenerateOutput` and needs `rich` (in the extra `watch`), nothing else of the
 package. Shapes: B batch, T whole length.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -15,6 +17,7 @@ from torch import Tensor
 # The colours of the paper's figures: content creation, quality enhancement, error correction.
 STYLES = {"filled": "bold green", "refined": "bold blue", "remasked": "bold red"}
 HOLE = "▁"
+LONGEST_CHARACTER = 4  # bytes of UTF-8, so at most as many tokens
 
 
 class Changes(NamedTuple):
@@ -39,14 +42,106 @@ def token_changes(before: Tensor, after: Tensor, mask_token_id: int | None) -> C
     return Changes(changed & was_hole, changed & ~was_hole & ~is_hole, changed & is_hole)
 
 
-def step_text(before: Tensor, after: Tensor, tokenizer: Any, mask_token_id: int | None) -> Text:
-    """One row, (T,), after a step: changed tokens coloured, holes drawn as a low bar."""
-    changes = token_changes(before, after, mask_token_id)
-    text = Text(overflow="fold")
-    for position, token in enumerate(after.tolist()):
-        style = next((STYLES[kind] for kind, mask in changes._asdict().items() if mask[position]), "")
-        shown = HOLE if token == mask_token_id else tokenizer.decode([token]).replace("\n", "↵")
-        text.append(shown, style=style or ("dim" if token == mask_token_id else ""))
+class TokenPieces:
+    """What single tokens contribute to a text: a string, or bytes where a token holds only part of a character.
+
+    Byte-level and byte-fallback vocabularies split characters between tokens, and `decode` of one such token gives
+    nothing but U+FFFD; its bytes come from the token's own name.
+
+    Args:
+        tokenizer: Anything with `decode(list[int]) -> str`; parts of characters also need `convert_ids_to_tokens`.
+        mask_token_id: m, shown as a hole; None for a model without one.
+    """
+
+    def __init__(self, tokenizer: Any, mask_token_id: int | None):
+        self.tokenizer, self.mask_token_id = tokenizer, mask_token_id
+        self._known: dict[int, str | bytes] = {}
+
+    def __getitem__(self, token_id: int) -> str | bytes:
+        if token_id not in self._known:
+            self._known[token_id] = self._piece(token_id)
+        return self._known[token_id]
+
+    def units(self, ids: Sequence[int]) -> Iterator[tuple[int, int, str]]:
+        """(first, past the last, text) of what can be shown: one token each, or those that make up a character.
+
+        Bytes that make up none are shown as U+FFFD, token by token.
+        """
+        first = 0
+        while first < len(ids):
+            piece = self[ids[first]]
+            last, text = first + 1, piece
+            if isinstance(piece, bytes):
+                last, text = self._character(ids, first)
+            yield first, last, text
+            first = last
+
+    def _character(self, ids: Sequence[int], first: int) -> tuple[int, str]:
+        together = b""
+        for last in range(first, min(first + LONGEST_CHARACTER, len(ids))):
+            piece = self[ids[last]]
+            if isinstance(piece, str):
+                break
+            together += piece
+            try:
+                return last + 1, together.decode()
+            except UnicodeDecodeError:
+                continue
+        return first + 1, "\N{REPLACEMENT CHARACTER}"
+
+    def _piece(self, token_id: int) -> str | bytes:
+        if token_id == self.mask_token_id:
+            return HOLE
+        text = self.tokenizer.decode([token_id])
+        if "\N{REPLACEMENT CHARACTER}" not in text or not hasattr(self.tokenizer, "convert_ids_to_tokens"):
+            return text
+        return token_bytes(self.tokenizer.convert_ids_to_tokens(token_id) or "") or text
+
+
+def token_bytes(token: str) -> bytes | None:
+    """Bytes that a token stands for, by its name: `<0xC3>`, or letters of the byte-level alphabet; None for others."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    letters = _byte_letters()
+    return bytes(letters[letter] for letter in token) if token and set(token) <= letters.keys() else None
+
+
+@cache
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes of Latin-1 stand for themselves, the others for the letters from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def visible(text: str) -> str:
+    """`text` on one line, with nothing in it that a terminal would obey."""
+    text = text.replace("\n", "↵").replace("\t", "⇥")
+    return "".join(letter if letter.isprintable() else "·" for letter in text)
+
+
+def harmless(text: str) -> str:
+    """`text` with its line breaks and tabs, without the control characters that a terminal would obey."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "·" for letter in text)
+
+
+def step_text(
+    before: Tensor, after: Tensor, tokenizer: Any, mask_token_id: int | None, pieces: TokenPieces | None = None
+) -> Text:
+    """One row, (T,), after a step: changed tokens coloured, holes drawn as a low bar.
+
+    A character made of several tokens has the colour of the first of them that changed. `pieces`, if given, keeps what
+    is known about the vocabulary from call to call.
+    """
+    pieces = TokenPieces(tokenizer, mask_token_id) if pieces is None else pieces
+    kinds = [""] * len(after)
+    for kind, mask in token_changes(before, after, mask_token_id)._asdict().items():
+        for position in mask.nonzero().flatten().tolist():
+            kinds[position] = kind
+    ids, text = after.tolist(), Text(overflow="fold")
+    for first, last, piece in pieces.units(ids):
+        kind = next(filter(None, kinds[first:last]), "")
+        text.append(visible(piece), style=STYLES.get(kind) or ("dim" if ids[first] == mask_token_id else ""))
     return text
 
 

@@ -139,8 +139,10 @@ class XDLMGenerationMixin:
                 Called after each block with the `(B, n)` ids up to its end and `scores=None`.
             generator (`torch.Generator`, *optional*): Source of randomness; instead of `seed`.
             streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
-                `put` gets the prompt, then what can no longer change; `put_draft`, if it has one, after every step the
-                columns not yet put, (B, n).
+                Follows the generation, ids on the CPU: `put` takes the prompts `(B, P)` before the first step;
+                `put_draft`, if it has one, after every step the columns `(B, n)` not put yet, holes holding the mask
+                token; `put` each column once more when it can no longer change, padding included (without refinement
+                as its block ends, else at the end); then `end`, which an exception leaves out, as in Transformers.
             holes (`torch.BoolTensor` of shape `(B, P)` or list of `(first, end)` columns, *optional*):
                 Positions of `input_ids` to fill, whatever they hold; `steps` is then by default their largest number
                 in a row, and a block without holes costs nothing.
@@ -473,23 +475,11 @@ class XDLMGenerationMixin:
 
 
 class _Watcher:
-    """Shows the whole batch to history and streamer after each step.
-
-    Raises:
-        ValueError: If the streamer lacks `put` or `end`, or the sampler may change what a streamer was given for good.
-    """
+    """Shows the whole batch to history and streamer after each step."""
 
     def __init__(self, options: XDLMGenerationConfig, streamer: Any, sampler: Sampler, finished: Finished, start: int):
-        for name in ("put", "end") if streamer is not None else ():
-            if not callable(getattr(streamer, name, None)):
-                raise ValueError(
-                    f"streamer={type(streamer).__name__} has no method {name}(); see Transformers' BaseStreamer."
-                )
-        if streamer is not None and options.reference_compat:
-            raise ValueError(
-                "a streamer is given the prompt for good, and the released sampler, which reference_compat=True "
-                "reproduces, may edit it; leave one of them out."
-            )
+        if streamer is not None:
+            _check_streamer(streamer, options)
         self.streamer, self.finished, self.shown = streamer, finished, start
         # A block is final when it ends, unless a later step may still edit it.
         self.in_blocks = isinstance(sampler, ConfidenceSampler) and not sampler.may_edit
@@ -525,6 +515,19 @@ class _Watcher:
     def _put(self, ids: Tensor) -> None:
         self.streamer.put(ids[:, self.shown :].cpu())
         self.shown = ids.shape[1]
+
+
+def _check_streamer(streamer: Any, options: XDLMGenerationConfig) -> None:
+    missing = [name for name in ("put", "end") if not callable(getattr(streamer, name, None))]
+    if missing:
+        raise ValueError(f"streamer={streamer!r} has no method {missing[0]}(); pass a BaseStreamer.")
+    if getattr(streamer, "_takes_logits", False):
+        raise ValueError(f"streamer={streamer!r} wants the drafts as logits; here drafts are token ids.")
+    if options.reference_compat:
+        raise ValueError(
+            "reference_compat=True may edit the prompt, which a streamer has been given by then; leave out one of the "
+            "two."
+        )
 
 
 def make_refinement(options: XDLMGenerationConfig) -> Refinement:

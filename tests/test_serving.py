@@ -1,0 +1,620 @@
+"""xdlm-serve over a real socket, with OpenAI's client: answers, refusals, batches, disconnects, load with faults."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+import urllib.request
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
+pytest.importorskip("prometheus_client", reason="serving needs the extra `serve`")
+pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
+openai = pytest.importorskip("openai", reason="the tests of the server use OpenAI's client")
+
+from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, serving  # noqa: E402
+from xdlm_hf.data import train_tokenizer  # noqa: E402
+from xdlm_hf.serving import ServerSettings, main  # noqa: E402
+from xdlm_hf.serving_answers import Answer  # noqa: E402
+from xdlm_hf.serving_engine import Engine  # noqa: E402
+from xdlm_hf.serving_requests import Defaults, Limits  # noqa: E402
+
+NAME = "tiny"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["The quick brown fox jumps over the lazy dog. naïve 漢字"] * 4, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
+    torch.manual_seed(0)
+    config = LLaDAConfig(
+        d_model=32,
+        n_heads=2,
+        n_layers=1,
+        mlp_hidden_size=64,
+        vocab_size=len(tokenizer),
+        embedding_size=len(tokenizer),
+        max_sequence_length=256,
+        init_std=0.3,
+        **ids,
+    )
+    return LLaDAForDiffusionLM(config).eval()
+
+
+class Server:
+    """The application in a thread of its own, on a free port."""
+
+    def __init__(self, model, tokenizer, settings, **engine_options):
+        self.engine = Engine(model, tokenizer, **engine_options)
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.address = listening.getsockname()
+        self.url = f"http://127.0.0.1:{self.address[1]}"
+        self.server = serving.Server(self.engine, settings, log_level="error")
+        self.thread = threading.Thread(target=self._serve, args=(listening,), daemon=True)
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+
+    def _serve(self, listening):
+        self.loop = asyncio.new_event_loop()
+        self.loop.run_until_complete(self.server.serve([listening]))
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive() and not self.engine.alive
+
+    def client(self, **options):
+        options = {"api_key": "none", "max_retries": 0, "timeout": 30} | options
+        return openai.OpenAI(base_url=self.url + "/v1", **options)
+
+    def tasks(self):
+        async def count():
+            return len(asyncio.all_tasks())
+
+        return asyncio.run_coroutine_threadsafe(count(), self.loop).result(5)
+
+    def metric(self, name):
+        return self.engine.metrics.registry.get_sample_value(name)
+
+    def raw(self, body, path="/v1/completions", headers=()):
+        """One request as bytes, for what the client would not send: status and JSON."""
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        lines = [f"POST {path} HTTP/1.1", "Host: x", "Connection: close", f"Content-Length: {len(body)}"]
+        lines += list(headers) or ["Content-Type: application/json"]
+        with socket.create_connection(self.address, timeout=20) as connection:
+            try:
+                connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # refused before all was sent; the answer is there nevertheless
+            received = b""
+            while part := connection.recv(1 << 16):
+                received += part
+        head, _, content = received.partition(b"\r\n\r\n")
+        return int(head.split()[1]), json.loads(content)
+
+
+def wait_until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def server(model, tokenizer):
+    settings = ServerSettings(NAME, Limits(max_new_tokens=128), Defaults(max_tokens=16, block_length=8))
+    running = Server(model, tokenizer, settings)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server.client()
+
+
+def reference(model, tokenizer, prompt, length=16, **options):
+    """What the model answers without a server: ids up to the end of text, and their text."""
+    ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    settings = {"max_new_tokens": length, "steps": length, "block_length": 8} | options
+    answer = model.generate(**ids, **settings)[0, ids["input_ids"].shape[1] :].tolist()
+    ended = tokenizer.eos_token_id in answer
+    answer = answer[: answer.index(tokenizer.eos_token_id)] if ended else answer
+    return answer, tokenizer.decode(answer, skip_special_tokens=True), ended
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text of an answer
+
+
+class Spelled:
+    """A tokenizer of single letters, and <e> for the end."""
+
+    all_special_tokens = ["<e>", "<t>"]
+
+    def convert_tokens_to_ids(self, tokens):
+        return [{"<e>": 0, "<t>": 1}[token] for token in tokens]
+
+    def decode(self, ids, **_):
+        return bytes(ids).decode(errors="replace")
+
+
+def feed(parts, stops=(), most=100):
+    answer = Answer(Spelled(), {0}, stops, most)
+    return [answer.feed(part) for part in parts], answer
+
+
+def test_text_comes_as_soon_as_it_is_sure():
+    pieces, answer = feed([b"ab", b"c\xc3", b"\xa9d", b"e\0zz", b"y"])
+    assert pieces == ["ab", "c", "éd", "e", ""] and answer.text == "abcéde"
+    assert answer.finish_reason == "stop" and answer.tokens == 8
+
+
+def test_half_a_stop_string_waits_and_a_whole_one_is_never_sent():
+    pieces, answer = feed([b"abEN", b"Xc E", b"ND hidden"], stops=("END", "nothing"))
+    assert pieces == ["ab", "ENXc ", ""] and answer.finish_reason == "stop"
+    assert answer.tokens == len("abENXc END")
+    pieces, answer = feed([b"abE"], stops=("END",), most=3)
+    assert pieces == ["abE"] and answer.finish_reason == "length"  # nothing follows that could complete it
+
+
+def test_a_special_token_stops_by_its_id():
+    pieces, answer = feed([b"ab\1c"], stops=("<t>",))
+    assert pieces == ["ab"] and answer.finish_reason == "stop" and answer.tokens == 3
+
+
+def test_length_ends_an_answer():
+    pieces, answer = feed([b"abcd", b"ef"], most=3)
+    assert pieces == ["abc", ""] and answer.finish_reason == "length" and answer.tokens == 3
+
+
+def test_a_stop_string_within_the_length_wins():
+    assert feed([b"aENDb"], stops=("END",), most=4)[1].finish_reason == "stop"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def test_completion_is_what_the_model_says(client, model, tokenizer):
+    prompt = "The quick brown"
+    ids, text, ended = reference(model, tokenizer, prompt)
+    answer = client.completions.create(model=NAME, prompt=prompt, max_tokens=16)
+    assert answer.choices[0].text == text
+    assert answer.choices[0].finish_reason == ("stop" if ended else "length")
+    assert answer.usage.prompt_tokens == len(tokenizer(prompt)["input_ids"])
+    assert answer.usage.completion_tokens == len(ids) + ended
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_chat_uses_the_template(client, server, model, tokenizer):
+    assert server.engine.turn_ends - server.engine.ends == {tokenizer.convert_tokens_to_ids("<|eot_id|>")}
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who jumps?"}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    _, text, _ = reference(model, tokenizer, prompt)
+    answer = client.chat.completions.create(model=NAME, messages=messages, max_completion_tokens=16)
+    assert answer.choices[0].message.content == text and answer.choices[0].message.role == "assistant"
+    parts = [{"role": "developer", "content": "Be brief."}]
+    parts += [{"role": "user", "content": [{"type": "text", "text": "Who "}, {"type": "text", "text": "jumps?"}]}]
+    assert client.chat.completions.create(model=NAME, messages=parts).choices[0].message.content == text
+
+
+def test_token_ids_several_prompts_and_n(client, model, tokenizer):
+    prompts = ["The", "The quick brown fox jumps"]
+    texts = [reference(model, tokenizer, prompt)[1] for prompt in prompts]
+    for given in (prompts, [tokenizer(prompt)["input_ids"] for prompt in prompts]):
+        answer = client.completions.create(model=NAME, prompt=given, n=2)
+        assert [choice.text for choice in answer.choices] == [texts[0], texts[0], texts[1], texts[1]]
+        assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+        assert answer.usage.prompt_tokens == sum(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
+    assert client.completions.create(model=NAME, prompt=tokenizer("The")["input_ids"]).choices[0].text == texts[0]
+    assert client.completions.create(model=NAME, prompt="").usage.prompt_tokens == 0
+
+
+@pytest.mark.parametrize("k", [0.0, 0.3])
+def test_streams_say_the_same_and_come_by_block(client, k):
+    options = {"model": NAME, "max_tokens": 32, "n": 2, "temperature": 1.0, "seed": 3}
+    options["extra_body"] = {"mixing_ratio": k, "steps": 16, "block_length": 8}
+    whole = client.completions.create(prompt="The quick", **options)
+    texts, reasons, chunks, usage = ["", ""], [None, None], 0, None
+    stream_options = {"include_usage": True}
+    for chunk in client.completions.create(prompt="The quick", stream=True, stream_options=stream_options, **options):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            chunks += 1
+            texts[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert texts == [choice.text for choice in whole.choices] and texts[0] != texts[1]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert usage == whole.usage
+    assert chunks > 2 if k == 0 else chunks == 2  # refinement may reach back, so nothing is final before the end
+
+
+def test_chat_streams(client):
+    options = {"model": NAME, "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 16}
+    whole = client.chat.completions.create(**options).choices[0]
+    chunks = list(client.chat.completions.create(stream=True, **options))
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[0].object == "chat.completion.chunk"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.message.content
+    assert chunks[-1].choices[0].finish_reason == whole.finish_reason
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_stop_strings_end_the_answer_early(client, server, model, tokenizer):
+    ids, text, _ = reference(model, tokenizer, "The lazy", length=64)
+    stop = text[3:6]
+    before = server.metric("xdlm_steps_total")
+    answer = client.completions.create(model=NAME, prompt="The lazy", max_tokens=64, stop=[stop, "never to be seen"])
+    assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
+    needed = next(n for n in range(len(ids)) if stop in tokenizer.decode(ids[:n], skip_special_tokens=True))
+    assert answer.usage.completion_tokens == needed
+    assert server.metric("xdlm_steps_total") - before < 64  # the blocks after it were not generated
+
+
+def test_seeds_and_the_ancestral_sampler(client):
+    def ask(seed, **extra):
+        options = {"model": NAME, "prompt": "A fox", "max_tokens": 12, "seed": seed, "extra_body": extra}
+        return client.completions.create(**options).choices[0].text
+
+    assert ask(1, sampler="ancestral", steps=4) == ask(1, sampler="ancestral", steps=4)
+    assert ask(1, sampler="ancestral", steps=4) != ask(2, sampler="ancestral", steps=4)
+
+
+def test_lengths_that_are_no_whole_blocks(client, model, tokenizer):
+    ids, _, ended = reference(model, tokenizer, "The", length=16)
+    answer = client.completions.create(model=NAME, prompt="The", max_tokens=11)
+    if not ended:
+        assert answer.choices[0].text == tokenizer.decode(ids[:11], skip_special_tokens=True)
+        assert answer.usage.completion_tokens == 11 and answer.choices[0].finish_reason == "length"
+
+
+def test_models_health_and_metrics(client, server):
+    assert [model.id for model in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).object == "model"
+    with pytest.raises(openai.NotFoundError, match="model 'other' is not served here"):
+        client.models.retrieve("other")
+    with urllib.request.urlopen(server.url + "/health") as answer:
+        assert json.load(answer) == {"status": "ok", "waiting": 0}
+    with urllib.request.urlopen(server.url + "/metrics") as answer:
+        shown = answer.read().decode()
+    assert 'xdlm_requests_total{path="/v1/models",status="200"}' in shown and "xdlm_batch_rows_bucket" in shown
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"temprature": 1}, "'temprature' is not known; known are block_length"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format is not supported: answers"),
+        ({"guided_grammar": "root ::= x"}, "guided_grammar is not supported: answers cannot be bound"),
+        ({"logprobs": 3}, "logprobs is not supported: log-prob"),
+        ({"echo": True}, "echo is not supported"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
+        ({"max_tokens": 129}, "max_tokens=129 is above this server's 128"),
+        ({"max_tokens": 0}, "max_tokens=0 must be an integer from 1"),
+        ({"max_tokens": True}, "max_tokens=True must be an integer"),
+        ({"n": 9}, "1 prompts with n=9 are 9 answers, more than this server's 8"),
+        ({"temperature": "hot"}, "temperature='hot' must be a number from 0 to 2"),
+        ({"top_p": 0.5}, "top_p=0.5 filters a draw and needs a temperature"),
+        ({"seed": 2**64}, "seed=18446744073709551616 must be an integer"),
+        ({"stop": ["a"] * 5}, "stop must be a string or up to 4"),
+        ({"stop": ""}, "stop must be a string or up to 4, none empty"),
+        ({"stream_options": {"include_usage": True}}, "stream_options needs stream=true"),
+        ({"prompt": [1, 999999]}, "prompt holds 999999, which is no token id"),
+        ({"prompt": []}, "prompt is an empty list"),
+        ({"prompt": [["a"]]}, "prompt must be a string, token ids, or a list of either"),
+        ({"prompt": "\ud800"}, "prompt holds half of a surrogate pair"),
+        ({"prompt": {"a": 1}}, "prompt must be a string"),
+        ({"prompt": None}, "prompt is missing"),
+        ({"prompt": [7] * 241}, "a prompt of 241 tokens is too long: with 16 tokens for the answer, 240 are left"),
+        ({"steps": 17}, "steps=17 is more than max_new_tokens=16"),
+        ({"steps": 7}, "steps=7 does not spread evenly over the 2 blocks of 8"),
+        ({"steps": 129}, "steps=129 is above this server's 128"),
+        ({"sampler": "beam"}, "sampler='beam' is not known; choose one of confidence, ancestral"),
+        ({"sampler": "ancestral", "block_length": 8}, "sampler='ancestral' has no option block_length"),
+        ({"sampler": "ancestral", "temperature": 0}, "temperature=0.0 must be positive for sampler='ancestral'"),
+        ({"mixing_ratio": 2}, "mixing_ratio=2 must be a number from 0 to 1"),
+    ],
+)
+def test_refusals_name_the_field_and_the_remedy(server, change, message):
+    status, body = server.raw({"model": NAME, "prompt": "The", "max_tokens": 16} | change)
+    assert status == 400 and set(body["error"]) == {"message", "type", "param", "code"}
+    assert message in body["error"]["message"] and body["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "messages, message",
+    [
+        ([], "messages must be a list of at least one"),
+        ([{"role": "tool", "content": "x"}], r"messages[0] must be an object whose role is one of"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content must be a string or a list of"),
+        ([{"role": "assistant", "tool_calls": [1]}], "messages[0].tool_calls is not supported"),
+    ],
+)
+def test_chat_refusals(server, messages, message):
+    status, body = server.raw({"model": NAME, "messages": messages}, "/v1/chat/completions")
+    assert status == 400 and message in body["error"]["message"]
+
+
+def test_values_that_ask_for_nothing_are_accepted(client):
+    options = {"frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": None, "user": "me", "top_p": 1}
+    assert client.completions.create(model=NAME, prompt="The", max_tokens=8, **options).choices
+    options = {"response_format": {"type": "text"}, "tools": [], "n": None}
+    messages = [{"role": "user", "content": "x"}]
+    assert client.chat.completions.create(model=NAME, messages=messages, max_tokens=8, extra_body=options).choices
+
+
+@pytest.mark.parametrize(
+    "body, headers, status, message",
+    [
+        (b"{", (), 400, "the body is not JSON"),
+        (b"[1]", (), 400, "the body must be a JSON object"),
+        (b"\xff\xfe", (), 400, "the body is not JSON"),
+        (b"[" * 200_000, (), 400, "the body is not JSON"),
+        (b"{}", ("Content-Type: text/plain",), 415, "Content-Type: application/json"),
+        (b"{}", (), 404, "model=None is not served here; use 'tiny'"),
+        (b'{"prompt": "' + b"x" * (1 << 21) + b'"}', (), 413, "larger than this server's 1048576 bytes"),
+    ],
+)
+def test_bodies_that_are_no_requests(server, body, headers, status, message):
+    got, answer = server.raw(body, headers=headers)
+    assert got == status and message in answer["error"]["message"]
+
+
+def test_unknown_paths_and_methods(server):
+    status, answer = server.raw(b"{}", "/v1/embeddings")
+    assert status == 404 and answer["error"]["message"] == "Not Found: /v1/embeddings"
+    status, answer = server.raw(b"{}", "/v1/models")
+    assert status == 405 and "Method Not Allowed" in answer["error"]["message"]
+
+
+def test_api_key_queue_limit_and_failures(model, tokenizer, monkeypatch):
+    server = Server(model, tokenizer, ServerSettings(NAME, api_key="secret"), max_queue=1)
+    try:
+        with pytest.raises(openai.AuthenticationError, match="a valid API key is needed"):
+            server.client(api_key="wrong").models.list()
+        client = server.client(api_key="secret")
+        gate, original = threading.Event(), model.generate
+
+        def blocked(**options):
+            assert gate.wait(20)
+            return original(**options)
+
+        monkeypatch.setattr(model, "generate", blocked, raising=False)
+        options = {"model": NAME, "prompt": "The", "max_tokens": 8}
+        answers = []
+        threads = [threading.Thread(target=lambda: answers.append(client.completions.create(**options))) for _ in "ab"]
+        threads[0].start()
+        wait_until(lambda: server.metric("xdlm_batch_rows_count") == 1)
+        threads[1].start()
+        wait_until(lambda: server.engine.queue_length == 1)
+        with pytest.raises(openai.RateLimitError, match="1 requests are waiting"):
+            client.completions.create(**options)
+        gate.set()
+        for thread in threads:
+            thread.join(20)
+        assert len(answers) == 2
+
+        monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
+        with pytest.raises(openai.InternalServerError, match="generation failed: ZeroDivisionError"):
+            client.completions.create(**options)
+        with pytest.raises(openai.APIError, match="generation failed"):
+            list(client.completions.create(stream=True, **options))
+        monkeypatch.setattr(model, "generate", original)
+        assert client.completions.create(**options).choices  # and it lives on
+    finally:
+        server.stop()
+
+
+def test_base_models_have_no_chat(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    server = Server(model, tokenizer, ServerSettings(NAME))
+    try:
+        with pytest.raises(openai.BadRequestError, match="no chat template, so it is a base model; use /v1/comp"):
+            server.client().chat.completions.create(model=NAME, messages=[{"role": "user", "content": "x"}])
+    finally:
+        server.stop()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches and disconnects
+
+
+def slow(model, seconds=0.01):
+    """Makes every forward pass take a while, as a large model's does."""
+    return model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+
+
+def test_requests_with_equal_settings_share_a_batch(server, client, model, tokenizer):
+    handle = slow(model)
+    prompts = ["The", "The quick brown fox", "A lazy dog jumps over", "naïve"]
+    texts = [reference(model, tokenizer, prompt)[1] for prompt in prompts]
+    rows, batches = server.metric("xdlm_batch_rows_sum"), server.metric("xdlm_batch_rows_count")
+    answers = {}
+
+    def ask(name, prompt, length):
+        answers[name] = client.completions.create(model=NAME, prompt=prompt, max_tokens=length).choices[0].text
+
+    try:
+        threads = [threading.Thread(target=ask, args=("first", "The", 24))]  # holds the engine while others gather
+        threads[0].start()
+        wait_until(lambda: server.metric("xdlm_running_rows") == 1)
+        threads += [threading.Thread(target=ask, args=(prompt, prompt, 16)) for prompt in prompts]
+        threads += [threading.Thread(target=ask, args=("other", "The", 32))]
+        for thread in threads[1:]:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    finally:
+        handle.remove()
+    assert [answers[prompt] for prompt in prompts] == texts  # left padding changes nothing
+    assert server.metric("xdlm_batch_rows_sum") - rows == 6
+    assert server.metric("xdlm_batch_rows_count") - batches == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_the_engine(server, client, model, stream):
+    handle = slow(model, 0.05)
+    cancelled, steps = server.metric("xdlm_cancelled_total"), server.metric("xdlm_steps_total")
+    body = json.dumps({"model": NAME, "prompt": "The", "max_tokens": 128, "stream": stream}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    try:
+        gone, waiting = (socket.create_connection(server.address) for _ in range(2))
+        gone.sendall(head.encode() + b"\r\n\r\n" + body)
+        wait_until(lambda: server.metric("xdlm_running_rows") == 1)
+        waiting.sendall(head.encode() + b"\r\n\r\n" + body)
+        wait_until(lambda: server.engine.queue_length == 1)
+        waiting.close()
+        wait_until(lambda: server.engine.queue_length == 0)  # leaves the queue at once
+        gone.close()
+        wait_until(lambda: server.metric("xdlm_running_rows") == 0)
+    finally:
+        handle.remove()
+    assert server.metric("xdlm_cancelled_total") - cancelled == 2
+    assert server.metric("xdlm_steps_total") - steps < 128
+    assert client.completions.create(model=NAME, prompt="The", max_tokens=8).choices
+
+
+def test_shutdown_ends_what_runs_and_what_waits(model, tokenizer):
+    server = Server(model, tokenizer, ServerSettings(NAME), max_batch_rows=1)
+    handle = slow(model, 0.05)
+    errors = []
+
+    def ask():
+        try:
+            server.client().completions.create(model=NAME, prompt="The", max_tokens=200)
+        except openai.InternalServerError as error:
+            errors.append(error.message)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    try:
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: server.engine.queue_length == 1)
+        server.stop()
+        for thread in threads:
+            thread.join(10)
+        assert len(errors) == 2 and all("the server is shutting down" in error for error in errors)
+    finally:
+        handle.remove()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Load
+
+
+async def one_of_many(i, client, address, kinds):
+    """Request number `i`: every fourth is a fault. What came of it."""
+    kind = kinds[i % len(kinds)]
+    options = {"model": NAME, "prompt": "The quick " * (1 + i % 3), "max_tokens": 16 + 8 * (i % 2)}
+    start = time.monotonic()
+    try:
+        if kind == "leaves":
+            reader, writer = await asyncio.open_connection(*address)
+            body = json.dumps(options | {"stream": i % 8 < 4}).encode()
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+            writer.write(head.encode() + str(len(body)).encode() + b"\r\n\r\n" + body)
+            await writer.drain()
+            await asyncio.sleep(0.002 * (i % 50))
+            writer.close()
+            return "left", 0.0, 0
+        if kind == "huge":
+            await client.completions.create(**options | {"prompt": "x" * (1 << 21)})
+        if kind == "wrong":
+            await client.completions.create(**options, extra_body={"stepz": 3})
+        if kind == "stream":
+            text = ""
+            async for chunk in await client.completions.create(stream=True, **options):
+                text += chunk.choices[0].text
+                reason = chunk.choices[0].finish_reason
+            return ("answered" if reason else "cut off"), time.monotonic() - start, len(text)
+        answer = await client.completions.create(**options)
+        return "answered", time.monotonic() - start, answer.usage.completion_tokens
+    except openai.APIStatusError as error:
+        return f"status {error.status_code}", time.monotonic() - start, 0
+
+
+def test_two_hundred_concurrent_requests_with_faults(model, tokenizer, record_property):
+    """Nothing is lost: every request is answered or refused; nothing is left behind when it is over."""
+    settings = ServerSettings(NAME, Limits(max_new_tokens=128), Defaults(block_length=8))
+    server = Server(model, tokenizer, settings, max_batch_rows=16, max_queue=150)
+    kinds = [
+        "plain",
+        "stream",
+        "plain",
+        "leaves",
+        "plain",
+        "stream",
+        "plain",
+        "huge",
+        "plain",
+        "stream",
+        "plain",
+        "wrong",
+    ]
+
+    async def everybody():
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60) as client:
+            return await asyncio.gather(*(one_of_many(i, client, server.address, kinds) for i in range(200)))
+
+    try:
+        tasks = server.tasks()
+        start = time.monotonic()
+        results = asyncio.run(everybody())
+        seconds = time.monotonic() - start
+        wait_until(lambda: not server.engine.queue_length and server.metric("xdlm_running_rows") == 0)
+        wait_until(lambda: server.tasks() == tasks)
+        counts = {}
+        for outcome, _, _ in results:
+            counts[outcome] = counts.get(outcome, 0) + 1
+        expected = {kind: sum(kinds[i % len(kinds)] == kind for i in range(200)) for kind in kinds}
+        assert counts.pop("left") == expected["leaves"]
+        assert counts.pop("status 413") == expected["huge"] and counts.pop("status 400") == expected["wrong"]
+        refused = counts.pop("status 429", 0)
+        assert counts == {"answered": expected["plain"] + expected["stream"] - refused} and refused < 20
+        latencies = sorted(latency for outcome, latency, _ in results if outcome == "answered")
+        figures = {
+            "seconds": round(seconds, 2),
+            "answered": counts["answered"],
+            "refused_429": refused,
+            "median_latency_s": round(latencies[len(latencies) // 2], 3),
+            "p95_latency_s": round(latencies[int(len(latencies) * 0.95)], 3),
+            "tokens_per_s": round(server.metric("xdlm_completion_tokens_total") / seconds),
+            "batches": int(server.metric("xdlm_batch_rows_count")),
+            "mean_batch_rows": round(server.metric("xdlm_batch_rows_sum") / server.metric("xdlm_batch_rows_count"), 2),
+            "cancelled": int(server.metric("xdlm_cancelled_total")),
+        }
+        for name, value in figures.items():
+            record_property(name, value)
+        print(figures)
+        assert figures["mean_batch_rows"] > 2
+    finally:
+        server.stop()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "/nowhere/at/all"], "model='/nowhere/at/all' cannot be read"),
+        (["--model", "x", "--device", "abacus"], "device='abacus' is not known to PyTorch"),
+    ],
+)
+def test_command_line_refusals(arguments, message):
+    with pytest.raises(SystemExit, match=f"xdlm-serve: {message}"):
+        main(arguments)
+    with pytest.raises(SystemExit):
+        main(["--model", "x", "--max_queue", "0"])

@@ -1,0 +1,173 @@
+"""A generation as one HTML page with a slider over its steps, and its counts per step as a plot.
+
+The page needs nothing from outside. It stores the state before the first step and then changes alone, deflated: 256
+steps of 8 rows of 1024 tokens take a few hundred kilobytes when tokens are filled once, some megabytes at k = 1.
+
+Shapes: B batch, T whole length, S steps.
+"""
+
+import base64
+import html
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .display import STYLES, TokenPieces, token_changes, visible
+
+PAGE = Path(__file__).with_name("trace.html")
+LABELS = {"filled": "filled", "refined": "refined", "remasked": "re-masked"}
+
+
+def change_counts(history: Sequence[Tensor], mask_token_id: int | None) -> Tensor:
+    """How many tokens each step filled, refined and re-masked, (B, S, 3) int64 on the CPU.
+
+    Args:
+        history: (B, T) ids before the first step and after each.
+        mask_token_id: m; None for a model without one, whose every change is a refinement.
+
+    Raises:
+        ValueError: If `history` holds fewer than two states, or states of different shapes.
+    """
+    if len(history) < 2:
+        raise ValueError(f"a history of {len(history)} states shows no step; generate with output_history=True.")
+    shapes = {tuple(state.shape) for state in history}
+    if len(shapes) > 1 or history[0].ndim != 2:
+        raise ValueError(f"the states of a history must all have one shape (B, T), not {sorted(shapes)}.")
+    steps = zip(history, history[1:], strict=False)
+    counts = [torch.stack([mask.sum(-1) for mask in token_changes(*step, mask_token_id)], -1) for step in steps]
+    return torch.stack(counts, 1).cpu()
+
+
+def save_trace(
+    path: str | os.PathLike,
+    history: Sequence[Tensor],
+    tokenizer: Any,
+    mask_token_id: int | None,
+    start: int = 0,
+    title: str = "Generation, step by step",
+    note: str = "",
+) -> Path:
+    """Write a generation as a self-contained HTML page; an existing file is replaced, whole or not at all.
+
+    Args:
+        path: Where to; its folder must exist.
+        history: (B, T) ids before the first step and after each: of a `DiffusionGenerateOutput` or a
+            `HistoryStreamer`.
+        tokenizer: Anything with `decode(list[int]) -> str`.
+        mask_token_id: m; None for a model without one.
+        start: Where the answers begin, the prompt's length; what stands before is shown paler.
+        title: Heading of the page.
+        note: A line below it, e.g. the settings.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: As `change_counts`, or if `start` lies outside the sequences.
+    """
+    counts = change_counts(history, mask_token_id)
+    if not 0 <= start <= history[0].shape[1]:
+        raise ValueError(f"start={start} must lie between 0 and the length of the sequences, {history[0].shape[1]}.")
+    data = _changes_only([state.cpu() for state in history], tokenizer, mask_token_id, start)
+    data |= {"start": start, "counts": counts.tolist(), "kinds": list(LABELS.values())}
+    packed = zlib.compress(json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode(), 9)
+    page = Template(PAGE.read_text(encoding="utf-8")).substitute(
+        title=html.escape(title), note=html.escape(note), data=base64.b64encode(packed).decode()
+    )
+    return _write_whole(Path(path), page)
+
+
+def plot_history(history: Sequence[Tensor], mask_token_id: int | None, row: int | None = None, axes: Any = None) -> Any:
+    """Draw how many tokens each step filled, refined and re-masked, as stacked bars; needs matplotlib.
+
+    Args:
+        history: (B, T) ids before the first step and after each.
+        mask_token_id: m; None for a model without one.
+        row: The row of the batch; None adds up all rows.
+        axes: Matplotlib axes to draw on, by default those of a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: As `change_counts`, or if there is no such row.
+    """
+    counts = change_counts(history, mask_token_id)
+    if row is not None and not 0 <= row < len(counts):
+        raise ValueError(f"row={row} is not in a batch of {len(counts)}; rows count from 0.")
+    if axes is None:
+        from matplotlib.figure import Figure
+
+        axes = Figure(figsize=(8, 3.5), layout="constrained").subplots()
+    shown = counts.sum(0) if row is None else counts[row]
+    steps, bottom = torch.arange(1, len(shown) + 1), torch.zeros(len(shown), dtype=torch.long)
+    for kind, values in zip(LABELS, shown.unbind(-1), strict=True):
+        axes.bar(
+            steps.tolist(),
+            values.tolist(),
+            bottom=bottom.tolist(),
+            width=1.0 if len(shown) > 64 else 0.8,
+            label=LABELS[kind],
+            color=f"tab:{STYLES[kind].split()[-1]}",
+        )
+        bottom += values
+    axes.set(xlabel="step", ylabel="tokens changed")
+    axes.legend()
+    return axes
+
+
+def _changes_only(history: list[Tensor], tokenizer: Any, mask_token_id: int | None, start: int) -> dict[str, Any]:
+    """First state, then per row and step [gaps between the changed positions, what they became]; ids renumbered."""
+    used = torch.unique(torch.stack(history))
+    pieces = TokenPieces(tokenizer, mask_token_id)
+    shown = [pieces[token_id] for token_id in used.tolist()]
+    renumbered = [torch.searchsorted(used, state) for state in history]
+    first = history[0][:, :start]
+    rows = []
+    for row in range(len(history[0])):
+        steps = []
+        for before, after in zip(renumbered, renumbered[1:], strict=False):
+            positions = (before[row] != after[row]).nonzero().flatten()
+            gaps = positions.diff(prepend=positions.new_zeros(1)) if len(positions) else positions
+            steps.append([gaps.tolist(), after[row][positions].tolist()])
+        rows.append({"first": renumbered[0][row].tolist(), "steps": steps, "padding": _padding(first[row], tokenizer)})
+    hole = (used == mask_token_id).nonzero().flatten().tolist() if mask_token_id is not None else []
+    return {
+        "rows": rows,
+        # Bytes as lists of numbers, for the page to put characters together as `TokenPieces.units` does.
+        "pieces": [list(piece) if isinstance(piece, bytes) else _lines_kept(piece) for piece in shown],
+        "ids": used.tolist(),
+        "hole": hole[0] if hole else -1,
+    }
+
+
+def _padding(prompt: Tensor, tokenizer: Any) -> int:
+    """How many padding tokens a prompt, (P,), begins with: the page leaves them out."""
+    pad_token_id = getattr(tokenizer, "pad_token_id", None)
+    if pad_token_id is None:
+        return 0
+    others = (prompt != pad_token_id).nonzero().flatten()
+    return int(others[0]) if len(others) else len(prompt)
+
+
+def _lines_kept(piece: str) -> str:
+    """A piece with its line breaks, which the page shows as such; other control characters made visible."""
+    return "\n".join(visible(line) for line in piece.split("\n"))
+
+
+def _write_whole(path: Path, text: str) -> Path:
+    """Writes beside the target and renames, so that nobody ever reads half a page."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
