@@ -284,9 +284,11 @@ class TestAnswers:
         assert warnings == ["prompts longer than 8 tokens lose their beginning (max_length=20)"]
 
     def test_no_room_for_a_prompt(self, model, tokenizer):
-        lm = XDLMEvalModel(model, tokenizer=tokenizer, max_length=8, max_new_tokens=8)
-        with pytest.raises(ValueError, match="no room for a prompt in max_length=8"):
-            lm.generate_until([request("a")])
+        with pytest.raises(ValueError, match="max_new_tokens=8 leaves no room for a prompt in max_length=8"):
+            XDLMEvalModel(model, tokenizer=tokenizer, max_length=8, max_new_tokens=8)
+        lm = XDLMEvalModel(model, tokenizer=tokenizer, max_length=8)
+        with pytest.raises(ValueError, match="max_new_tokens=16 leaves no room for a prompt in max_length=8"):
+            lm.generate_until([request("a", max_gen_toks=16)])
 
     def test_empty_prompt_beside_a_long_one(self, model, tokenizer):
         lm = XDLMEvalModel(model, tokenizer=tokenizer, batch_size=2, steps=4, max_new_tokens=8)
@@ -348,7 +350,13 @@ class TestBadArguments:
         [
             ({"stepz": 4}, r"unknown model arguments \['stepz'\]: xdlm knows pretrained, tokenizer, .*steps"),
             ({"trust_remote_code": True}, "trust_remote_code is neither needed nor accepted"),
-            ({"batch_size": "automatic"}, "batch_size='automatic' must be a positive integer"),
+            ({"pretrained": None}, "no checkpoint is named: pass --model_args pretrained="),
+            ({"batch_size": "automatic"}, "batch_size='automatic' must be a positive integer or \"auto\""),
+            ({"check_greedy": "no"}, "check_greedy='no' must be True or False"),
+            ({"batch_draws": 1}, "batch_draws=1 must be True or False"),
+            ({"seed": "x"}, "seed='x' must be an integer"),
+            ({"device": "gpu"}, "device='gpu' is not known: use cpu, cuda or cuda:0"),
+            ({}, "pretrained='no-such-checkpoint' cannot be read, name a folder or a Hub name: \\w"),
             ({"max_batch_size": 0}, "max_batch_size=0 must be a positive integer"),
             ({"mc_samples": 0}, "mc_samples=0 must be a positive integer"),
             ({"batch_size": 0}, "batch_size=0 must be a positive integer"),
@@ -363,13 +371,24 @@ class TestBadArguments:
     def test_refused_before_anything_is_loaded(self, arguments, message):
         # The checkpoint does not exist: reaching for it would raise something else.
         with pytest.raises(ValueError, match=message):
-            XDLMEvalModel("no-such-checkpoint", **arguments)
+            XDLMEvalModel(**{"pretrained": "no-such-checkpoint", **arguments})
+
+    def test_refused_before_the_weights_are_loaded(self, monkeypatch, checkpoint, tmp_path):
+        monkeypatch.setattr(LLaDAForDiffusionLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+        for arguments, message in (
+            ({"max_length": 513}, "max_length=513 is more than the model's max_sequence_length=512"),
+            ({"max_new_tokens": 512}, "max_new_tokens=512 leaves no room for a prompt in max_length=512"),
+            ({"tokenizer": str(tmp_path / "none")}, "tokenizer='.*none' cannot be read, name a folder or a Hub name"),
+            ({"peft": str(checkpoint)}, "peft='.*checkpoint' cannot be read, .*adapter_config.json"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                XDLMEvalModel(str(checkpoint), **arguments)
 
     def test_known_arguments_are_listed_without_inner_names(self):
         with pytest.raises(ValueError) as error:
             XDLMEvalModel("no-such-checkpoint", a=1, b=2)
         assert "['a', 'b']" in str(error.value) and "unknown," not in str(error.value)
-        assert "return" not in str(error.value) and str(error.value).endswith("seed")
+        assert str(error.value).endswith("seed")
 
     def test_other_model_type(self, tmp_path):
         (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
