@@ -1,11 +1,16 @@
 """The reproduction kit and what it rests on: processes, caches, automatic batches, likelihoods through the harness."""
 
+import contextlib
 import json
 import math
 import os
+import shutil
+import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lm_eval
@@ -305,6 +310,19 @@ class TestProcesses:
         assert two["config"]["num_forward_passes"] == (4 if drawn else 2) * 4
 
 
+def cached_answers(folder):
+    """Answers that are safe on disk."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{folder}/answers_rank0.db?mode=rw", uri=True)) as cache:
+            return cache.execute("SELECT count(*) FROM unnamed").fetchone()[0]
+    except sqlite3.OperationalError:  # not there yet
+        return 0
+
+
+def item_lines(folder):
+    return len((folder / "items_rank0.jsonl").read_text().splitlines())
+
+
 class TestTable16:
     def arguments(self, checkpoint, data, folder, *more):
         arguments = ["--row", "llada-xdlm", "--checkpoint", str(checkpoint), "--steps", "4", "--tasks", "gsm8k"]
@@ -342,6 +360,51 @@ class TestTable16:
         table16.main(self.arguments(checkpoint, data, tmp_path / "whole", "--batch_size", "7"))
         whole = json.loads((tmp_path / "whole" / "llada-xdlm-4" / "manifest.json").read_text())
         assert [i["answer"] for i in whole["items"]["xdlm_gsm8k"]] == [i["answer"] for i in items]
+
+    def test_kill_of_the_whole_group_and_go_on(self, checkpoint, data, tmp_path):
+        # Long answers of one row each, so that the kill comes in the middle.
+        slow = ["--batch_size", "1", "--steps", "64", "--max_new_tokens", "64"]
+        arguments = self.arguments(checkpoint, data, tmp_path / "killed", *slow)
+        folder = tmp_path / "killed" / "llada-xdlm-64"
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "eval.table16", *arguments]
+        run = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while cached_answers(folder) < 2 and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.killpg(run.pid, signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        done, before = cached_answers(folder), item_lines(folder)
+        assert 2 <= done < len(ROWS) and done <= before <= done + 1 and not (folder / "manifest.json").exists()
+        table16.main(arguments)
+        assert item_lines(folder) - before == len(ROWS) - done  # only what was missing is generated
+        table16.main(self.arguments(checkpoint, data, tmp_path / "whole", *slow))
+        assert self.without_times(folder) == self.without_times(tmp_path / "whole" / folder.name)
+
+    def without_times(self, folder):
+        """The manifest without times, and without its folder's name."""
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest.pop("seconds") > 0 and manifest["command"].pop("output_dir")
+        assert manifest["model"].pop("use_cache")
+        assert all(item.pop("seconds") > 0 for item in manifest["items"]["xdlm_gsm8k"])
+        return manifest
+
+    def test_go_on_with_another_number_of_processes(self, monkeypatch, checkpoint, data, tmp_path):
+        arguments = self.arguments(checkpoint, data, tmp_path)
+        table16.main(arguments)
+        folder = tmp_path / "llada-xdlm-4"
+        (folder / "answers_rank0.db").rename(folder / "answers_rank5.db")
+        monkeypatch.setattr(LLaDAForDiffusionLM, "generate", lambda *args, **kwargs: pytest.fail("done again"))
+        table16.main(arguments)
+
+    def test_retrained_checkpoint_does_not_get_the_former_ones_answers(self, checkpoint, data, tmp_path):
+        mine = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+        table16.main(self.arguments(mine, data, tmp_path / "out", "--limit", "1"))
+        model = LLaDAForDiffusionLM.from_pretrained(mine)
+        model.get_input_embeddings().weight.data[0, 0] += 1
+        model.save_pretrained(mine)
+        with pytest.raises(SystemExit, match="answers made with other settings .*fingerprints"):
+            table16.main(self.arguments(mine, data, tmp_path / "out", "--limit", "1"))
 
     def test_other_settings_do_not_mix(self, checkpoint, data, tmp_path):
         table16.main(self.arguments(checkpoint, data, tmp_path, "--limit", "1"))

@@ -255,18 +255,18 @@ class TestPrograms:
 class TestBeforeTheModelIsLoaded:
     def test_unknown_task(self):
         with pytest.raises(ValueError, match=r"unknown tasks \['xdlm_nope'\]: this package has .*xdlm_bbh, xdlm_gsm8k"):
-            cli.check(["xdlm_gsm8k", "xdlm_nope"], [], {"data": "nowhere"}, True)
+            cli.check(["xdlm_gsm8k", "xdlm_nope"], [], {"data": "nowhere"}, True, {})
 
     def test_missing_file(self, tmp_path):
         for task, file in (("xdlm_gsm8k", "test.jsonl"), ("xdlm_math", "test.jsonl"), ("xdlm_bbh", "txt")):
             with pytest.raises(ValueError, match=f"no such file: .*{file}"):
-                cli.check([task], [], {"data": str(tmp_path)}, True)
+                cli.check([task], [], {"data": str(tmp_path)}, True, {})
 
     def test_unconfirmed_code(self):
         need("mbpp")
         with pytest.raises(ValueError, match="xdlm_mbpp runs code .*pass --confirm_run_unsafe_code"):
-            cli.check(["xdlm_mbpp"], [], {"data": str(DATA)}, False)
-        cli.check(["xdlm_mbpp"], [], {"data": str(DATA)}, True)
+            cli.check(["xdlm_mbpp"], [], {"data": str(DATA)}, False, {})
+        cli.check(["xdlm_mbpp"], [], {"data": str(DATA)}, True, {})
 
     def test_steps_that_do_not_fit_the_task(self):
         need("gsm8k")
