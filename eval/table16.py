@@ -5,7 +5,8 @@
 
 A run that was killed goes on where it stopped: every finished answer is in lm-eval's response cache. Each row and
 number of steps has a folder with manifest.json (versions, commit, seeds, all settings, every answer with its score,
-seconds and forward passes); table16.md puts all of them beside the published figures. Under a launcher of several
+seconds and forward passes), to which other tasks can be added later; table16.md puts all of them beside the published
+figures. Under a launcher of several
 processes, each takes its share. Protocol, cost and what is known not to match: docs/evaluation.md.
 """
 
@@ -131,7 +132,8 @@ def run_cell(options: argparse.Namespace, steps: int, tasks: list[str]) -> None:
     lm.barrier()
     if results is None:  # not the first process
         return
-    write(folder / "manifest.json", make_manifest(options, steps, claimed, results, item_costs(folder)))
+    manifest = make_manifest(options, steps, claimed, results, item_costs(folder))
+    write(folder / "manifest.json", with_earlier_tasks(manifest, folder / "manifest.json"))
     manifests = [json.loads(path.read_text("utf-8")) for path in sorted(options.output_dir.glob("*/manifest.json"))]
     table = markdown_table(manifests)
     (options.output_dir / "table16.md").write_text(table, encoding="utf-8")
@@ -239,28 +241,41 @@ def make_manifest(
 ) -> dict[str, Any]:
     """All that is needed to say what was run and to check it item by item."""
     ordered = {task: sorted(group, key=lambda s: s["doc_id"]) for task, group in results["samples"].items()}
-    items = {task: [_item(sample, costs) for sample in group] for task, group in ordered.items()}
-    everything = [item for group in items.values() for item in group]
+    run = {
+        "limit": options.limit,
+        "command": vars(options),
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "commit": _commit(),
+        # Without the passes of this run, which may have made only the last of the answers.
+        "model": {name: value for name, value in results["config"].items() if name != "num_forward_passes"},
+    }
     return {
         "row": options.row,
         "steps": steps,
         "reference_compat": options.reference_compat,
-        "limit": options.limit,
         "settings": settings,
-        "command": vars(options),
-        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "commit": _commit(),
         "seed": options.seed,
         "published": PUBLISHED.get((options.row, steps)),
+        "runs": {task: run for task in ordered},
         "scores": results["results"],
         "groups": results.get("groups", {}),
         "task_configs": results["configs"],
-        # Passes and seconds of all items: the run that wrote this may have made only the last of them.
-        "model": {name: value for name, value in results["config"].items() if name != "num_forward_passes"},
-        "forward_passes": sum(item["forward_passes"] / item["batch_rows"] for item in everything if "seconds" in item),
-        "seconds": sum(item.get("seconds", 0.0) for item in everything),
-        "items": items,
+        "items": {task: [_item(sample, costs) for sample in group] for task, group in ordered.items()},
     }
+
+
+def with_earlier_tasks(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The manifest with those tasks of the one at `path` that it lacks, and the cost of all; `runs` says whose is what.
+
+    The folder holds answers of one model under one setting, whatever run scored them (`check_folder`).
+    """
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    parts = ("runs", "scores", "groups", "task_configs", "items")
+    manifest |= {part: {**before.get(part, {}), **manifest[part]} for part in parts}
+    made = [item for group in manifest["items"].values() for item in group if "seconds" in item]
+    manifest["forward_passes"] = sum(item["forward_passes"] / item["batch_rows"] for item in made)
+    manifest["seconds"] = sum(item["seconds"] for item in made)
+    return manifest
 
 
 def _item(sample: dict[str, Any], costs: dict[str, dict]) -> dict[str, Any]:

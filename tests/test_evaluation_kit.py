@@ -353,8 +353,8 @@ class TestTable16:
         assert all(item["seconds"] > 0 and item["forward_passes"] == 4 and item["batch_rows"] <= 2 for item in items)
         assert all({"answer", "exact_match", "prompt_hash"} <= item.keys() for item in items)
         assert manifest["settings"]["mixing_ratio"] == 0.1 and manifest["settings"]["block_length"] == 8
-        assert manifest["versions"]["torch"]
-        assert manifest["commit"] and manifest["seed"] == 0 and manifest["limit"] is None
+        run = manifest["runs"]["xdlm_gsm8k"]
+        assert run["versions"]["torch"] and run["commit"] and run["limit"] is None and manifest["seed"] == 0
         assert "| 4 | llada-xdlm | 7 |" in capsys.readouterr().out
         # The same answers as an undisturbed run.
         table16.main(self.arguments(checkpoint, data, tmp_path / "whole", "--batch_size", "7"))
@@ -384,10 +384,25 @@ class TestTable16:
     def without_times(self, folder):
         """The manifest without times, and without its folder's name."""
         manifest = json.loads((folder / "manifest.json").read_text())
-        assert manifest.pop("seconds") > 0 and manifest["command"].pop("output_dir")
-        assert manifest["model"].pop("use_cache")
+        assert manifest.pop("seconds") > 0 and manifest["forward_passes"] == len(ROWS) * 64
+        run = manifest["runs"]["xdlm_gsm8k"]
+        assert run["command"].pop("output_dir") and run["model"].pop("use_cache")
         assert all(item.pop("seconds") > 0 for item in manifest["items"]["xdlm_gsm8k"])
         return manifest
+
+    def test_cell_by_cell(self, checkpoint, data, tmp_path, capsys):
+        (tmp_path / "math").mkdir()
+        row = {"problem": "What is $1 + 1$?", "solution": "It is $\\boxed{2}$."}
+        (tmp_path / "math" / "test.jsonl").write_text(json.dumps(row) + "\n")
+        table16.main(self.arguments(checkpoint, data, tmp_path / "out", "--limit", "2"))
+        math_alone = self.arguments(checkpoint, tmp_path, tmp_path / "out")
+        math_alone[math_alone.index("gsm8k")] = "math"
+        table16.main(math_alone)
+        manifest = json.loads((tmp_path / "out" / "llada-xdlm-4" / "manifest.json").read_text())
+        assert {task: len(items) for task, items in manifest["items"].items()} == {"xdlm_gsm8k": 2, "xdlm_math": 1}
+        assert [manifest["runs"][task]["limit"] for task in ("xdlm_gsm8k", "xdlm_math")] == [2, None]
+        assert manifest["scores"].keys() == manifest["items"].keys() and manifest["forward_passes"] == 2 * 4
+        assert "| 4 | llada-xdlm | 3 (limited) | - / - | 0.00 / - | 0.00 / - |" in capsys.readouterr().out
 
     def test_go_on_with_another_number_of_processes(self, monkeypatch, checkpoint, data, tmp_path):
         arguments = self.arguments(checkpoint, data, tmp_path)
@@ -457,7 +472,7 @@ class TestPublished:
             "row": "llada",
             "steps": 32,
             "reference_compat": False,
-            "limit": None,
+            "runs": {"xdlm_gsm8k": {"limit": None}, "xdlm_mbpp": {"limit": None}},
             "scores": {"xdlm_gsm8k": {"exact_match,none": 0.25}, "xdlm_mbpp": {"pass_at_1,executed": 0.5}},
             "groups": {},
             "items": {
