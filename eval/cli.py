@@ -71,7 +71,9 @@ def check_run(options: Mapping[str, Any]) -> None:
     check(names, options["include_path"], _as_dict(options.get("metadata")), confirmed, settings)
     check_limit(options.get("limit"))
     if ours:
-        adapter.check_checkpoint(arguments)
+        tokenizer = adapter.check_checkpoint(arguments)
+        if options.get("apply_chat_template") and not tokenizer.chat_template:
+            raise ValueError(f"--apply_chat_template: the tokenizer of {arguments.pretrained} has none; leave it out")
 
 
 def _as_dict(value: str | dict[str, Any] | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ import lm_eval
 import peft
 import pytest
 import torch
+from lm_eval._cli import HarnessCLI
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.data import train_tokenizer
-from xdlm_hf.evaluation import TASKS
+from xdlm_hf.evaluation import TASKS, cli
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
 from xdlm_hf.evaluation.tasks import gsm8k
 
@@ -407,12 +409,8 @@ class TestBadArguments:
 
 class TestCommandLine:
     def parse(self, monkeypatch, *arguments):
-        from lm_eval._cli import HarnessCLI
-
-        from xdlm_hf.evaluation.cli import with_defaults
-
         monkeypatch.setattr(sys, "argv", ["xdlm-eval", *map(str, arguments)])
-        return with_defaults(HarnessCLI().parse_args())
+        return cli.with_defaults(HarnessCLI().parse_args())
 
     def test_defaults(self, monkeypatch):
         args = self.parse(monkeypatch, "--tasks", "xdlm_gsm8k", "--limit", "2")
@@ -425,6 +423,46 @@ class TestCommandLine:
         config.write_text("model: hf\ninclude_path: theirs\ntasks: [a]\n")
         args = self.parse(monkeypatch, "--config", config)
         assert (args.model, args.include_path) == ("hf", [str(TASKS), "theirs"])
+
+    @pytest.mark.parametrize("extra", [[], ["--limit", "2"]], ids=["file alone", "and flags"])
+    def test_options_of_a_config_file(self, monkeypatch, tmp_path, extra):
+        for name, content in (
+            ("run.yaml", "tasks: a,b\nlimit: 5\nmodel_args:\n  steps: 3\n"),
+            ("run.json", '{"tasks": "a,b", "limit": 5, "model_args": {"steps": 3}}'),
+        ):
+            (tmp_path / name).write_text(content)
+            options = cli.asked(self.parse(monkeypatch, "--config", tmp_path / name, *extra))
+            assert (options["model"], options["tasks"], options["model_args"]) == ("xdlm", "a,b", {"steps": 3})
+            assert options["limit"] == (2 if extra else 5)
+
+    def test_everything_is_checked_before_the_weights_are_loaded(self, monkeypatch, checkpoint, rows_file, tmp_path):
+        monkeypatch.setattr(LLaDAForDiffusionLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+        arguments = f"pretrained={checkpoint}"
+        good = {"model": "xdlm", "tasks": ["xdlm_gsm8k"], "include_path": [], "metadata": {"data": str(rows_file)}}
+        cli.check_run({**good, "model_args": arguments, "apply_chat_template": True})
+        bare = shutil.copytree(checkpoint, tmp_path / "bare")
+        (bare / "chat_template.jinja").unlink()
+        for options, message in (
+            ({}, "no checkpoint is named: pass --model_args pretrained="),
+            ({"tasks": []}, "no task is named: pass --tasks"),
+            ({"model_args": f"{arguments},stepz=1"}, r"unknown model arguments \['stepz'\]"),
+            ({"model_args": arguments, "batch_size": "x"}, "batch_size='x' must be a positive integer"),
+            ({"model_args": arguments, "metadata": "data=nowhere"}, "no such file: nowhere"),
+            ({"model_args": f"{arguments},steps=300"}, "steps=300 is more than max_new_tokens=256"),
+            ({"model_args": f"{arguments},peft=nowhere"}, "peft='nowhere' cannot be read"),
+            ({"model_args": arguments, "limit": 0}, "--limit 0 leaves one of 1 processes without a row"),
+            ({"model_args": f"pretrained={bare}", "apply_chat_template": True}, "the tokenizer of .*bare has none"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                cli.check_run({**good, **options})
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        with pytest.raises(ValueError, match="--limit 3 leaves one of 4 processes without a row"):
+            cli.check_run({**good, "model_args": arguments, "limit": 3})
+
+    def test_error_is_one_line(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(sys, "argv", ["xdlm-eval", "run", "--config", str(tmp_path / "none.yaml")])
+        with pytest.raises(SystemExit, match="xdlm-eval: Config file not found: .*none.yaml"):
+            cli.main()
 
     def test_other_commands(self, monkeypatch):
         args = self.parse(monkeypatch, "ls", "tasks")
