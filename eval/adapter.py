@@ -74,7 +74,7 @@ class Arguments:
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16"; a loaded model keeps its own.
         device: Device of the model; lm-eval's default is "cuda:0", and without a GPU that means the CPU.
         batch_size: Rows per forward pass, or "auto": as many as fit, found by halving. No result depends on it but by
-            the rounding of the device's arithmetic, unless `batch_draws` is set.
+            the rounding of the device's arithmetic, unless `batch_all` is set.
         max_batch_size: What "auto" tries first; 8 on a CPU, 64 elsewhere.
         max_length: Longest prompt and answer together, in tokens; by default the checkpoint's max_sequence_length.
             Longer prompts lose their beginning, with one warning.
@@ -85,9 +85,9 @@ class Arguments:
         mc_samples: Draws per likelihood, each one row of a forward pass.
         check_greedy: Whether likelihoods also say if greedy decoding gives the continuation, which takes one forward
             pass per token of it (LAMBADA's accuracy needs that).
-        batch_draws: Whether answers that are drawn (`draws`) share batches, which is faster and makes them depend on
-            the batch. By default each has a forward pass and a generator of its own, seeded with `seed`, its prompt
-            and how often the same request came before.
+        batch_all: Whether also those answers share batches that then depend on them, which is faster: answers that
+            are drawn, and all of `reference_compat`, whose sampler edits padding too. By default each of these has
+            forward passes of its own, and noise seeded with `seed`, its prompt and how often the request came before.
         item_log: JSONL file to which every answer's seconds and forward passes are added, for the kit.
         seed: Seed of everything that is drawn.
 
@@ -114,7 +114,7 @@ class Arguments:
     reference_compat: bool | None = None
     mc_samples: int = 128
     check_greedy: bool = True
-    batch_draws: bool = False
+    batch_all: bool = False
     item_log: str | None = None
     seed: int = 0
 
@@ -126,7 +126,7 @@ class Arguments:
             value = getattr(self, name)
             if value is not None and not (name == "batch_size" and value == "auto"):
                 setattr(self, name, _positive(name, value))
-        for name in ("check_greedy", "batch_draws"):
+        for name in ("check_greedy", "batch_all"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -246,7 +246,7 @@ class XDLMEvalModel(TemplateLM):
             "num_forward_passes": self.num_forward_passes,
             "num_processes": self.world_size,
             "mc_samples": self.arguments.mc_samples,
-            "batch_draws": self.arguments.batch_draws,
+            "batch_all": self.arguments.batch_all,
             "likelihoods": self._likelihood_summary(),
         }
 
@@ -280,7 +280,7 @@ class XDLMEvalModel(TemplateLM):
         """Answers in the order of the requests, each cut at its first stop string or end-of-text token.
 
         Requests with equal settings share batches, longest prompts first, so that padding is short and memory is known
-        from the first batch on. Answers that are drawn are made one by one (`Arguments.batch_draws`).
+        from the first batch on. Answers that would depend on their batch are made one by one (`Arguments.batch_all`).
         """
         answers: dict[int, str] = {}
         with self._progress(len(requests), "Generating", "answer", disable_tqdm) as progress:
@@ -301,7 +301,7 @@ class XDLMEvalModel(TemplateLM):
         for group in groups.values():
             group.sort(key=lambda n: (-len(self.tok_encode(requests[n].args[0])), requests[n].args[0]))
             settings, stops = self._merge(requests[group[0]].args[1])
-            alone = self._draws(settings) and not self.arguments.batch_draws
+            alone = self._depends_on_batch(settings) and not self.arguments.batch_all
             answer = functools.partial(self._timed_answers, requests, repeats, settings, stops)
             yield from self._in_batches(group, answer, at_most=1 if alone else None)
 
@@ -472,10 +472,12 @@ class XDLMEvalModel(TemplateLM):
         """A setting of `generate`, by the checkpoint's generation_config.json where it is not given."""
         return settings[name] if name in settings else getattr(self.model.generation_config, name, None)
 
-    def _draws(self, settings: Mapping[str, Any]) -> bool:
-        """Whether answers under these settings depend on chance."""
+    def _depends_on_batch(self, settings: Mapping[str, Any]) -> bool:
+        """Whether an answer under these settings is another one in another batch: drawn, or edited with its padding."""
         sampler, remasking = (self._in_force(name, settings) for name in ("sampler", "remasking"))
-        return sampler == "ancestral" or remasking == "random" or bool(self._in_force("temperature", settings))
+        if sampler == "ancestral" or remasking == "random":
+            return True
+        return any(self._in_force(name, settings) for name in ("temperature", "reference_compat"))
 
     def _encode(self, contexts: Sequence[str], room: int) -> dict[str, Tensor]:
         """Left-padded ids and attention mask, (B, L); prompts longer than `room` tokens keep their end."""

@@ -355,7 +355,7 @@ class TestBadArguments:
             ({"pretrained": None}, "no checkpoint is named: pass --model_args pretrained="),
             ({"batch_size": "automatic"}, "batch_size='automatic' must be a positive integer or \"auto\""),
             ({"check_greedy": "no"}, "check_greedy='no' must be True or False"),
-            ({"batch_draws": 1}, "batch_draws=1 must be True or False"),
+            ({"batch_all": 1}, "batch_all=1 must be True or False"),
             ({"seed": "x"}, "seed='x' must be an integer"),
             ({"device": "gpu"}, "device='gpu' is not known: use cpu, cuda or cuda:0"),
             ({}, "pretrained='no-such-checkpoint' cannot be read, name a folder or a Hub name: \\w"),

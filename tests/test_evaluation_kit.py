@@ -150,7 +150,7 @@ class TestBatchesAndCaches:
         assert [value for value, _ in lm.loglikelihood(requests)] == pytest.approx([v for v, _ in expected], abs=1e-4)
         assert sizes[:3] == [10, 5, 3] and max(sizes[3:]) == 3 and len(lm.estimates) == len(ROWS)
 
-    @pytest.mark.parametrize("drawn", [{}, *DRAWN], ids=str)
+    @pytest.mark.parametrize("drawn", [{}, *DRAWN, {"reference_compat": True}], ids=str)
     def test_scores_at_batch_sizes_1_3_8(self, model, tokenizer, data, drawn):
         runs = [
             evaluate(XDLMEvalModel(model, tokenizer=tokenizer, batch_size=n, **SETTINGS, **drawn), data)
@@ -173,8 +173,8 @@ class TestBatchesAndCaches:
         assert draw(other, one)[0] == texts[1::-1]
         assert draw(one, seed=1)[0] != texts[:1]
         # In one batch on request: fewer forward passes, and draws that depend on the batch.
-        together, passes = draw(one, other, one, one, batch_draws=True)
-        assert passes <= 4 and together == draw(one, other, one, one, batch_draws=True)[0] != texts[:4]
+        together, passes = draw(one, other, one, one, batch_all=True)
+        assert passes <= 4 and together == draw(one, other, one, one, batch_all=True)[0] != texts[:4]
 
     def test_what_the_checkpoint_says_about_draws(self, monkeypatch, model, tokenizer):
         monkeypatch.setattr(model.generation_config, "sampler", "ancestral")
