@@ -6,6 +6,7 @@ earlier: tasks that are unknown, lack their files or lack the consent to run cod
 """
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,22 +29,62 @@ def main() -> None:
     """Parses `sys.argv` as lm-eval does, fills in the two defaults, and runs the command."""
     setup_logging()
     parser = HarnessCLI()
-    args = with_defaults(parser.parse_args())
-    if "confirm_run_unsafe_code" in args and args.tasks:
-        check_tasks(args)
+    args = parser.parse_args()
+    try:
+        args = with_defaults(args)
+        if "model" in args:  # the command `run`
+            check_run(asked(args))
+    except (ValueError, TypeError, FileNotFoundError) as error:  # the last two: a --config that is none
+        raise SystemExit(f"xdlm-eval: {error}") from error
     parser.execute(args)
 
 
-def check_tasks(args: argparse.Namespace) -> None:
-    """`check` on what the command line asks for, its error as one line."""
-    names = args.tasks.split(",") if isinstance(args.tasks, str) else args.tasks
-    settings = args.model_args or {}
-    settings = simple_parse_args_string(settings) if isinstance(settings, str) else settings
-    settings = settings if args.model == "xdlm" else {}
-    try:
-        check(names, args.include_path, args.metadata or {}, bool(args.confirm_run_unsafe_code), settings)
-    except ValueError as error:
-        raise SystemExit(f"xdlm-eval: {error}") from error
+def asked(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line asks for and, where it says nothing, its --config: the way lm-eval merges them."""
+    return {**_from_file(args), **{name: value for name, value in vars(args).items() if value or value == 0}}
+
+
+def _from_file(args: argparse.Namespace) -> dict[str, Any]:
+    return EvaluatorConfig.load_yaml_config(args.config) if getattr(args, "config", None) else {}
+
+
+def check_run(options: Mapping[str, Any]) -> None:
+    """Refuses a run that would fail after the model is loaded.
+
+    Args:
+        options: lm-eval's own, as `asked` gives them.
+
+    Raises:
+        ValueError: As `check` and `check_limit`, and for the model `xdlm` as `Arguments` and `check_checkpoint` of
+            adapter.py.
+    """
+    names, settings = options.get("tasks") or [], {}
+    names = names.split(",") if isinstance(names, str) else names
+    if not names:
+        raise ValueError("no task is named: pass --tasks, xdlm_gsm8k for one")
+    ours = options["model"] == "xdlm"
+    if ours:
+        settings = _as_dict(options.get("model_args"))
+        flags = {name: options[name] for name in ("batch_size", "max_batch_size", "device") if name in options}
+        arguments = adapter.Arguments.of({**flags, **settings})
+    confirmed = bool(options.get("confirm_run_unsafe_code"))
+    check(names, options["include_path"], _as_dict(options.get("metadata")), confirmed, settings)
+    check_limit(options.get("limit"))
+    if ours:
+        tokenizer = adapter.check_checkpoint(arguments)
+        if options.get("apply_chat_template") and not tokenizer.chat_template:
+            raise ValueError(f"--apply_chat_template: the tokenizer of {arguments.pretrained} has none; leave it out")
+
+
+def _as_dict(value: str | dict[str, Any] | None) -> dict[str, Any]:
+    return simple_parse_args_string(value) if isinstance(value, str) else value or {}
+
+
+def check_limit(limit: float | None) -> None:
+    """Refuses a `limit` that leaves a process without a row, which lm-eval does not survive."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if limit is not None and (limit <= 0 or 1 <= limit < processes):
+        raise ValueError(f"--limit {limit:g} leaves one of {processes} processes without a row: raise it")
 
 
 def check(
@@ -51,7 +92,7 @@ def check(
     include_path: Sequence[str],
     metadata: dict[str, Any],
     confirmed: bool,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any],
 ) -> None:
     """Refuses tasks that would fail only after the model is loaded; this package's own are read on the way.
 
@@ -72,12 +113,12 @@ def check(
         if getattr(task, "UNSAFE_CODE", False) and not confirmed:
             raise ValueError(f"{name} runs code written by the model: pass --confirm_run_unsafe_code")
         length = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", adapter.DEFAULT_MAX_NEW_TOKENS)
-        adapter.check_settings({"max_new_tokens": length, **(settings or {})})
+        adapter.check_settings({"max_new_tokens": length, **settings})
 
 
 def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     """Sets `model` and `include_path` where the command has them; what the user or their `--config` says is kept."""
-    from_file = EvaluatorConfig.load_yaml_config(args.config) if getattr(args, "config", None) else {}
+    from_file = _from_file(args)
     if "model" in args and args.model is None:
         args.model = from_file.get("model", "xdlm")
     if "include_path" in args:

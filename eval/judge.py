@@ -178,7 +178,11 @@ def serve(program, fd_in, fd_out):
 
 
 def describe(error):
-    return [type(error).__name__, str(error)[:200]]
+    return [str(type(error).__name__)[:80], str(error)[:200]]
+
+
+def joined(name, text):
+    return ": ".join(filter(None, (name, text)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -205,7 +209,7 @@ class Link:
             raise Failure("the answer's process broke off") from error
         if name == "AssertionError":
             raise AssertionError(text)  # its own assertion, while a test ran: Wrong, as in OpenCompass
-        raise Failure(f"{name}: {text}")
+        raise Failure(joined(name, text))
 
     def ask(self, action, ref, *args, **kwargs):
         def refuse(value):
@@ -235,7 +239,7 @@ def judge(job, link):
     except Failure as error:
         return "failed", str(error)
     except Exception as error:  # an operation on a value of the wrong type, such as None > 0
-        return "failed", ": ".join(describe(error))
+        return "failed", joined(*describe(error))
     return "pass", ""
 
 
@@ -376,7 +380,7 @@ def main():
     confine(config, layers)
     job = receive(0)  # only now: the answer's process must not have seen it
     result, why = judge(job, Link(judge_in, judge_out))
-    send(verdict, {"verdict": result, "why": why, "layers": layers})
+    send(verdict, {"verdict": result, "why": why[:300], "layers": layers})
     # The answer must not outlive this process where no namespace ends it; seccomp forbids `kill`, its parent's death
     # signal does it.
     os._exit(0)

@@ -44,6 +44,12 @@ class Estimate(float):
         return Estimate, (float(self), self.standard_error)
 
 
+def seeded_generator(*parts: Any) -> torch.Generator:
+    """A generator, on the CPU, that depends on `parts` alone: on plain values, by what they look like printed."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
 @dataclass(frozen=True)
 class Pair:
     """Context and continuation, as token ids."""
@@ -53,8 +59,7 @@ class Pair:
 
     def generator(self, seed: int) -> torch.Generator:
         """A generator that depends on the ids and the run's seed alone."""
-        digest = hashlib.sha256(repr((seed, self.context, self.continuation)).encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return seeded_generator(seed, self.context, self.continuation)
 
 
 @dataclass(frozen=True)

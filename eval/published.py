@@ -62,7 +62,8 @@ def markdown_table(manifests: Sequence[dict[str, Any]]) -> str:
         ours = scores_of(manifest)
         published = PUBLISHED.get((manifest["row"], manifest["steps"]), {})
         row = manifest["row"] + (" (reference_compat)" if manifest["reference_compat"] else "")
-        count = str(sum(map(len, manifest["items"].values()))) + ("" if manifest["limit"] is None else " (limited)")
+        limited = any(run["limit"] is not None for run in manifest["runs"].values())
+        count = str(sum(map(len, manifest["items"].values()))) + (" (limited)" if limited else "")
         cells = [f"{_show(ours.get(name), name)} / {_show(published.get(name), name)}" for name in _COLUMNS]
         lines.append(_line([str(manifest["steps"]), row, count, *cells]))
     return "\n".join(lines) + "\n"

@@ -5,7 +5,8 @@ What confines it, the strongest that the system allows (`layers()` tells which h
 - `unshare` (util-linux): namespaces of its own for network, processes, mounts and IPC; the process namespace dies as a
   whole. Without root, inside a user namespace.
 - Landlock: only Python's own files can be read, only the private folder written.
-- seccomp (pyseccomp, libseccomp): no sockets, no new processes, no signals, no tracing, no mounts.
+- seccomp (pyseccomp, libseccomp): no sockets, no new processes, no signals, no tracing, no mounts, and no attributes
+  (modes, owners, times) of files, which Landlock does not guard.
 - resource limits: processor time, memory, file size, processes, open files; a wall-clock limit ends the whole group.
 - an unprivileged user where the caller is root; an empty environment; a private folder, itself of limited size.
 
@@ -52,7 +53,18 @@ mount umount umount2 move_mount open_tree fsopen fsmount pivot_root chroot unsha
 io_uring_setup io_uring_enter io_uring_register memfd_create memfd_secret
 shmget shmat msgget semget mq_open keyctl add_key request_key open_by_handle_at name_to_handle_at
 init_module finit_module delete_module kexec_load reboot swapon swapoff personality setuid setgid
+chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat truncate utime utimes futimesat utimensat
+setxattr lsetxattr fsetxattr setxattrat removexattr lremovexattr fremovexattr removexattrat file_setattr
+inotify_init inotify_init1 inotify_add_watch fanotify_init fanotify_mark
+setpriority ioprio_set sched_setaffinity sched_setattr sched_setparam sched_setscheduler
+process_madvise process_mrelease migrate_pages move_pages
 """.split()
+# Refused with this value of this argument, of which the kernel reads 32 bits: signals and limits for other processes.
+_REFUSED_VALUES = [
+    *(("fcntl", 1, command) for command in (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+    *(("ioctl", 1, command) for command in (0x8901, 0x8902, 0x5452)),  # FIOSETOWN, SIOCSPGRP, FIOASYNC
+    ("prctl", 0, 1),  # PR_SET_PDEATHSIG: the answer ends with its judge
+]
 _UNPRIVILEGED_USER = 64_900  # and the next one: an id that no account has
 
 
@@ -134,7 +146,8 @@ def run(job: Job, limits: Limits | None = None, prefix: Sequence[str] | None = N
 
 
 def _run(job: Job, limits: Limits, prefix: tuple[str, ...]) -> Verdict:
-    with tempfile.TemporaryDirectory(prefix="xdlm-sandbox-") as folder:
+    folder = tempfile.mkdtemp(prefix="xdlm-sandbox-")
+    try:
         library = sysconfig.get_path("stdlib")
         hidden = not _reachable(library)
         shown = str(_judge().parent / "library")
@@ -153,6 +166,18 @@ def _run(job: Job, limits: Limits, prefix: tuple[str, ...]) -> Verdict:
         os.chmod(folder, 0o1777)
         tests = {"preamble": job.preamble, "names": list(job.names), "tests": list(job.tests)}
         return _supervise([*prefix, sys.executable, "-I", "-S", str(_judge())], folder, [config, tests], limits.seconds)
+    finally:
+        _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    """Deletes the folder whatever an answer left in it, such as folders in folders, thousands deep."""
+    try:
+        shutil.rmtree(folder)
+    except (OSError, RecursionError):
+        subprocess.run(["rm", "-rf", "--", folder], capture_output=True, check=False)
+        if os.path.exists(folder):
+            logger.warning("sandbox: the folder %s could not be removed", folder)
 
 
 def _supervise(command: list[str], folder: str, messages: list[dict], seconds: float) -> Verdict:
@@ -177,9 +202,14 @@ def _supervise(command: list[str], folder: str, messages: list[dict], seconds: f
         return Verdict("timeout", f"not done after {seconds:g} s")
     try:
         answer = json.loads(output[8:])
-        return Verdict(answer["verdict"], answer["why"], tuple(answer["layers"]))
+        return Verdict(answer["verdict"], _printable(answer["why"]), tuple(answer["layers"]))
     except (ValueError, KeyError, TypeError):
         return Verdict("failed", "the sandbox ended without a verdict")
+
+
+def _printable(text: str) -> str:
+    """Text of an answer's error that no terminal obeys and every file takes: half surrogates and controls escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _end_group(process: subprocess.Popen) -> None:
@@ -225,9 +255,12 @@ def system_call_filter() -> str:
     except (ImportError, RuntimeError):  # the latter: no libseccomp
         return ""
     rules = pyseccomp.SyscallFilter(defaction=pyseccomp.ALLOW)
-    for name in _REFUSED:
+    refused = [(name, ()) for name in _REFUSED]
+    refused += [(n, (pyseccomp.Arg(i, pyseccomp.MASKED_EQ, 2**32 - 1, value),)) for n, i, value in _REFUSED_VALUES]
+    refused += [("prlimit64", (pyseccomp.Arg(0, pyseccomp.NE, 0),))]  # of any process but the caller's own
+    for name, arguments in refused:
         try:
-            rules.add_rule(pyseccomp.ERRNO(1), name)
+            rules.add_rule(pyseccomp.ERRNO(1), name, *arguments)
         except (OSError, ValueError):
             logger.debug("seccomp: no system call %s on this processor", name)
     with tempfile.TemporaryFile() as file:

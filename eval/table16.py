@@ -5,15 +5,19 @@
 
 A run that was killed goes on where it stopped: every finished answer is in lm-eval's response cache. Each row and
 number of steps has a folder with manifest.json (versions, commit, seeds, all settings, every answer with its score,
-seconds and forward passes); table16.md puts all of them beside the published figures. Under a launcher of several
+seconds and forward passes), to which other tasks can be added later; table16.md puts all of them beside the published
+figures. Under a launcher of several
 processes, each takes its share. Protocol, cost and what is known not to match: docs/evaluation.md.
 """
 
 import argparse
+import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import sqlite3
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,7 @@ from lm_eval.utils import handle_non_serializable
 
 from xdlm_hf.evaluation import TASKS
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
-from xdlm_hf.evaluation.cli import check
+from xdlm_hf.evaluation.cli import check_run
 from xdlm_hf.evaluation.published import BENCHMARKS, PUBLISHED, markdown_table
 
 BASE = "GSAI-ML/LLaDA-8B-Base"
@@ -36,6 +40,7 @@ ROWS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "llada-xdlm": (None, {"mixing_ratio": 0.1}),
 }
 NEW_TOKENS = 256
+ANSWERS = "answers"  # lm-eval adds _rank<n>.db
 PACKAGES = ("xdlm_hf", "torch", "transformers", "lm_eval", "datasets", "accelerate", "peft", "sympy")
 
 
@@ -64,16 +69,18 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         steps, tasks = check_options(options)
         for count in steps:
-            run_cell(options, count, tasks)
+            check_folder(cell_folder(options, count), with_fingerprints(model_settings(options, count)))
     except ValueError as error:
         raise SystemExit(f"table16: {error}") from error
+    for count in steps:
+        run_cell(options, count, tasks)
 
 
 def check_options(options: argparse.Namespace) -> tuple[list[int], list[str]]:
     """Steps and names of tasks; refuses what would fail after the model is loaded.
 
     Raises:
-        ValueError: For an unknown task, steps that do not fit, a row without checkpoint, and as `cli.check`.
+        ValueError: For an unknown task, steps that do not fit, a row without checkpoint, and as `cli.check_run`.
     """
     steps = [int(part) if part.isdecimal() else 0 for part in options.steps.split(",")]
     if not all(1 <= count <= options.max_new_tokens for count in steps):
@@ -84,30 +91,38 @@ def check_options(options: argparse.Namespace) -> tuple[list[int], list[str]]:
     if options.checkpoint is None and ROWS[options.row][0] is None:
         raise ValueError(f"the checkpoint of {options.row} is not public: name yours with --checkpoint")
     tasks = [f"xdlm_{name}" for name in options.tasks.split(",")]
-    check(tasks, [], _metadata(options), options.confirm_run_unsafe_code)
+    check_run(
+        {
+            "model": "xdlm",
+            "model_args": {**model_settings(options, steps[0]), **adapter_settings(options)},
+            "tasks": tasks,
+            "include_path": [],
+            "metadata": _metadata(options),
+            "confirm_run_unsafe_code": options.confirm_run_unsafe_code,
+            "limit": options.limit,
+        }
+    )
     return steps, tasks
 
 
 def run_cell(options: argparse.Namespace, steps: int, tasks: list[str]) -> None:
     """One row at one number of steps: from cache or model to manifest and table."""
-    settings = model_settings(options, steps)
-    suffix = "-reference_compat" if options.reference_compat else ""
-    folder = options.output_dir / f"{options.row}-{steps}{suffix}"
+    settings, folder = model_settings(options, steps), cell_folder(options, steps)
     rank = int(os.environ.get("RANK", "0"))
-    claim(folder, settings, write=rank == 0)
-    lm = XDLMEvalModel(
-        **settings,
-        batch_size=options.batch_size,
-        device=options.device,
-        item_log=str(folder / f"items_rank{rank}.jsonl"),
-    )
+    claimed = with_fingerprints(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        write(folder / "settings.json", claimed)
+    take_over_answers(folder, rank)
+    item_log = folder / f"items_rank{rank}.jsonl"
+    lm = XDLMEvalModel(**settings, **adapter_settings(options), item_log=str(item_log))
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=_metadata(options))
     results = lm_eval.simple_evaluate(
         lm,
         tasks=tasks,
         task_manager=manager,
         limit=options.limit,
-        use_cache=str(folder / "answers"),
+        use_cache=str(folder / ANSWERS),
         random_seed=options.seed,
         numpy_random_seed=options.seed,
         torch_random_seed=options.seed,
@@ -117,11 +132,8 @@ def run_cell(options: argparse.Namespace, steps: int, tasks: list[str]) -> None:
     lm.barrier()
     if results is None:  # not the first process
         return
-    manifest = make_manifest(options, steps, settings, results, item_costs(folder))
-    text = json.dumps(manifest, indent=1, default=handle_non_serializable, ensure_ascii=False)
-    partial = folder / "manifest.json.partial"
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(folder / "manifest.json")
+    manifest = make_manifest(options, steps, claimed, results, item_costs(folder))
+    write(folder / "manifest.json", with_earlier_tasks(manifest, folder / "manifest.json"))
     manifests = [json.loads(path.read_text("utf-8")) for path in sorted(options.output_dir.glob("*/manifest.json"))]
     table = markdown_table(manifests)
     (options.output_dir / "table16.md").write_text(table, encoding="utf-8")
@@ -145,22 +157,70 @@ def model_settings(options: argparse.Namespace, steps: int) -> dict[str, Any]:
     return {name: value for name, value in (settings | sampler).items() if value is not None}
 
 
-def claim(folder: Path, settings: dict[str, Any], write: bool) -> None:
-    """Marks the folder as holding answers made with these settings.
+def adapter_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the adapter that decide how fast it is answered."""
+    return {"batch_size": options.batch_size, "device": options.device}
+
+
+def cell_folder(options: argparse.Namespace, steps: int) -> Path:
+    suffix = "-reference_compat" if options.reference_compat else ""
+    return options.output_dir / f"{options.row}-{steps}{suffix}"
+
+
+def with_fingerprints(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, and what tells the files they name from others that may come under the same name."""
+    sources = {name: settings[name] for name in ("pretrained", "peft") if name in settings}
+    return {**settings, "fingerprints": {name: fingerprint(source) for name, source in sources.items()}}
+
+
+def fingerprint(source: str) -> str | None:
+    """Of a folder's files, name, size, first and last MiB: no two trainings agree in these; None on the Hub."""
+    if not Path(source).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(Path(source).glob("*.json")) + sorted(Path(source).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
+            file.seek(-min(2**20, path.stat().st_size), os.SEEK_END)
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def take_over_answers(folder: Path, rank: int) -> None:
+    """Copies to this process's response cache what others hold, for a run that goes on with fewer or more processes."""
+    own, others = f"{ANSWERS}_rank{rank}.db", sorted(folder.glob(f"{ANSWERS}_rank*.db"))
+    for path in others:
+        if path.name == own:
+            continue
+        with contextlib.closing(sqlite3.connect(folder / own)) as cache:
+            cache.execute("CREATE TABLE IF NOT EXISTS unnamed (key TEXT PRIMARY KEY, value BLOB)")  # as sqlitedict does
+            cache.execute("ATTACH ? AS other", (str(path),))
+            if cache.execute("SELECT 1 FROM other.sqlite_master WHERE name = 'unnamed'").fetchone():
+                cache.execute("INSERT OR IGNORE INTO unnamed SELECT key, value FROM other.unnamed")
+            cache.commit()
+
+
+def check_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuses a folder that holds answers made with other settings.
 
     Raises:
-        ValueError: If it holds answers made with others.
+        ValueError: Naming what was different.
     """
     path = folder / "settings.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
-        if changed:
-            was = {name: before.get(name) for name in changed}
-            raise ValueError(f"{folder} holds answers made with other settings ({was}): name another --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    if write:
-        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    if not path.exists():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    was = {name: before.get(name) for name in before.keys() | settings.keys() if before.get(name) != settings.get(name)}
+    if was:
+        raise ValueError(f"{folder} holds answers made with other settings ({was}): name another --output_dir")
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Writes JSON, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    text = json.dumps(content, indent=1, default=handle_non_serializable, ensure_ascii=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def item_costs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -181,26 +241,41 @@ def make_manifest(
 ) -> dict[str, Any]:
     """All that is needed to say what was run and to check it item by item."""
     ordered = {task: sorted(group, key=lambda s: s["doc_id"]) for task, group in results["samples"].items()}
-    items = {task: [_item(sample, costs) for sample in group] for task, group in ordered.items()}
-    everything = [item for group in items.values() for item in group]
+    run = {
+        "limit": options.limit,
+        "command": vars(options),
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "commit": _commit(),
+        # Without the passes of this run, which may have made only the last of the answers.
+        "model": {name: value for name, value in results["config"].items() if name != "num_forward_passes"},
+    }
     return {
         "row": options.row,
         "steps": steps,
         "reference_compat": options.reference_compat,
-        "limit": options.limit,
         "settings": settings,
-        "command": vars(options),
-        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "commit": _commit(),
         "seed": options.seed,
         "published": PUBLISHED.get((options.row, steps)),
+        "runs": {task: run for task in ordered},
         "scores": results["results"],
         "groups": results.get("groups", {}),
         "task_configs": results["configs"],
-        "model": results["config"],
-        "seconds": sum(item.get("seconds", 0.0) for item in everything),
-        "items": items,
+        "items": {task: [_item(sample, costs) for sample in group] for task, group in ordered.items()},
     }
+
+
+def with_earlier_tasks(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The manifest with those tasks of the one at `path` that it lacks, and the cost of all; `runs` says whose is what.
+
+    The folder holds answers of one model under one setting, whatever run scored them (`check_folder`).
+    """
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    parts = ("runs", "scores", "groups", "task_configs", "items")
+    manifest |= {part: {**before.get(part, {}), **manifest[part]} for part in parts}
+    made = [item for group in manifest["items"].values() for item in group if "seconds" in item]
+    manifest["forward_passes"] = sum(item["forward_passes"] / item["batch_rows"] for item in made)
+    manifest["seconds"] = sum(item["seconds"] for item in made)
+    return manifest
 
 
 def _item(sample: dict[str, Any], costs: dict[str, dict]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ import lm_eval
 import peft
 import pytest
 import torch
+from lm_eval._cli import HarnessCLI
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.data import train_tokenizer
-from xdlm_hf.evaluation import TASKS
+from xdlm_hf.evaluation import TASKS, cli
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
 from xdlm_hf.evaluation.tasks import gsm8k
 
@@ -214,11 +216,20 @@ class TestThroughTheHarness:
         answer_with(monkeypatch, model, tokenizer, lambda prompt: corrupt(gold(prompt)))
         assert evaluate(lm, rows_file)["results"]["xdlm_gsm8k"]["exact_match,none"] == 0.0
 
-    def test_batch_size_does_not_change_answers(self, model, tokenizer, rows_file):
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"use_cache": "dual", "cache_refresh": 2, "block_length": 12, "mixing_ratio": 0.3},
+            {"confidence_threshold": 0.02, "mixing_ratio": 0.1},
+            {"refinement": "remask_cap", "remask_rate": 0.5},
+        ],
+        ids=str,
+    )
+    def test_batch_size_does_not_change_answers(self, model, tokenizer, rows_file, settings):
+        settings = {"steps": 8, "max_new_tokens": 24, **settings}
         one, three = (
-            answers(
-                evaluate(XDLMEvalModel(model, tokenizer=tokenizer, batch_size=n, steps=8, max_new_tokens=24), rows_file)
-            )
+            answers(evaluate(XDLMEvalModel(model, tokenizer=tokenizer, batch_size=n, **settings), rows_file))
             for n in (1, 3)
         )
         assert one == three
@@ -284,9 +295,11 @@ class TestAnswers:
         assert warnings == ["prompts longer than 8 tokens lose their beginning (max_length=20)"]
 
     def test_no_room_for_a_prompt(self, model, tokenizer):
-        lm = XDLMEvalModel(model, tokenizer=tokenizer, max_length=8, max_new_tokens=8)
-        with pytest.raises(ValueError, match="no room for a prompt in max_length=8"):
-            lm.generate_until([request("a")])
+        with pytest.raises(ValueError, match="max_new_tokens=8 leaves no room for a prompt in max_length=8"):
+            XDLMEvalModel(model, tokenizer=tokenizer, max_length=8, max_new_tokens=8)
+        lm = XDLMEvalModel(model, tokenizer=tokenizer, max_length=8)
+        with pytest.raises(ValueError, match="max_new_tokens=16 leaves no room for a prompt in max_length=8"):
+            lm.generate_until([request("a", max_gen_toks=16)])
 
     def test_empty_prompt_beside_a_long_one(self, model, tokenizer):
         lm = XDLMEvalModel(model, tokenizer=tokenizer, batch_size=2, steps=4, max_new_tokens=8)
@@ -348,7 +361,13 @@ class TestBadArguments:
         [
             ({"stepz": 4}, r"unknown model arguments \['stepz'\]: xdlm knows pretrained, tokenizer, .*steps"),
             ({"trust_remote_code": True}, "trust_remote_code is neither needed nor accepted"),
-            ({"batch_size": "automatic"}, "batch_size='automatic' must be a positive integer"),
+            ({"pretrained": None}, "no checkpoint is named: pass --model_args pretrained="),
+            ({"batch_size": "automatic"}, "batch_size='automatic' must be a positive integer or \"auto\""),
+            ({"check_greedy": "no"}, "check_greedy='no' must be True or False"),
+            ({"batch_all": 1}, "batch_all=1 must be True or False"),
+            ({"seed": "x"}, "seed='x' must be an integer"),
+            ({"device": "gpu"}, "device='gpu' is not known: use cpu, cuda or cuda:0"),
+            ({}, "pretrained='no-such-checkpoint' cannot be read, name a folder or a Hub name: \\w"),
             ({"max_batch_size": 0}, "max_batch_size=0 must be a positive integer"),
             ({"mc_samples": 0}, "mc_samples=0 must be a positive integer"),
             ({"batch_size": 0}, "batch_size=0 must be a positive integer"),
@@ -363,13 +382,24 @@ class TestBadArguments:
     def test_refused_before_anything_is_loaded(self, arguments, message):
         # The checkpoint does not exist: reaching for it would raise something else.
         with pytest.raises(ValueError, match=message):
-            XDLMEvalModel("no-such-checkpoint", **arguments)
+            XDLMEvalModel(**{"pretrained": "no-such-checkpoint", **arguments})
+
+    def test_refused_before_the_weights_are_loaded(self, monkeypatch, checkpoint, tmp_path):
+        monkeypatch.setattr(LLaDAForDiffusionLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+        for arguments, message in (
+            ({"max_length": 513}, "max_length=513 is more than the model's max_sequence_length=512"),
+            ({"max_new_tokens": 512}, "max_new_tokens=512 leaves no room for a prompt in max_length=512"),
+            ({"tokenizer": str(tmp_path / "none")}, "tokenizer='.*none' cannot be read, name a folder or a Hub name"),
+            ({"peft": str(checkpoint)}, "peft='.*checkpoint' cannot be read, .*adapter_config.json"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                XDLMEvalModel(str(checkpoint), **arguments)
 
     def test_known_arguments_are_listed_without_inner_names(self):
         with pytest.raises(ValueError) as error:
             XDLMEvalModel("no-such-checkpoint", a=1, b=2)
         assert "['a', 'b']" in str(error.value) and "unknown," not in str(error.value)
-        assert "return" not in str(error.value) and str(error.value).endswith("seed")
+        assert str(error.value).endswith("seed")
 
     def test_other_model_type(self, tmp_path):
         (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
@@ -388,12 +418,8 @@ class TestBadArguments:
 
 class TestCommandLine:
     def parse(self, monkeypatch, *arguments):
-        from lm_eval._cli import HarnessCLI
-
-        from xdlm_hf.evaluation.cli import with_defaults
-
         monkeypatch.setattr(sys, "argv", ["xdlm-eval", *map(str, arguments)])
-        return with_defaults(HarnessCLI().parse_args())
+        return cli.with_defaults(HarnessCLI().parse_args())
 
     def test_defaults(self, monkeypatch):
         args = self.parse(monkeypatch, "--tasks", "xdlm_gsm8k", "--limit", "2")
@@ -406,6 +432,46 @@ class TestCommandLine:
         config.write_text("model: hf\ninclude_path: theirs\ntasks: [a]\n")
         args = self.parse(monkeypatch, "--config", config)
         assert (args.model, args.include_path) == ("hf", [str(TASKS), "theirs"])
+
+    @pytest.mark.parametrize("extra", [[], ["--limit", "2"]], ids=["file alone", "and flags"])
+    def test_options_of_a_config_file(self, monkeypatch, tmp_path, extra):
+        for name, content in (
+            ("run.yaml", "tasks: a,b\nlimit: 5\nmodel_args:\n  steps: 3\n"),
+            ("run.json", '{"tasks": "a,b", "limit": 5, "model_args": {"steps": 3}}'),
+        ):
+            (tmp_path / name).write_text(content)
+            options = cli.asked(self.parse(monkeypatch, "--config", tmp_path / name, *extra))
+            assert (options["model"], options["tasks"], options["model_args"]) == ("xdlm", "a,b", {"steps": 3})
+            assert options["limit"] == (2 if extra else 5)
+
+    def test_everything_is_checked_before_the_weights_are_loaded(self, monkeypatch, checkpoint, rows_file, tmp_path):
+        monkeypatch.setattr(LLaDAForDiffusionLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+        arguments = f"pretrained={checkpoint}"
+        good = {"model": "xdlm", "tasks": ["xdlm_gsm8k"], "include_path": [], "metadata": {"data": str(rows_file)}}
+        cli.check_run({**good, "model_args": arguments, "apply_chat_template": True})
+        bare = shutil.copytree(checkpoint, tmp_path / "bare")
+        (bare / "chat_template.jinja").unlink()
+        for options, message in (
+            ({}, "no checkpoint is named: pass --model_args pretrained="),
+            ({"tasks": []}, "no task is named: pass --tasks"),
+            ({"model_args": f"{arguments},stepz=1"}, r"unknown model arguments \['stepz'\]"),
+            ({"model_args": arguments, "batch_size": "x"}, "batch_size='x' must be a positive integer"),
+            ({"model_args": arguments, "metadata": "data=nowhere"}, "no such file: nowhere"),
+            ({"model_args": f"{arguments},steps=300"}, "steps=300 is more than max_new_tokens=256"),
+            ({"model_args": f"{arguments},peft=nowhere"}, "peft='nowhere' cannot be read"),
+            ({"model_args": arguments, "limit": 0}, "--limit 0 leaves one of 1 processes without a row"),
+            ({"model_args": f"pretrained={bare}", "apply_chat_template": True}, "the tokenizer of .*bare has none"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                cli.check_run({**good, **options})
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        with pytest.raises(ValueError, match="--limit 3 leaves one of 4 processes without a row"):
+            cli.check_run({**good, "model_args": arguments, "limit": 3})
+
+    def test_error_is_one_line(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(sys, "argv", ["xdlm-eval", "run", "--config", str(tmp_path / "none.yaml")])
+        with pytest.raises(SystemExit, match="xdlm-eval: Config file not found: .*none.yaml"):
+            cli.main()
 
     def test_other_commands(self, monkeypatch):
         args = self.parse(monkeypatch, "ls", "tasks")

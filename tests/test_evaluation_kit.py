@@ -1,10 +1,16 @@
 """The reproduction kit and what it rests on: processes, caches, automatic batches, likelihoods through the harness."""
 
+import contextlib
 import json
 import math
 import os
+import shutil
+import signal
+import socket
+import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lm_eval
@@ -22,6 +28,7 @@ from xdlm_hf.evaluation.likelihood import Estimate
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [{"question": f"{'Well. ' * (n % 4)}What is {n} + {n}?", "answer": f"#### {2 * n}"} for n in range(7)]
 SETTINGS = {"steps": 4, "max_new_tokens": 8, "mixing_ratio": 0.1}
+DRAWN = [{"temperature": 0.8}, {"sampler": "ancestral"}, {"remasking": "random", "temperature": 0.5}]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +84,10 @@ def answers(results):
     return {sample["doc_id"]: sample["resps"][0][0] for sample in samples}
 
 
+def by_row(sample):
+    return sample["doc_id"]
+
+
 def generation(context, **asked):
     return Instance("generate_until", doc={}, arguments=(context, {"until": [], **asked}), idx=0)
 
@@ -116,10 +127,67 @@ class TestBatchesAndCaches:
         assert lm.num_forward_passes == 4 * 4
         assert answers(again).items() >= answers(first).items() and len(answers(again)) == len(ROWS)
 
-    def test_scores_at_batch_sizes_1_3_8(self, model, tokenizer, data):
-        runs = [evaluate(XDLMEvalModel(model, tokenizer=tokenizer, batch_size=n, **SETTINGS), data) for n in (1, 3, 8)]
+    def test_automatic_batches_of_likelihoods_halve_too(self, monkeypatch, model, tokenizer):
+        requests = [likelihood(row["question"], f" {n} or so") for n, row in enumerate(ROWS)]
+        expected = XDLMEvalModel(model, tokenizer=tokenizer, mc_samples=4).loglikelihood(requests)
+        sizes, forward = [], model.forward
+
+        def small_memory(input_ids, **kwargs):
+            sizes.append(len(input_ids))
+            if len(input_ids) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return forward(input_ids, **kwargs)
+
+        monkeypatch.setattr(model, "forward", small_memory)
+        automatic = {"batch_size": "auto", "max_batch_size": 10}
+        lm = XDLMEvalModel(model, tokenizer=tokenizer, mc_samples=4, **automatic)
+        got = lm.loglikelihood(requests)
+        assert [value for value, _ in got] == pytest.approx([value for value, _ in expected], abs=1e-4)
+        assert [greedy for _, greedy in got] == [greedy for _, greedy in expected]
+        assert sizes[:3] == [7, 4, 2] and max(sizes[3:]) == 2  # greedy decoding comes first, one row per request
+        sizes.clear()
+        lm = XDLMEvalModel(model, tokenizer=tokenizer, mc_samples=4, check_greedy=False, **automatic)
+        assert [value for value, _ in lm.loglikelihood(requests)] == pytest.approx([v for v, _ in expected], abs=1e-4)
+        assert sizes[:3] == [10, 5, 3] and max(sizes[3:]) == 3 and len(lm.estimates) == len(ROWS)
+
+    @pytest.mark.parametrize("drawn", [{}, *DRAWN, {"reference_compat": True}], ids=str)
+    def test_scores_at_batch_sizes_1_3_8(self, model, tokenizer, data, drawn):
+        runs = [
+            evaluate(XDLMEvalModel(model, tokenizer=tokenizer, batch_size=n, **SETTINGS, **drawn), data)
+            for n in (1, 3, 8)
+        ]
         assert answers(runs[0]) == answers(runs[1]) == answers(runs[2])
         assert len(set(answers(runs[0]).values())) > 1
+
+    @pytest.mark.parametrize("drawn", DRAWN, ids=str)
+    def test_draws_depend_on_request_repetition_and_seed(self, model, tokenizer, drawn):
+        def draw(*requests, **arguments):
+            lm = XDLMEvalModel(model, tokenizer=tokenizer, batch_size=4, **SETTINGS, **drawn, **arguments)
+            return lm.generate_until(list(requests)), lm.num_forward_passes
+
+        one, other = generation("What is 2 + 2?"), generation("What is 3 + 3?")
+        # lm-eval repeats a request by listing the same object; the same text in another row is another object.
+        texts, passes = draw(one, other, one, one, generation("What is 2 + 2?"))
+        assert len(set(texts[:1] + texts[2:4])) == 3 and texts[4] == texts[0]
+        assert 4 * 4 < passes <= 5 * 4  # one by one; the ancestral sampler skips steps in which nothing changes
+        assert draw(other, one)[0] == texts[1::-1]
+        assert draw(one, seed=1)[0] != texts[:1]
+        # In one batch on request: fewer forward passes, and draws that depend on the batch.
+        together, passes = draw(one, other, one, one, batch_all=True)
+        assert passes <= 4 and together == draw(one, other, one, one, batch_all=True)[0] != texts[:4]
+
+    def test_what_the_checkpoint_says_about_draws(self, monkeypatch, model, tokenizer):
+        monkeypatch.setattr(model.generation_config, "sampler", "ancestral")
+        lm = XDLMEvalModel(model, tokenizer=tokenizer, steps=4, max_new_tokens=8, batch_size=2)
+        asked = []
+        monkeypatch.setattr(
+            lm, "_answer", lambda contexts, settings, *_: asked.append((len(contexts), settings)) or [""]
+        )
+        lm.generate_until([generation("a", do_sample=False), generation("b", do_sample=False)])
+        lm.generate_until([generation("a", do_sample=True, temperature=0.5)])
+        # One by one, and without the temperature 0 that greedy tasks ask for; another one is the task's own.
+        assert [rows for rows, _ in asked] == [1, 1, 1]
+        assert [settings.get("temperature") for _, settings in asked] == [None, None, 0.5]
 
 
 class TestLikelihoodThroughTheHarness:
@@ -160,14 +228,7 @@ class TestLikelihoodThroughTheHarness:
             lm.loglikelihood([likelihood("a", ROWS[3]["question"] * 4)])
 
     def test_a_multiple_choice_task(self, model, tokenizer, tmp_path):
-        rows = [{"q": "What is 1 + 1?", "choices": ["2", "3"], "a": 0}, {"q": "Well.", "choices": ["4", "5"], "a": 1}]
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (tmp_path / "choice.yaml").write_text(
-            "task: choice\ndataset_path: json\noutput_type: multiple_choice\ntest_split: train\ndataset_kwargs:\n"
-            f"  data_files: {tmp_path / 'rows.jsonl'}\n"
-            'doc_to_text: "{{q}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{a}}"\n'
-            "metric_list:\n  - metric: acc\n"
-        )
+        write_choice_task(tmp_path)
         manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
         scores = []
         for batch_size in (1, 5):
@@ -177,15 +238,53 @@ class TestLikelihoodThroughTheHarness:
         assert scores[0] == scores[1] and 0 <= scores[0] <= 1
 
 
+def write_choice_task(folder):
+    """A multiple-choice task `choice` of two rows."""
+    rows = [{"q": "What is 1 + 1?", "choices": ["2", "3"], "a": 0}, {"q": "Well.", "choices": ["4", "5"], "a": 1}]
+    (folder / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "choice.yaml").write_text(
+        "task: choice\ndataset_path: json\noutput_type: multiple_choice\ntest_split: train\ndataset_kwargs:\n"
+        f"  data_files: {folder / 'choice.jsonl'}\n"
+        'doc_to_text: "{{q}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{a}}"\n'
+        "metric_list:\n  - metric: acc\n"
+    )
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "accelerate": ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
+    + ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"],
+}
+
+
 class TestProcesses:
-    def test_two_processes_give_the_answers_of_one(self, checkpoint, data, tmp_path):
-        one = evaluate(XDLMEvalModel(str(checkpoint), batch_size=3, device="cpu", **SETTINGS), data)
-        settings = ",".join(f"{name}={value}" for name, value in SETTINGS.items())
+    @pytest.mark.parametrize(
+        ("launcher", "drawn"),
+        [
+            pytest.param("accelerate", {}, id="accelerate-greedy"),
+            pytest.param("torchrun", {"temperature": 0.8}, id="torchrun-drawn", marks=pytest.mark.slow),
+        ],
+    )
+    def test_two_processes_give_the_answers_of_one(self, checkpoint, data, tmp_path, launcher, drawn):
+        write_choice_task(tmp_path)
+        settings = {**SETTINGS, **drawn, "mc_samples": 4}
+        lm = XDLMEvalModel(str(checkpoint), batch_size=3, device="cpu", **settings)
+        manager = TaskManager(
+            include_path=[str(TASKS), str(tmp_path)], include_defaults=False, metadata={"data": str(data)}
+        )
+        one = lm_eval.simple_evaluate(lm, tasks=["xdlm_gsm8k", "choice"], task_manager=manager, num_fewshot=0)
+        arguments = ",".join(f"{name}={value}" for name, value in settings.items())
+        port = ["--main_process_port", free_port()] if launcher == "accelerate" else []
         done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-            + ["-m", "xdlm_hf.evaluation.cli", "run", "--tasks", "xdlm_gsm8k", "--num_fewshot", "0"]
-            + ["--model_args", f"pretrained={checkpoint},{settings}", "--batch_size", "3", "--device", "cpu"]
-            + ["--metadata", json.dumps({"data": str(data)}), "--log_samples", "--output_path", str(tmp_path)],
+            [sys.executable, *LAUNCHERS[launcher], *port, "-m", "xdlm_hf.evaluation.cli", "run"]
+            + ["--tasks", "xdlm_gsm8k,choice", "--include_path", str(tmp_path), "--num_fewshot", "0"]
+            + ["--model_args", f"pretrained={checkpoint},{arguments}", "--batch_size", "3", "--device", "cpu"]
+            + ["--metadata", json.dumps({"data": str(data)}), "--log_samples", "--output_path", str(tmp_path / "out")],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -193,13 +292,35 @@ class TestProcesses:
         )
         assert done.returncode == 0, done.stderr[-3000:]
         two = json.loads(next(tmp_path.rglob("results_*.json")).read_text())
-        rows = [json.loads(line) for line in next(tmp_path.rglob("samples_*.jsonl")).read_text().splitlines()]
-        assert [row["doc_id"] for row in rows] == list(range(len(ROWS)))
-        assert {row["doc_id"]: row["resps"][0][0] for row in rows} == answers(one)
+        for task in ("xdlm_gsm8k", "choice"):
+            lines = next(tmp_path.rglob(f"samples_{task}_*.jsonl")).read_text().splitlines()
+            rows, expected = [json.loads(line) for line in lines], sorted(one["samples"][task], key=by_row)
+            assert [row["doc_id"] for row in rows] == [row["doc_id"] for row in expected]
+            if task == "choice":  # bounds and whether greedy decoding gives the choice
+                got, want = ([pair for row in part for (pair,) in row["resps"]] for part in (rows, expected))
+                assert [float(value) for value, _ in got] == pytest.approx([value for value, _ in want], abs=1e-4)
+                assert [greedy for _, greedy in got] == [str(greedy) for _, greedy in want]
+            else:
+                assert [row["resps"][0][0] for row in rows] == [row["resps"][0][0] for row in expected]
+                assert len({row["resps"][0][0] for row in rows}) > 1
         assert two["results"]["xdlm_gsm8k"]["exact_match,none"] == one["results"]["xdlm_gsm8k"]["exact_match,none"]
+        assert two["results"]["choice"]["acc,none"] == one["results"]["choice"]["acc,none"]
         assert two["config"]["num_processes"] == 2
-        # Seven rows: four here, three there, in batches of three, so two batches of four steps.
-        assert two["config"]["num_forward_passes"] == 2 * 4
+        # Seven rows: four here, three there. In batches of three two batches, one by one four; four steps each.
+        assert two["config"]["num_forward_passes"] == (4 if drawn else 2) * 4
+
+
+def cached_answers(folder):
+    """Answers that are safe on disk."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{folder}/answers_rank0.db?mode=rw", uri=True)) as cache:
+            return cache.execute("SELECT count(*) FROM unnamed").fetchone()[0]
+    except sqlite3.OperationalError:  # not there yet
+        return 0
+
+
+def item_lines(folder):
+    return len((folder / "items_rank0.jsonl").read_text().splitlines())
 
 
 class TestTable16:
@@ -232,13 +353,73 @@ class TestTable16:
         assert all(item["seconds"] > 0 and item["forward_passes"] == 4 and item["batch_rows"] <= 2 for item in items)
         assert all({"answer", "exact_match", "prompt_hash"} <= item.keys() for item in items)
         assert manifest["settings"]["mixing_ratio"] == 0.1 and manifest["settings"]["block_length"] == 8
-        assert manifest["versions"]["torch"]
-        assert manifest["commit"] and manifest["seed"] == 0 and manifest["limit"] is None
+        run = manifest["runs"]["xdlm_gsm8k"]
+        assert run["versions"]["torch"] and run["commit"] and run["limit"] is None and manifest["seed"] == 0
         assert "| 4 | llada-xdlm | 7 |" in capsys.readouterr().out
         # The same answers as an undisturbed run.
         table16.main(self.arguments(checkpoint, data, tmp_path / "whole", "--batch_size", "7"))
         whole = json.loads((tmp_path / "whole" / "llada-xdlm-4" / "manifest.json").read_text())
         assert [i["answer"] for i in whole["items"]["xdlm_gsm8k"]] == [i["answer"] for i in items]
+
+    def test_kill_of_the_whole_group_and_go_on(self, checkpoint, data, tmp_path):
+        # Long answers of one row each, so that the kill comes in the middle.
+        slow = ["--batch_size", "1", "--steps", "64", "--max_new_tokens", "64"]
+        arguments = self.arguments(checkpoint, data, tmp_path / "killed", *slow)
+        folder = tmp_path / "killed" / "llada-xdlm-64"
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "eval.table16", *arguments]
+        run = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while cached_answers(folder) < 2 and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.killpg(run.pid, signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        done, before = cached_answers(folder), item_lines(folder)
+        assert 2 <= done < len(ROWS) and done <= before <= done + 1 and not (folder / "manifest.json").exists()
+        table16.main(arguments)
+        assert item_lines(folder) - before == len(ROWS) - done  # only what was missing is generated
+        table16.main(self.arguments(checkpoint, data, tmp_path / "whole", *slow))
+        assert self.without_times(folder) == self.without_times(tmp_path / "whole" / folder.name)
+
+    def without_times(self, folder):
+        """The manifest without times, and without its folder's name."""
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest.pop("seconds") > 0 and manifest["forward_passes"] == len(ROWS) * 64
+        run = manifest["runs"]["xdlm_gsm8k"]
+        assert run["command"].pop("output_dir") and run["model"].pop("use_cache")
+        assert all(item.pop("seconds") > 0 for item in manifest["items"]["xdlm_gsm8k"])
+        return manifest
+
+    def test_cell_by_cell(self, checkpoint, data, tmp_path, capsys):
+        (tmp_path / "math").mkdir()
+        row = {"problem": "What is $1 + 1$?", "solution": "It is $\\boxed{2}$."}
+        (tmp_path / "math" / "test.jsonl").write_text(json.dumps(row) + "\n")
+        table16.main(self.arguments(checkpoint, data, tmp_path / "out", "--limit", "2"))
+        math_alone = self.arguments(checkpoint, tmp_path, tmp_path / "out")
+        math_alone[math_alone.index("gsm8k")] = "math"
+        table16.main(math_alone)
+        manifest = json.loads((tmp_path / "out" / "llada-xdlm-4" / "manifest.json").read_text())
+        assert {task: len(items) for task, items in manifest["items"].items()} == {"xdlm_gsm8k": 2, "xdlm_math": 1}
+        assert [manifest["runs"][task]["limit"] for task in ("xdlm_gsm8k", "xdlm_math")] == [2, None]
+        assert manifest["scores"].keys() == manifest["items"].keys() and manifest["forward_passes"] == 2 * 4
+        assert "| 4 | llada-xdlm | 3 (limited) | - / - | 0.00 / - | 0.00 / - |" in capsys.readouterr().out
+
+    def test_go_on_with_another_number_of_processes(self, monkeypatch, checkpoint, data, tmp_path):
+        arguments = self.arguments(checkpoint, data, tmp_path)
+        table16.main(arguments)
+        folder = tmp_path / "llada-xdlm-4"
+        (folder / "answers_rank0.db").rename(folder / "answers_rank5.db")
+        monkeypatch.setattr(LLaDAForDiffusionLM, "generate", lambda *args, **kwargs: pytest.fail("done again"))
+        table16.main(arguments)
+
+    def test_retrained_checkpoint_does_not_get_the_former_ones_answers(self, checkpoint, data, tmp_path):
+        mine = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+        table16.main(self.arguments(mine, data, tmp_path / "out", "--limit", "1"))
+        model = LLaDAForDiffusionLM.from_pretrained(mine)
+        model.get_input_embeddings().weight.data[0, 0] += 1
+        model.save_pretrained(mine)
+        with pytest.raises(SystemExit, match="answers made with other settings .*fingerprints"):
+            table16.main(self.arguments(mine, data, tmp_path / "out", "--limit", "1"))
 
     def test_other_settings_do_not_mix(self, checkpoint, data, tmp_path):
         table16.main(self.arguments(checkpoint, data, tmp_path, "--limit", "1"))
@@ -291,7 +472,7 @@ class TestPublished:
             "row": "llada",
             "steps": 32,
             "reference_compat": False,
-            "limit": None,
+            "runs": {"xdlm_gsm8k": {"limit": None}, "xdlm_mbpp": {"limit": None}},
             "scores": {"xdlm_gsm8k": {"exact_match,none": 0.25}, "xdlm_mbpp": {"pass_at_1,executed": 0.5}},
             "groups": {},
             "items": {

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -192,6 +193,31 @@ class TestResources:
         verdict = attack(program + "def one():\n    return SECRET", known=True)
         assert verdict.result == "failed" and "No space left" in verdict.why
 
+    def test_folders_in_folders_are_removed(self, prefix):
+        # Deeper than shutil.rmtree gets: it recurses, and the harness with it.
+        program = "import os\nfor _ in range(4000):\n    os.mkdir('d')\n    os.chdir('d')\ndef one(): return 0"
+        before = sandboxes()
+        assert attack(program, prefix).result in ("wrong", "failed")
+        assert sandboxes() <= before
+
+    @pytest.mark.parametrize(
+        "harm",
+        [
+            "def one(): raise ValueError('\\ud800\\x1b[2J\\n' + 'x' * 10**6)",
+            "class M(type): __name__ = property(lambda cls: '\\ud800' + 'x' * 10**6)\n"
+            "class E(Exception, metaclass=M): pass\ndef one(): raise E",
+            "def one(): assert False, '\\ud800' * 10**6",
+        ],
+    )
+    def test_error_texts_fit_into_a_report(self, harm, prefix):
+        verdict = attack(harm, prefix)
+        assert verdict.result in ("wrong", "failed") and "\\ud800" in verdict.why
+        assert verdict.why.isprintable() and len(verdict.why.encode()) < 2000
+
+
+def sandboxes():
+    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("xdlm-sandbox-")}
+
 
 class TestOutside:
     def test_own_folder_can_be_written_and_is_gone_afterwards(self, prefix, tmp_path):
@@ -244,6 +270,95 @@ def one():
         assert attack(program, prefix).result == "wrong"
         # Not one of the files could be opened.
         assert sandbox.run(Job(program, ["assert one() == 0, one()"], ["one"]), QUICK, prefix).result == "pass"
+
+    @needs_filter
+    def test_attributes_of_files(self, prefix, tmp_path):
+        # Landlock guards content alone: the owner of a file, which the answer may be, could still change these.
+        mine = tmp_path / "mine"
+        mine.write_text("mine")
+        for path, mode in ((tmp_path.parent, 0o777), (tmp_path, 0o777), (mine, 0o666)):
+            path.chmod(mode)
+        before = mine.stat()
+        program = f"""
+import os
+def one():
+    worked = []
+    for path in ({str(mine)!r}, {str(tmp_path)!r}):
+        for name, *arguments in (("chmod", 0), ("utime", (1, 1)), ("chown", 1, 1), ("setxattr", "user.a", b"1"),
+                                 ("truncate", 0)):
+            try: getattr(os, name)(path, *arguments)
+            except OSError: continue
+            worked.append(name)
+    return SECRET if worked else 0
+"""
+        assert attack(program, prefix, known=True).result == "wrong"
+        after = mine.stat()
+        assert (after.st_mode, after.st_mtime, after.st_uid) == (before.st_mode, before.st_mtime, before.st_uid)
+        assert not os.listxattr(mine)
+
+    @needs_filter
+    def test_watching_the_files_of_others(self, prefix, tmp_path):
+        program = f"""
+import ctypes
+def one():
+    libc = ctypes.CDLL(None)
+    return SECRET if libc.inotify_add_watch(libc.inotify_init(), {os.fsencode(tmp_path)!r}, 0x100) >= 0 else 0
+"""
+        assert attack(program, prefix, known=True).result == "wrong"
+
+    @needs_filter
+    def test_shared_memory_and_message_queues(self, prefix):
+        program = """
+import ctypes
+def one():
+    libc = ctypes.CDLL(None)
+    made = [libc.shmget(1, 4096, 0o1666), libc.msgget(1, 0o1666), libc.semget(1, 1, 0o1666),
+            libc.memfd_create(b"x", 0)]
+    try: made.append(open("/dev/shm/x", "w").fileno())
+    except OSError: pass
+    return SECRET if max(made) >= 0 else 0
+"""
+        assert attack(program, prefix, known=True).result == "wrong"
+
+    @needs_filter
+    @pytest.mark.parametrize(
+        "harm",
+        [
+            # The kernel sends the signal of a pipe that has something to read, to whoever is named its owner.
+            "fcntl.fcntl(pipe, {command}, {pid})\nfcntl.fcntl(pipe, 10, 9)\nasync_on()",
+            "call({fcntl}, pipe, {command} + 2**32, {pid})\ncall({fcntl}, pipe, 10 + 2**32, 9)\nasync_on()",
+            "call({ioctl}, pipe, 0x8901, struct.pack('i', {pid}))\nasync_on()",
+            "call({ioctl}, pipe, 0x5452, struct.pack('i', 1))",
+            "resource.prlimit({pid}, resource.RLIMIT_CPU, (0, 0))",
+            "resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (0, 0))",
+            "os.setpriority(os.PRIO_PROCESS, 0, 19)",
+            "os.sched_setaffinity({pid}, [0])",
+        ],
+    )
+    def test_signals_and_limits_by_other_doors(self, harm, prefix):
+        bystander = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        program = """
+import ctypes, fcntl, os, resource, struct
+pipe, end = os.pipe()
+def call(*arguments):
+    arguments = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
+    if ctypes.CDLL(None, use_errno=True).syscall(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+def async_on():
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | 0o20000)  # O_ASYNC
+    os.write(end, b"x")
+"""
+        fcntl, ioctl = (72, 16) if os.uname().machine == "x86_64" else (25, 29)
+        program += harm.format(pid=bystander.pid, command=8, fcntl=fcntl, ioctl=ioctl)
+        program += "\ndef one():\n    return SECRET"
+        try:
+            verdict = attack(program, prefix, known=True)
+            assert verdict.result == "failed" and "PermissionError" in verdict.why
+            time.sleep(0.05)
+            assert bystander.poll() is None
+        finally:
+            bystander.kill()
+            bystander.wait()
 
     @needs_filter
     def test_opening_a_socket(self, prefix):
@@ -385,6 +500,73 @@ def one(): return 0
 """,
     "a lasting child": "import os\nif os.fork() == 0:\n    while True: pass\ndef one(): return 0",
     "crash": "import ctypes\nctypes.string_at(0)\ndef one(): return 0",
+    "exit in a destructor": """
+import os
+class Last:
+    def __del__(self): os._exit(0)
+def one(): return Last()
+""",
+    "exit by atexit and at a signal": """
+import atexit, os, signal
+atexit.register(os._exit, 0)
+signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+def one():
+    while True: pass
+""",
+    "modules that shadow those of the judge": """
+for name in ("json", "math", "decimal", "fractions", "struct", "numbers", "_json", "judge"):
+    with open(name + ".py", "w") as file: file.write("import os\\nos._exit(0)")
+def one(): return 0
+""",
+    "a class that is equal by its metaclass": """
+class Meta(type):
+    def __eq__(cls, other): return True
+    def __instancecheck__(cls, other): return True
+    __hash__ = type.__hash__
+class Any(metaclass=Meta): pass
+def one(): return Any
+""",
+    "a text that is equal to everything": """
+class Text(str):
+    def __eq__(self, other): return True
+    __hash__ = str.__hash__
+def one(): return Text("x")
+""",
+    "a name that looks alike": "def \u043ene(): return 0",
+    "brackets without end": """
+import os, struct
+data = b"[" * 10**6
+for fd in range(3, 64):
+    try: os.write(fd, struct.pack(">Q", len(data)) + data)
+    except OSError: pass
+def one(): return 0
+""",
+    "a message that is longer than it says": """
+import os, struct
+for fd in range(3, 64):
+    try: os.write(fd, struct.pack(">Q", 2**60) + b"[true, 0]")
+    except OSError: pass
+def one(): return 0
+""",
+    "a thread that goes on": """
+import threading, os
+def late():
+    while True: pass
+threading.Thread(target=late, daemon=True).start()
+def one(): return 0
+""",
+    "a session of its own": "import os\nif os.fork() == 0:\n    os.setsid()\n    os.fork()\ndef one(): return 0",
+    "tracing the judge": """
+import ctypes, os
+def one():
+    libc = ctypes.CDLL(None)
+    buffer = ctypes.create_string_buffer(4096)
+    vector = (ctypes.c_size_t * 2)(ctypes.addressof(buffer), 4096)
+    libc.ptrace(16, os.getppid(), 0, 0)
+    libc.process_vm_readv(os.getppid(), vector, 1, vector, 1, 0)
+    return int.from_bytes(buffer.raw[:8], "little")
+""",
     "closed descriptors": "import os\nos.closerange(0, 256)\ndef one(): return 0",
 }
 
@@ -424,13 +606,23 @@ class TestConsentAndReport:
         assert not any("Landlock" in text for text in warnings)
         sandbox.announce.cache_clear()
 
-    def test_ended_harness_ends_the_answer(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("program", "namespaces"),
+        [
+            ("while True: pass", True),
+            # Without the parent's death signal it would live on, asleep.
+            ("import ctypes, time\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\nwhile True: time.sleep(100)", False),
+        ],
+        ids=["spinning", "sleeping"],
+    )
+    def test_ended_harness_ends_the_answer(self, tmp_path, program, namespaces):
         # The caller is killed, not asked: nothing of the sandbox may outlive it.
         script = tmp_path / "caller.py"
         script.write_text(
             "from xdlm_hf.evaluation import sandbox\n"
             "sandbox._judge = lambda: __import__('pathlib').Path(__import__('sys').argv[1])\n"
-            "sandbox.run(sandbox.Job('while True: pass', [], []), sandbox.Limits(seconds=60))\n"
+            f"prefix = {None if namespaces else ()!r}\n"
+            f"sandbox.run(sandbox.Job({program!r}, [], []), sandbox.Limits(seconds=60), prefix)\n"
         )
         caller = subprocess.Popen([sys.executable, script, str(sandbox._judge())])
         deadline = time.monotonic() + 20

@@ -5,6 +5,9 @@ The whole proof (1,319 GSM8K, 5,000 MATH, 6,511 BBH, 164 HumanEval, 500 MBPP) is
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import lm_eval
@@ -83,6 +86,13 @@ class TestProof:
             oracle.OracleModel().loglikelihood([])
 
 
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 class TestMath:
     @pytest.mark.parametrize(
         ("text", "answer"),
@@ -122,6 +132,21 @@ class TestMath:
         assert equality.equivalent("9^{9^{9^{9}}}", "3", seconds=2.0) is False
         # And the next one has a process again.
         assert equality.equivalent("1+1", "2") is True
+
+    def test_comparison_ends_with_a_killed_harness(self):
+        script = (
+            "from xdlm_hf.evaluation import equality as e; e._worker = e._start(); print(e._worker.pid, flush=True)"
+        )
+        script += "; e.equivalent('9^{9^{9^{9}}}', '3', seconds=60)"
+        harness = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        worker = int(harness.stdout.readline())
+        time.sleep(0.5)
+        harness.kill()
+        harness.communicate()
+        deadline = time.monotonic() + 5
+        while running(worker) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not running(worker)
 
     def test_row_without_box(self):
         with pytest.raises(ValueError, match=r"row 3: the solution must hold its answer in \\boxed"):
@@ -255,18 +280,18 @@ class TestPrograms:
 class TestBeforeTheModelIsLoaded:
     def test_unknown_task(self):
         with pytest.raises(ValueError, match=r"unknown tasks \['xdlm_nope'\]: this package has .*xdlm_bbh, xdlm_gsm8k"):
-            cli.check(["xdlm_gsm8k", "xdlm_nope"], [], {"data": "nowhere"}, True)
+            cli.check(["xdlm_gsm8k", "xdlm_nope"], [], {"data": "nowhere"}, True, {})
 
     def test_missing_file(self, tmp_path):
         for task, file in (("xdlm_gsm8k", "test.jsonl"), ("xdlm_math", "test.jsonl"), ("xdlm_bbh", "txt")):
             with pytest.raises(ValueError, match=f"no such file: .*{file}"):
-                cli.check([task], [], {"data": str(tmp_path)}, True)
+                cli.check([task], [], {"data": str(tmp_path)}, True, {})
 
     def test_unconfirmed_code(self):
         need("mbpp")
         with pytest.raises(ValueError, match="xdlm_mbpp runs code .*pass --confirm_run_unsafe_code"):
-            cli.check(["xdlm_mbpp"], [], {"data": str(DATA)}, False)
-        cli.check(["xdlm_mbpp"], [], {"data": str(DATA)}, True)
+            cli.check(["xdlm_mbpp"], [], {"data": str(DATA)}, False, {})
+        cli.check(["xdlm_mbpp"], [], {"data": str(DATA)}, True, {})
 
     def test_steps_that_do_not_fit_the_task(self):
         need("gsm8k")
