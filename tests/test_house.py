@@ -22,7 +22,7 @@ LAYERS = [
     ["posterior", "losses"],
     ["samplers"],
     ["configuration_llada", "modeling_llada", "generation", "hub"],
-    ["data", "checkpoints", "training_metrics", "display"],
+    ["adapters", "data", "checkpoints", "training_metrics", "planning", "display"],
     ["stream"],
     ["trainer"],
 ]
