@@ -23,7 +23,7 @@ LAYERS = [
     ["samplers"],
     ["configuration_llada", "modeling_llada", "generation", "hub"],
     ["adapters", "data", "checkpoints", "training_metrics", "planning", "display"],
-    ["stream"],
+    ["stream", "conversations"],
     ["trainer"],
 ]
 CORE = [module for layer in LAYERS[:3] for module in layer]
