@@ -1,6 +1,8 @@
 """The continual-pretraining recipe: its config files, a small run from start to end, its refusals, its launchers."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -482,6 +484,42 @@ def test_bfloat16_under_zero2_stays_close(base, one_process, tmp_path):
     accelerate(*config, *options(base, tmp_path / "run", **changes))
     assert logged(tmp_path / "run") == pytest.approx(logged(one_process), rel=0.02)
     assert logged(tmp_path / "run") != logged(one_process)
+
+
+@pytest.mark.slow
+def test_slurm_script_starts_two_machines(base, one_process, tmp_path):
+    """Slurm's two commands are stood in for: srun starts both "machines" here, one process each."""
+    commands = {
+        "scontrol": "echo localhost; echo elsewhere",
+        "accelerate": 'exec python -m accelerate.commands.accelerate_cli "$@"',
+        "srun": 'shift; for i in 0 1; do SLURM_NODEID=$i "$@" & all="$all $!"; done; for p in $all; do wait $p; done',
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_text(f'export PATH="{tmp_path}:{Path(sys.executable).parent}:$PATH"\n')
+    slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_NODELIST": "two"}
+    slurm |= {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "XDLM_VENV": str(tmp_path),
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+    }
+    small = {"per_device_train_batch_size": 2, "weight_decay": 0.0, "bf16": "false", "dtype": "float32", "seed": 42}
+    small |= {"streaming": "false", "activation_checkpointing": "false", "eval_strategy": "no", "mixing_ratio": 0.1}
+    small |= {"warmup_steps": 0, "nelbo_samples": 4, "per_device_eval_batch_size": 8}
+    finished = subprocess.run(
+        ["bash", ROOT / "recipes" / "slurm" / "llada_8b.sbatch", *options(base, tmp_path / "run", **small)],
+        cwd=ROOT,
+        env={**os.environ, **slurm},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "2 GPUs x 2 rows x 2 passes" in finished.stdout
+    compare(tmp_path / "run", one_process)
 
 
 @pytest.mark.slow
