@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import xdlm_hf
+from xdlm_hf.adapters import load_adapter
 from xdlm_hf.data import check_tokenizer
 from xdlm_hf.evaluation.likelihood import Estimate, Pair, log_likelihoods, seeded_generator
 from xdlm_hf.generation_config import BEYOND_REFERENCE, XDLMGenerationConfig
@@ -71,7 +72,7 @@ class Arguments:
     Args:
         pretrained: Folder or Hub name of a checkpoint, or a loaded model.
         tokenizer: Folder, Hub name or tokenizer; by default the one saved with `pretrained`.
-        peft: Folder or Hub name of a LoRA adapter to put on the model.
+        peft: Folder or Hub name of a LoRA adapter to put on the model; brings the k it was trained with.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16"; a loaded model keeps its own.
         device: Device of the model; lm-eval's default is "cuda:0", and without a GPU that means the CPU.
         batch_size: Rows per forward pass, or "auto": as many as fit, found by halving. No result depends on it but by
@@ -586,9 +587,7 @@ def _load(arguments: Arguments, device: torch.device) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         model = AutoModelForCausalLM.from_pretrained(model, dtype=arguments.dtype)
     if arguments.peft is not None:
-        from peft import PeftModel
-
-        PeftModel.from_pretrained(model, arguments.peft)  # puts the adapter's layers into `model` itself
+        load_adapter(model, arguments.peft)  # puts the adapter's layers into `model` itself, its noise into the config
     return model.to(device).eval()
 
 

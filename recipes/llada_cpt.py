@@ -8,7 +8,11 @@ masked objective; k = 0.1 makes the model able to correct its own wrong tokens, 
 The paper's run, 8 GPUs with 80 GB (`--num_processes 8` x 4 rows x 16 accumulation steps = 512):
 
     accelerate launch --config_file recipes/configs/zero2.yaml --num_processes 8 \
-        recipes/llada_cpt.py --config recipes/configs/llada_8b.yaml --output_dir outputs/llada-xdlm
+        recipes/llada_cpt.py --config recipes/configs/llada_8b_xdlm.yaml --output_dir outputs/llada-xdlm
+
+`recipes/configs/llada_8b_mdlm.yaml` (k = 0) and `llada_8b_udlm.yaml` (k = 1) are its controls. With `--plan` the same
+command, by plain `python`, prints what the run needs (parameters, tokens, operations, GiB of each GPU) without reading
+weights, and refuses what cannot fit; `--plan_gpus 4 --plan_gpu_memory 40` asks about other machines (GiB a GPU).
 
 Expected time: 600 steps are 1.26 billion tokens, 8.5e19 FLOP with recomputed activations; 7 to 8 hours at 40 % of an
 H100's peak (computed, not measured). Expected result: Table 16 of the paper, e.g. GSM8K in 32 steps 24.5 -> 29.3 and
@@ -24,26 +28,18 @@ With `--resume_from_checkpoint auto` the same command starts a run and, after a 
 bit for bit; `true` insists on there being one.
 
 It writes to `output_dir`: the model (`save_pretrained`, config with k), the tokenizer, trainer_state.json with every
-logged figure, and checkpoint-* folders; with LoRA, the merged model, and the adapter alone in `adapter/`.
+logged figure, and checkpoint-* folders. With `--lora_rank 16` it trains adapters, with `--load_in_4bit true` on a base
+in 4 bits, and writes the merged model, and in `adapter/` the adapter alone, with the k it was trained at.
 """
 
-import argparse
-import contextlib
-import dataclasses
-import difflib
-import logging
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+import recipe
+from recipe import ModelArguments, PlanArguments
 
-from xdlm_hf.checkpoints import last_checkpoint, refuse_other_run
 from xdlm_hf.data import (
     PackedDataset,
-    check_tokenizer,
     fingerprint_files,
     hold_out,
     load_documents,
@@ -51,25 +47,6 @@ from xdlm_hf.data import (
 )
 from xdlm_hf.stream import PackedStream
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
-
-logger = logging.getLogger("llada_cpt")
-
-# The block's projections; a bare `ff_out` would also match the output layer.
-LORA_TARGETS = r".*blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
-
-
-@dataclass
-class ModelArguments:
-    model_name_or_path: str = field(default="GSAI-ML/LLaDA-8B-Base", metadata={"help": "Hub name or local folder."})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Default: the model's."})
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Of the weights. bfloat16 is for DeepSpeed, which keeps float32 copies, and for LoRA."},
-    )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, ..."})
-    lora_rank: int = field(default=0, metadata={"help": "Train adapters of this rank; 0 trains all weights."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale times rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
 
 
 @dataclass
@@ -93,59 +70,6 @@ class DataArguments:
     )
     validation_fraction: float = field(default=0.0, metadata={"help": "Documents held out, chosen by a text hash."})
     validation_rows: int | None = field(default=None, metadata={"help": "At most so many rows for evaluation."})
-
-
-def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, XDLMTrainingArguments]:
-    """Options from `--config FILE.yaml`, overridden by the command line.
-
-    Raises:
-        ValueError: If an option is unknown in either place.
-    """
-    groups = (ModelArguments, DataArguments, XDLMTrainingArguments)
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
-    config, argv = config_parser.parse_known_args(argv)
-    parser = HfArgumentParser(
-        groups, description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
-    if config.config is not None:
-        options = yaml.safe_load(Path(config.config).read_text()) or {}
-        known = {option.name for group in groups for option in dataclasses.fields(group) if option.init}
-        for name in options:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"{config.config}: unknown option {name!r}{hint}")
-        parser.set_defaults(**options)
-    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        raise ValueError(f"unknown options on the command line: {' '.join(unknown)}; see --help.")
-    return tuple(parsed)
-
-
-def load_model(options: ModelArguments, args: XDLMTrainingArguments):
-    """The base model, with adapters when asked for."""
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model_name_or_path, dtype=options.dtype, attn_implementation=options.attn_implementation
-    )
-    if options.lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(
-            r=options.lora_rank,
-            lora_alpha=options.lora_alpha,
-            lora_dropout=options.lora_dropout,
-            target_modules=LORA_TARGETS,
-            task_type=None,  # peft's task types wrap generate() in ways that only causal models have
-        )
-        return get_peft_model(model, lora)
-    if options.dtype not in ("float32", "auto") and args.deepspeed_plugin is None:
-        logger.warning(
-            "weights in %s without DeepSpeed: updates smaller than their rounding are lost; use dtype float32 with "
-            "--bf16 true",
-            options.dtype,
-        )
-    return model
 
 
 def load_rows(options: DataArguments, tokenizer, args: XDLMTrainingArguments):
@@ -199,56 +123,20 @@ def source(options: DataArguments) -> dict:
     return {**data, "text_column": options.text_column, "validation_fraction": options.validation_fraction}
 
 
-def save(trainer: XDLMTrainer, merge: bool) -> None:
-    """Final model, tokenizer and log. Every process must call this: the weights may be spread over them."""
-    output_dir = trainer.args.output_dir
-    trainer.save_model(f"{output_dir}/adapter" if merge else output_dir)
-    trainer.save_state()
-    if not merge:
-        return
-    # Adapters alone would forget k, which lives in the model's config.
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    whole = contextlib.nullcontext()
-    if is_deepspeed_zero3_enabled():
-        import deepspeed
-
-        whole = deepspeed.zero.GatheredParameters(list(model.parameters()))
-    with whole:
-        if trainer.is_world_process_zero():
-            model.merge_and_unload().save_pretrained(output_dir)
-            trainer.processing_class.save_pretrained(output_dir)
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, XDLMTrainingArguments, PlanArguments]:
+    """As `recipe.parse`."""
+    return recipe.parse((ModelArguments, DataArguments, XDLMTrainingArguments, PlanArguments), argv, __doc__)
 
 
-def main(argv: list[str] | None = None) -> XDLMTrainer:
-    model_options, data_options, args = parse(sys.argv[1:] if argv is None else argv)
-    resume = {"true": True, "false": None, None: None}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
-    if resume == "auto":
-        resume = last_checkpoint(args.output_dir) is not None
-    if not resume:
-        refuse_other_run(args.output_dir)
-    tokenizer = AutoTokenizer.from_pretrained(model_options.tokenizer_name or model_options.model_name_or_path)
-    set_seed(args.seed)  # adapters start at random
-    model = load_model(model_options, args)
-    check_tokenizer(tokenizer, model.config)
-    if data_options.sequence_length > model.config.max_sequence_length:
-        raise ValueError(
-            f"sequence_length={data_options.sequence_length} exceeds the model's max_sequence_length="
-            f"{model.config.max_sequence_length}."
-        )
+def main(argv: list[str] | None = None) -> XDLMTrainer | None:
+    model_options, data_options, args, plan = parse(sys.argv[1:] if argv is None else argv)
+    if plan.plan:
+        return recipe.show_plan(plan, model_options, args, data_options.sequence_length)
+    resume = recipe.resume_point(args)
+    tokenizer = recipe.load_tokenizer(model_options)
+    model = recipe.load_model(model_options, args, tokenizer, data_options.sequence_length)
     train_rows, validation_rows = load_rows(data_options, tokenizer, args)
-    trainer = XDLMTrainer(
-        model=model,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=validation_rows,
-        processing_class=tokenizer,
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    if validation_rows is not None:
-        metrics = trainer.evaluate()
-        trainer.save_metrics("eval", metrics)
-    save(trainer, merge=bool(model_options.lora_rank))
-    return trainer
+    return recipe.train(model, model_options, args, tokenizer, train_rows, validation_rows, resume)
 
 
 if __name__ == "__main__":

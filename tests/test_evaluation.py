@@ -345,7 +345,15 @@ class TestAnswers:
         with torch.no_grad():
             torch.testing.assert_close(lm.model(input_ids=prompt).logits, expected)
             assert not torch.allclose(plain.model(input_ids=prompt).logits, expected, atol=1e-2)
+        assert lm.model.config.mixing_ratio == plain.model.config.mixing_ratio  # peft alone stores no noise
         assert lm.generate_until([request("Tom has")]) != plain.generate_until([request("Tom has")])
+
+    def test_adapter_brings_its_mixing_ratio(self, model, checkpoint, tmp_path):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+        peft.get_peft_model(model, config).save_pretrained(tmp_path / "lora")
+        (tmp_path / "lora" / "xdlm_noise.json").write_text('{"mixing_ratio": 0.75, "noise_schedule": "linear"}')
+        lm = XDLMEvalModel(str(checkpoint), peft=str(tmp_path / "lora"), device="cpu")
+        assert lm.get_model_info()["model_mixing_ratio"] == 0.75 and lm.model.noise_kernel().mixing_ratio == 0.75
 
     def test_chat_template(self, model, tokenizer):
         lm = XDLMEvalModel(model, tokenizer=tokenizer)

@@ -1,6 +1,9 @@
 """The continual-pretraining recipe: its config files, a small run from start to end, its refusals, its launchers."""
 
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +14,8 @@ from safetensors.torch import load_file
 from training import launch, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from xdlm_hf import LLaDAConfig
+from xdlm_hf.adapters import load_adapter
 from xdlm_hf.data import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +73,7 @@ def logged(output_dir, name="loss"):
 
 
 def test_the_papers_run(tmp_path):
-    model, data, args = llada_cpt.parse(["--config", str(CONFIGS / "llada_8b.yaml"), "--use_cpu", "true"])
+    model, data, args, _ = llada_cpt.parse(["--config", str(CONFIGS / "llada_8b_xdlm.yaml"), "--use_cpu", "true"])
     assert (model.model_name_or_path, data.dataset, data.dataset_config) == (
         "GSAI-ML/LLaDA-8B-Base",
         "HuggingFaceFW/fineweb-edu",
@@ -89,7 +94,8 @@ def test_the_papers_run(tmp_path):
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.name.startswith(("zero", "fsdp"))],
+    # The others are accelerate's, and those of llada_sft.py (test_sft.py).
+    [path for path in sorted(CONFIGS.glob("*.yaml")) if not re.match(r"zero|fsdp|.*_sft", path.name)],
     ids=lambda path: path.name,
 )
 def test_every_config_file_parses(path):
@@ -131,9 +137,50 @@ def test_the_command_line_wins_over_the_config_file(tmp_path):
     path.write_text(
         "learning_rate: 2e-5\nmax_steps: 7\nmixing_ratio: 0\ndata_files: [a.jsonl, b.jsonl]\nuse_cpu: true\n"
     )
-    _, data, args = llada_cpt.parse(["--max_steps", "9", "--config", str(path)])
+    _, data, args, _ = llada_cpt.parse(["--max_steps", "9", "--config", str(path)])
     assert (args.learning_rate, args.max_steps, args.mixing_ratio) == (2e-5, 9, 0)
     assert data.data_files == ["a.jsonl", "b.jsonl"] and data.text_column == "text"
+
+
+def test_controls_differ_from_the_papers_run_in_k_alone():
+    _, _, run, _ = llada_cpt.parse(["--config", str(CONFIGS / "llada_8b_xdlm.yaml"), "--use_cpu", "true"])
+    for name, k in (("mdlm", 0.0), ("udlm", 1.0)):
+        *groups, control, _ = llada_cpt.parse(["--config", str(CONFIGS / f"llada_8b_{name}.yaml"), "--use_cpu", "true"])
+        theirs, ours = control.to_dict(), run.to_dict()
+        different = {option for option in ours if ours[option] != theirs[option]} - {"logging_dir"}
+        assert different == {"mixing_ratio", "output_dir"} and control.mixing_ratio == k
+        assert groups[1].sequence_length == 4096
+
+
+def test_a_config_file_takes_over_its_base(tmp_path):
+    (tmp_path / "base.yaml").write_text("max_steps: 7\nmixing_ratio: 0.5\nuse_cpu: true\n")
+    (tmp_path / "run.yaml").write_text("base: base.yaml\nmixing_ratio: 0.25\n")
+    _, _, args, _ = llada_cpt.parse(["--config", str(tmp_path / "run.yaml")])
+    assert (args.max_steps, args.mixing_ratio) == (7, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"run.yaml": "base: gone.yaml"}, r"gone\.yaml: there is no such config file"),
+        (
+            {"run.yaml": "base: b.yaml", "b.yaml": "max_step: 1"},
+            r"b\.yaml: unknown option 'max_step'; did you mean 'max_s",
+        ),
+        (
+            {"run.yaml": "base: b.yaml", "b.yaml": "base: c.yaml"},
+            r"its base b\.yaml names a base of its own \(c\.yaml\)",
+        ),
+        ({"run.yaml": "- max_steps"}, r"run\.yaml: expected one `option: value` a line, got a list"),
+        ({"run.yaml": "plan: true"}, r"run\.yaml: unknown option 'plan'"),
+        ({}, r"run\.yaml: there is no such config file"),
+    ],
+)
+def test_bad_config_files_are_refused(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        llada_cpt.parse(["--config", str(tmp_path / "run.yaml")])
 
 
 def test_unknown_options_are_refused(tmp_path):
@@ -143,6 +190,59 @@ def test_unknown_options_are_refused(tmp_path):
         llada_cpt.parse(["--config", str(path)])
     with pytest.raises(ValueError, match="unknown options on the command line: --mixing_rate 0.1"):
         llada_cpt.parse(["--use_cpu", "true", "--mixing_rate", "0.1"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+@pytest.fixture
+def config_of_llada_8b(tmp_path):
+    LLaDAConfig(mask_token_id=126336, eos_token_id=126081, pad_token_id=126081).save_pretrained(tmp_path / "8b")
+    return ["--model_name_or_path", str(tmp_path / "8b"), "--plan"]  # config.json alone: no weights, no tokenizer
+
+
+def test_plan_of_the_papers_run(config_of_llada_8b, capsys, tmp_path):
+    options = ["--config", str(CONFIGS / "llada_8b_xdlm.yaml"), "--output_dir", str(tmp_path / "run")]
+    assert llada_cpt.main([*options, *config_of_llada_8b]) is None
+    text = capsys.readouterr().out
+    for figure in (
+        "8,015,581,184",
+        "600",
+        "1,258,291,200",
+        "8.50e+19 FLOP",
+        "8 GPUs x 4 rows x 16 passes",
+        "zero3_off",
+    ):
+        assert figure in text, figure
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--plan_gpus", "1"],
+            "plan refused: the plan does not fit: zero2 on 1 GPUs needs 1.* Any of these fits: zero2_offload",
+        ),
+        (["--plan_gpus", "3"], "plan refused: global_batch_size=512 is not a multiple of 12"),
+        (["--plan_gpus", "0"], "plan refused: gpus=0 must be at least 1"),
+        (["--plan_layout", "zero9"], "plan refused: plan_layout='zero9' is not known"),
+        (["--load_in_4bit", "true"], "plan refused: load_in_4bit=True freezes the weights: give lora_rank"),
+        (["--sequence_length", "8192"], "plan refused: sequence_length=8192 exceeds the model's"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(config_of_llada_8b, options, message):
+    with pytest.raises(SystemExit, match=message) as stop:
+        llada_cpt.main(["--config", str(CONFIGS / "llada_8b_xdlm.yaml"), *config_of_llada_8b, *options])
+    assert isinstance(stop.value.code, str)  # printed to stderr, and status 1
+
+
+def test_plan_of_adapters_in_4_bits(config_of_llada_8b, capsys):
+    options = ["--config", str(CONFIGS / "llada_8b_mdlm.yaml"), "--lora_rank", "16", "--load_in_4bit", "true"]
+    llada_cpt.main([*options, "--plan_gpus", "1", "--plan_gpu_memory", "24", *config_of_llada_8b])
+    text = capsys.readouterr().out
+    assert "41,943,040 trained, 6,979,321,856 in 4 bits" in text and "zero3" not in text
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -203,9 +303,44 @@ def test_lora_run_writes_the_merged_model_and_the_adapter(base, tmp_path):
         plain, expected = AutoModelForCausalLM.from_pretrained(base / "model")(ids).logits, adapted(ids).logits
         assert torch.allclose(merged(ids).logits, expected, atol=1e-5)
     assert (plain - expected).abs().max() > 1e-3
+    assert (
+        load_adapter(AutoModelForCausalLM.from_pretrained(base / "model"), output / "adapter").config.mixing_ratio
+        == 0.1
+    )
     adapter = load_file(output / "adapter" / "adapter_model.safetensors")
     # Seven projections, two matrices each, in two blocks; the output layer, also called ff_out, has none.
     assert len(adapter) == 28 and all(".blocks." in name for name in adapter)
+
+
+def test_4_bit_run_trains_adapters_and_merges_them_into_whole_weights(base, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    output = tmp_path / "run"
+    # On a CPU bitsandbytes packs whole blocks of 64 for inference.
+    tiny_model(vocab_size=320, d_model=64, mlp_hidden_size=128).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(base / "model").save_pretrained(tmp_path / "model")
+    options_4bit = {
+        "lora_rank": 2,
+        "load_in_4bit": "true",
+        "mixing_ratio": 0.2,
+        "model_name_or_path": tmp_path / "model",
+    }
+    trainer = llada_cpt.main(options(base, output, **options_4bit))
+    weights = {type(p).__name__ for name, p in trainer.model.named_parameters() if "base_layer" in name}
+    assert weights == {"Params4bit"} and trainer._fused
+    assert len(logged(output)) == 6 and logged(output)[-1] < logged(output)[0]
+    merged, whole = (
+        AutoModelForCausalLM.from_pretrained(output),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+    )
+    assert merged.config.mixing_ratio == 0.2 and not hasattr(merged.config, "quantization_config")
+    adapted = load_adapter(whole, output / "adapter")
+    ids = torch.arange(6, 30)[None]
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-5)
+        # Trained on 4 bits, merged into what they were made from: near, not equal.
+        gap = (trainer.model(ids).logits - merged(ids).logits).abs().max()
+    assert 0 < gap < 0.5
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(logged(output, "eval_loss")[-1], abs=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -222,6 +357,9 @@ def test_lora_run_writes_the_merged_model_and_the_adapter(base, tmp_path):
         ({"dataset": "imdb", "data_files": None, "skip_corrupted": "true"}, "skip_corrupted=True is for the lines of"),
         ({"data_files": "nowhere*.jsonl"}, r"'nowhere\*\.jsonl' matches no file"),
         ({"streaming": "true", "max_steps": None}, "max_steps=-1: a stream has no end"),
+        ({"lora_rank": -1}, "lora_rank=-1 must not be negative"),
+        ({"load_in_4bit": "true"}, "load_in_4bit=True freezes the weights: give lora_rank"),
+        ({"random_length_probability": 2}, r"random_length_probability=2\.0 must lie in \[0, 1\]"),
         ({"validation_fraction": 1.0}, r"validation fraction 1\.0 must lie strictly between 0 and 1"),
     ],
 )
@@ -348,6 +486,42 @@ def test_bfloat16_under_zero2_stays_close(base, one_process, tmp_path):
     accelerate(*config, *options(base, tmp_path / "run", **changes))
     assert logged(tmp_path / "run") == pytest.approx(logged(one_process), rel=0.02)
     assert logged(tmp_path / "run") != logged(one_process)
+
+
+@pytest.mark.slow
+def test_slurm_script_starts_two_machines(base, one_process, tmp_path):
+    """Slurm's two commands are stood in for: srun starts both "machines" here, one process each."""
+    commands = {
+        "scontrol": "echo localhost; echo elsewhere",
+        "accelerate": 'exec python -m accelerate.commands.accelerate_cli "$@"',
+        "srun": 'shift; for i in 0 1; do SLURM_NODEID=$i "$@" & all="$all $!"; done; for p in $all; do wait $p; done',
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_text(f'export PATH="{tmp_path}:{Path(sys.executable).parent}:$PATH"\n')
+    slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_NODELIST": "two"}
+    slurm |= {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "XDLM_VENV": str(tmp_path),
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+    }
+    small = {"per_device_train_batch_size": 2, "weight_decay": 0.0, "bf16": "false", "dtype": "float32", "seed": 42}
+    small |= {"streaming": "false", "activation_checkpointing": "false", "eval_strategy": "no", "mixing_ratio": 0.1}
+    small |= {"warmup_steps": 0, "nelbo_samples": 4, "per_device_eval_batch_size": 8}
+    finished = subprocess.run(
+        ["bash", ROOT / "recipes" / "slurm" / "llada_8b.sbatch", *options(base, tmp_path / "run", **small)],
+        cwd=ROOT,
+        env={**os.environ, **slurm},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "2 GPUs x 2 rows x 2 passes" in finished.stdout
+    compare(tmp_path / "run", one_process)
 
 
 @pytest.mark.slow

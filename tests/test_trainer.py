@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from training import (
     LENGTH,
     MASK,
     VOCAB,
+    RecordingTrainer,
     arguments,
     launch,
     losses,
@@ -30,6 +32,7 @@ from xdlm_hf.losses import diffusion_loss
 from xdlm_hf.trainer import XDLMTrainer, nelbo_metrics
 
 SCRIPT = Path(__file__).parent / "training.py"
+ROOT = SCRIPT.parent.parent
 # 18 rows in global batches of 4: the last step of an epoch holds 2 rows, and is reached within 8 steps.
 SPLIT_OPTIONS = {"train_rows": 18, "eval_rows": 9, "time_sampling": "stratified"}
 
@@ -88,6 +91,42 @@ def test_trajectory_does_not_depend_on_the_number_of_processes(whole_batch, tmp_
     assert parameter_gap(reference.model, load_file(tmp_path / "end.st")) < 1e-5
     for name in ("eval_loss", "eval_loss_standard_error", "eval_tokens"):
         assert result["metrics"][name] == pytest.approx(metrics[name], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_trajectory_of_four_processes(whole_batch, tmp_path):
+    reference, metrics = whole_batch
+    options = {"output_dir": str(tmp_path), "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4")
+    status, output = launch(*torchrun, str(SCRIPT), json.dumps({**options, **SPLIT_OPTIONS}), timeout=600)
+    assert status == 0, output[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["processes"] == 4
+    assert result["losses"] == pytest.approx(losses(reference), abs=1e-5)
+    assert parameter_gap(reference.model, load_file(tmp_path / "end.st")) < 1e-5
+    assert result["metrics"]["eval_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_two_processes_under_zero_2(tmp_path):
+    """The process that meets it says where; no NaN reaches the other, and the last checkpoint is whole."""
+    zero2 = ("-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file")
+    zero2 += (str(ROOT / "recipes" / "configs" / "zero2.yaml"), "--num_processes", "2")
+    options = {"output_dir": str(tmp_path), "per_device_train_batch_size": 2, "max_grad_norm": 1.0}
+    options |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    status, output = launch(*zero2, str(SCRIPT), json.dumps({**options, "nan_in_step": 5}), timeout=600)
+    assert status != 0
+    (message,) = set(re.findall(r"NonFiniteError: (.*)", output))
+    pattern = r"step 5: the loss is not finite; its rows have the sample indices (\d+) \(t = (0\.\d+)\), (\d+) \(t = .*"
+    first, t, second = re.fullmatch(pattern, message).groups()
+    assert (int(first), int(second)) == (18, 19) and 0 < float(t) < 1  # rows 2 and 3 of the fifth batch of four
+    assert message.endswith("No checkpoint was written from it; the last whole one is checkpoint-4.")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["checkpoint-2", "checkpoint-4"]
+    status, output = launch(*zero2, str(SCRIPT), json.dumps({**options, "resume": True}), timeout=600)
+    assert status == 0, output[-3000:]
+    whole = trainer(**{**options, "output_dir": tmp_path / "whole", "per_device_train_batch_size": 4})
+    whole.train()
+    assert json.loads((tmp_path / "result.json").read_text())["losses"] == pytest.approx(losses(whole), abs=1e-5)
 
 
 def test_split_test_would_notice_a_mean_of_means(whole_batch):
@@ -252,6 +291,90 @@ def test_weights_survive_a_cast_to_the_models_dtype(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Random lengths
+
+RANDOM_LENGTHS = {"pack": True, "random_length_probability": 0.5, "per_device_train_batch_size": 4, "eval_rows": 4}
+
+
+def widths(run):
+    return [[len(row) for batch in step for row in batch] for step in run.seen]
+
+
+@pytest.fixture(scope="module")
+def random_lengths(tmp_path_factory):
+    run = trainer(tmp_path_factory.mktemp("lengths"), kind=RecordingTrainer, **RANDOM_LENGTHS)
+    run.train()
+    return run
+
+
+def test_random_lengths_cut_whole_steps(random_lengths):
+    per_step = [set(row) for row in widths(random_lengths)]
+    assert all(len(step) == 1 for step in per_step)
+    lengths = [step.pop() for step in per_step]
+    assert lengths == [random_lengths._random_length(step) or LENGTH for step in range(8)]
+    assert LENGTH in lengths and len(set(lengths)) > 2
+    assert random_lengths.state.num_input_tokens_seen == 4 * sum(lengths)
+
+
+def test_random_lengths_are_uniform_and_as_frequent_as_asked(tmp_path):
+    run = trainer(tmp_path, pack=True, random_length_probability=0.25)
+    drawn = [run._random_length(step) for step in range(4000)]
+    cut = torch.tensor([length for length in drawn if length is not None])
+    # Five standard deviations each: false alarm 6e-7 for the share, 8e-6 over the lengths.
+    assert abs(len(cut) / 4000 - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 4000)
+    counts = torch.bincount(cut, minlength=LENGTH + 1)[1:]
+    assert len(counts) == LENGTH and (counts - len(cut) / LENGTH).abs().max() < 5 * math.sqrt(len(cut) / LENGTH)
+    torch.manual_seed(1)
+    assert drawn[:100] == [run._random_length(step) for step in range(100)]
+    run.noise_seed += 1
+    assert drawn[:100] != [run._random_length(step) for step in range(100)]
+    assert trainer(tmp_path, pack=True)._random_length(0) is None
+
+
+def test_random_lengths_do_not_depend_on_accumulation(random_lengths, tmp_path):
+    options = {**RANDOM_LENGTHS, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    run = trainer(tmp_path, kind=RecordingTrainer, **options)
+    run.train()
+    assert [[row for batch in step for row in batch] for step in run.seen] == [step[0] for step in random_lengths.seen]
+    assert losses(run) == pytest.approx(losses(random_lengths), abs=1e-5)
+    assert parameter_gap(run.model, state(random_lengths.model)) < 1e-5
+
+
+@pytest.mark.slow
+def test_random_lengths_agree_between_processes(random_lengths, tmp_path):
+    options = {**RANDOM_LENGTHS, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    status, output = launch(*torchrun, str(SCRIPT), json.dumps({**options, "output_dir": str(tmp_path)}))
+    assert status == 0, output[-3000:]
+    seen = [json.loads((tmp_path / f"seen_{rank}.json").read_text()) for rank in range(2)]
+    for step, whole in enumerate(random_lengths.seen):
+        assert [rank[step][number][0] for number in range(2) for rank in seen] == whole[0]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["losses"] == pytest.approx(losses(random_lengths), abs=1e-5)
+    assert parameter_gap(random_lengths.model, load_file(tmp_path / "end.st")) < 1e-5
+
+
+@pytest.mark.parametrize("data", [{"pack": True}, {"streaming": True, "pack": False}], ids=["packed", "stream"])
+def test_random_lengths_resume_bit_for_bit(data, tmp_path, caplog):
+    options = {**RANDOM_LENGTHS, **data, "save_strategy": "steps", "save_steps": 3, "kind": RecordingTrainer}
+    whole, resumed = (trainer(tmp_path / "run", **options) for _ in range(2))
+    whole.train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-3")
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed.seen == whole.seen[3:] and losses(resumed) == losses(whole)
+    assert parameter_gap(resumed.model, state(whole.model)) == 0
+    other = trainer(tmp_path / "other", **{**options, "random_length_probability": 0.0, "max_steps": 4})
+    other.train(resume_from_checkpoint=checkpoint)
+    assert "random_length_probability=0.5, this run 0.0: lengths are drawn differently" in caplog.text
+
+
+def test_random_lengths_need_packed_rows(tmp_path):
+    with pytest.raises(ValueError, match=r"random_length_probability=0\.01 needs packed rows"):
+        trainer(tmp_path / "run", random_length_probability=0.01)
+    assert not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # NELBO
 
 
@@ -396,6 +519,7 @@ def test_training_lowers_the_nelbo(tmp_path, mixing_ratio):
         ({"t_eps": 1.0}, r"t_eps=1\.0 must lie in \[0, 1\)"),
         ({"t_eps": -1e-3}, r"t_eps=-0\.001 must lie in \[0, 1\)"),
         ({"time_sampling": "sobol"}, "time_sampling='sobol' is not known"),
+        ({"random_length_probability": 1.5}, r"random_length_probability=1\.5 must lie in \[0, 1\]"),
         ({"nelbo_samples": 0}, "nelbo_samples=0 must be at least 1"),
         ({"loss_chunk_size": 0}, "loss_chunk_size=0 must be at least 1"),
         ({"noise_seed": -1}, "noise_seed=-1 must not be negative"),

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
-from xdlm_hf.data import train_tokenizer
+from xdlm_hf.data import PackedDataset, train_tokenizer
 from xdlm_hf.stream import PackedStream
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
 
@@ -71,12 +71,21 @@ def arguments(output_dir, **options):
     )
 
 
-def stream(texts=40, seed=0, shards=2, **options):
-    """A shuffled stream; each document holds its number, so that rows tell which were read."""
+def documents_and_tokenizer(texts=40, shards=2):
+    """Each document holds its number, so that rows tell which were read."""
     documents = [f"text number {i} with {'many ' * (i % 5)}words" for i in range(texts)]
+    tokenizer = train_tokenizer([f"text number {i} with many words" for i in range(40)], 300)
+    return datasets.Dataset.from_dict({"text": documents}).to_iterable_dataset(shards), tokenizer
+
+
+def packed():
+    return PackedDataset(*documents_and_tokenizer(), LENGTH, max_rows=28)  # whole rows, and whole batches of 4
+
+
+def stream(texts=40, seed=0, shards=2, **options):
+    """A shuffled stream."""
     return PackedStream(
-        datasets.Dataset.from_dict({"text": documents}).to_iterable_dataset(shards),
-        train_tokenizer([f"text number {i} with many words" for i in range(40)], 300),
+        *documents_and_tokenizer(texts, shards),
         LENGTH,
         **{"shuffle_seed": seed, "shuffle_buffer": 16, **options},
     )
@@ -85,12 +94,18 @@ def stream(texts=40, seed=0, shards=2, **options):
 class RecordingTrainer(XDLMTrainer):
     """Keeps the batches of every step; may kill its own process, as a power cut would, in a step or in a save."""
 
-    kill_in_step = kill_in_save = None
+    kill_in_step = kill_in_save = nan_in_step = None
 
     def get_batch_samples(self, *args):
         batches, tokens = super().get_batch_samples(*args)
         self.__dict__.setdefault("seen", []).append([batch["input_ids"].tolist() for batch in batches])
         return batches, tokens
+
+    def _weighted_loss(self, *args):  # as from a network that overflows, on the second process alone
+        total, losses = super()._weighted_loss(*args)
+        if self.state.global_step + 1 == self.nan_in_step and self.args.process_index == 1:
+            total, losses = total * torch.nan, losses * torch.nan
+        return total, losses
 
     def _get_grad_norm(self, *args, **kwargs):  # after the backward pass, before the weights change
         if self.state.global_step + 1 == self.kill_in_step:
@@ -103,11 +118,15 @@ class RecordingTrainer(XDLMTrainer):
         return super()._save_rng_state(output_dir)
 
 
-def trainer(output_dir, train_rows=20, eval_rows=0, model=None, streaming=False, kind=XDLMTrainer, **options):
+def trainer(
+    output_dir, train_rows=20, eval_rows=0, model=None, streaming=False, pack=False, kind=XDLMTrainer, **options
+):
     args = arguments(output_dir, **options)
     if streaming:
         rank = {"rank": args.process_index, "world_size": args.world_size}
         model, data = model or tiny_model(vocab_size=300), stream(**rank)
+    elif pack:
+        model, data = model or tiny_model(vocab_size=300), packed()
     else:
         model, data = model or tiny_model(), rows(train_rows)
     return kind(model=model, args=args, train_dataset=data, eval_dataset=rows(eval_rows, seed=1) if eval_rows else None)
@@ -147,7 +166,7 @@ def main():
     options = json.loads(sys.argv[1])
     output_dir = pathlib.Path(options.pop("output_dir"))
     resume = options.pop("resume", None)
-    kill = {name: options.pop(name, None) for name in ("kill_in_step", "kill_in_save")}
+    kill = {name: options.pop(name, None) for name in ("kill_in_step", "kill_in_save", "nan_in_step")}
     run = trainer(output_dir, kind=RecordingTrainer, **options)
     vars(run).update(kill)
     run.train(resume_from_checkpoint=resume)

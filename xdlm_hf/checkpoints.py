@@ -44,11 +44,14 @@ _REFUSED = {
 _ALLOWED = {
     "t_eps": "times are drawn differently from here on",
     "time_sampling": "times are drawn differently from here on",
+    "random_length_probability": "lengths are drawn differently from here on",
     "noise_seed": "noise is drawn differently from here on",
     "learning_rate": "the former stays in force, as part of the optimizer's state",
     "weight_decay": "the former stays in force, as part of the optimizer's state",
     "world_size": "the same rows and the same noise, but sums are rounded in another order",
 }
+# What records that were written before there was such an option would say.
+_BEFORE = {"random_length_probability": 0.0}
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
@@ -167,8 +170,9 @@ def check_same_run(checkpoint: Path, run: Mapping[str, Any], reshards: bool) -> 
             f"under DeepSpeed and FSDP its parts can only be read by as many. Restore the former, or {_NEW_RUN}."
         )
     for name, why in _ALLOWED.items():
-        if saved.get(name) != run[name]:
-            logger.warning("%s has %s: %s.", checkpoint.name, _difference(name, saved.get(name), run[name]), why)
+        before = saved.get(name, _BEFORE.get(name))
+        if before != run[name]:
+            logger.warning("%s has %s: %s.", checkpoint.name, _difference(name, before, run[name]), why)
 
 
 def _difference(name: str, saved: Any, ours: Any) -> str:

@@ -96,7 +96,7 @@ def load_documents(
     if skip_corrupted and data_files is None:
         raise ValueError("skip_corrupted=True is for the lines of local JSONL files: give data_files.")
     if data_files is not None:
-        files = _expand(data_files)
+        files = expand_files(data_files)
         return datasets.IterableDataset.from_generator(
             _read_files,
             gen_kwargs={"files": files, "columns": [text_column] * len(files), "skip_corrupted": skip_corrupted},
@@ -108,7 +108,8 @@ def load_documents(
     return documents if text_column == "text" else documents.rename_column(text_column, "text")
 
 
-def _expand(patterns: Sequence[str]) -> list[str]:
+def expand_files(patterns: Sequence[str]) -> list[str]:
+    """Files of paths and glob patterns, in order; ValueError if one matches none or has an unknown suffix."""
     files = []
     for pattern in patterns:
         matches = sorted(glob.glob(str(pattern), recursive=True))
@@ -139,7 +140,7 @@ def fingerprint_files(patterns: Sequence[str]) -> dict[str, list[int]]:
         ValueError: As `load_documents`.
     """
     fingerprint = {}
-    for file in _expand(patterns):
+    for file in expand_files(patterns):
         with open(file, "rb") as content:
             size = content.seek(0, os.SEEK_END)
             content.seek(0)
@@ -156,7 +157,8 @@ def _read_files(files: list[str], columns: list[str], skip_corrupted: bool) -> I
             yield {"text": text}
 
 
-def _lines(file: str) -> Iterator[tuple[int, bytes]]:
+def read_lines(file: str) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines of a file, gzipped or not; ValueError if it is damaged."""
     number = 0
     try:
         with gzip.open(file, "rb") if file.endswith(".gz") else open(file, "rb") as lines:
@@ -168,7 +170,7 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
 
 def _read_jsonl(file: str, column: str, skip_corrupted: bool) -> Iterator[str | None]:
     corrupted = []
-    for number, line in _lines(file):
+    for number, line in read_lines(file):
         if not line.strip():
             continue
         try:
@@ -185,16 +187,22 @@ def _read_jsonl(file: str, column: str, skip_corrupted: bool) -> Iterator[str | 
 
 
 def _parse_line(line: bytes, column: str, where: str) -> str | None:
-    try:
-        record = json.loads(line)
-    except ValueError as error:  # bad JSON or bad UTF-8
-        raise ValueError(f"{where}: not valid JSON ({error}); repair it, remove it or skip_corrupted lines.") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}.")
+    record = parse_object(line, where, "; repair it, remove it or skip_corrupted lines")
     check_column(column, record, where)
     if record[column] is not None and not isinstance(record[column], str):
         raise ValueError(f"{where}: {column!r} holds {type(record[column]).__name__}, not text.")
     return record[column]
+
+
+def parse_object(line: bytes, where: str, remedy: str = "; repair it or remove it") -> dict[str, Any]:
+    """A line's JSON object; ValueError, naming where it stands, if there is none."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # bad JSON or bad UTF-8
+        raise ValueError(f"{where}: not valid JSON ({error}){remedy}.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}.")
+    return record
 
 
 def _read_parquet(file: str, column: str, skip_corrupted: bool) -> Iterator[str | None]:
@@ -211,7 +219,7 @@ def _read_parquet(file: str, column: str, skip_corrupted: bool) -> Iterator[str 
 
 
 def _read_text(file: str, column: str, skip_corrupted: bool) -> Iterator[str]:
-    content = b"".join(line for _, line in _lines(file))
+    content = b"".join(line for _, line in read_lines(file))
     try:
         yield content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -39,6 +39,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, has_length, rotate_checkpoints
 
+from .adapters import save_noise
 from .checkpoints import (
     RUN_RECORD,
     UNFINISHED,
@@ -49,7 +50,7 @@ from .checkpoints import (
     refuse_other_run,
     tokenizer_checksum,
 )
-from .data import DiffusionCollator, check_tokenizer
+from .data import DiffusionCollator, PackedDataset, check_tokenizer
 from .losses import diffusion_loss, fused_linear_diffusion_loss
 from .schedules import get_schedule
 from .stream import PackedStream, StreamPosition, stream_loader
@@ -59,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 TIME_SAMPLING = ("independent", "stratified", "antithetic")
 # Second word of the seed: training and evaluation draw from unrelated streams.
-_TRAIN_ROW, _TRAIN_STEP, _EVAL_ROW, _EVAL_SHIFT = range(4)
+_TRAIN_ROW, _TRAIN_STEP, _EVAL_ROW, _EVAL_SHIFT, _TRAIN_LENGTH = range(5)
 
 
 @dataclass
@@ -77,6 +78,9 @@ class XDLMTrainingArguments(TrainingArguments):
             of time, in random order. `"antithetic"`, the name of the same thing in small-scale MDLM code, is
             accepted for it.
         noise_seed (`int`, *optional*, defaults to `seed`): Seed of noise levels and noise.
+        random_length_probability (`float`, *optional*, defaults to `0.0`): Probability that all rows of a step are cut
+            to one random length, uniform in 1..L (0.01 in LLaDA's pretraining). Drawn from the noise seed and the
+            step, so that all processes agree. For packed rows only.
         global_batch_size (`int`, *optional*): Rows per optimizer step over all processes. Sets
             `gradient_accumulation_steps`; refused when it does not divide.
         nelbo_samples (`int`, *optional*, defaults to `4`): Noise levels per row in evaluation.
@@ -101,6 +105,9 @@ class XDLMTrainingArguments(TrainingArguments):
         default="independent", metadata={"help": "independent, or stratified over the global batch."}
     )
     noise_seed: int | None = field(default=None, metadata={"help": "Seed of noise levels and noise; default: seed."})
+    random_length_probability: float = field(
+        default=0.0, metadata={"help": "Share of steps whose rows are cut to one random length; LLaDA: 0.01."}
+    )
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Rows per optimizer step; sets gradient_accumulation_steps."}
     )
@@ -141,6 +148,8 @@ class XDLMTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
+        if not 0 <= self.random_length_probability <= 1:
+            raise ValueError(f"random_length_probability={self.random_length_probability} must lie in [0, 1].")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise ValueError(f"peak_tflops={self.peak_tflops} must be positive.")
         if self.noise_seed is not None and self.noise_seed < 0:
@@ -295,6 +304,11 @@ class XDLMTrainer(Trainer):
             raise ValueError("dispatch_batches=True is only supported for streams: leave it out.")
         if args.train_sampling_strategy == "batch_rebalance":
             raise ValueError("train_sampling_strategy='batch_rebalance' is not supported: rows are packed evenly.")
+        if args.random_length_probability and not isinstance(train_dataset, PackedDataset | PackedStream | None):
+            raise ValueError(
+                f"random_length_probability={args.random_length_probability} needs packed rows (PackedDataset or "
+                "PackedStream), which all have one length and no prompt: set it to 0."
+            )
         if isinstance(train_dataset, PackedStream):
             if (train_dataset.rank, train_dataset.world_size) != (args.process_index, args.world_size):
                 raise ValueError(
@@ -355,7 +369,12 @@ class XDLMTrainer(Trainer):
             return batches, None
         tokens = torch.zeros((), dtype=torch.float64, device=device)
         self._drawn = []
+        length = self._random_length(self.state.global_step)
         for number, batch in enumerate(batches):
+            if length is not None:
+                batch.update(
+                    {name: x[:, :length] for name, x in batch.items() if isinstance(x, Tensor) and x.ndim == 2}
+                )
             if "stream_state" in batch:
                 self._stream_position.advance(batch.pop("stream_state"))
             index, repeated = self._sample_index(number, len(batch["input_ids"]))
@@ -369,6 +388,14 @@ class XDLMTrainer(Trainer):
                 "prompt or padding. Raise the row length, or remove such rows."
             )
         return batches, tokens
+
+    def _random_length(self, step: int) -> int | None:
+        """Length to which the rows of a step are cut; None for whole rows. A function of noise seed and step alone."""
+        if not self.args.random_length_probability:
+            return None
+        choice, place = torch.rand(2, generator=self._generator(_TRAIN_LENGTH, step), dtype=torch.float64).tolist()
+        cut = choice < self.args.random_length_probability
+        return 1 + int(place * self.train_dataset.length) if cut else None
 
     def _sample_index(self, micro_batch: int, rows: int) -> tuple[Tensor, Tensor]:
         """Places of a batch's rows in the run, and which rows only fill up the last global batch of an epoch.
@@ -643,12 +670,20 @@ class XDLMTrainer(Trainer):
         finally:
             plugin.set_state_dict_type(before)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As in `Trainer`; beside an adapter also the noise, which else only the whole model's config would know."""
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.args.should_save and hasattr(model, "peft_config"):
+            save_noise(model.config, output_dir or self.args.output_dir)
+
     def _run_record(self) -> dict[str, Any]:
         """What `check_same_run` compares, as JSON."""
         args, data = self.args, self.train_dataset
         stream = isinstance(data, PackedStream)
         fingerprint = getattr(data, "fingerprint", None) or {"rows": len(data) if has_length(data) else None}
-        plain = ("mixing_ratio", "noise_schedule", "t_eps", "time_sampling", "learning_rate", "weight_decay")
+        plain = ("mixing_ratio", "noise_schedule", "t_eps", "time_sampling", "random_length_probability")
+        plain += ("learning_rate", "weight_decay")
         return {
             **{name: getattr(args, name) for name in plain},
             "noise_seed": self.noise_seed,

@@ -71,8 +71,10 @@ def flops_per_token(model: nn.Module, length: int) -> float:
     lookups = set() if embedding.weight is head.weight else {id(p) for p in embedding.parameters()}
     flops = 0
     for parameter in model.parameters():
-        # Matrices only; a lookup multiplies nothing. Under ZeRO-3 an empty shard knows its whole size.
-        shape = getattr(parameter, "ds_shape", parameter.shape)
+        # Matrices only; a lookup multiplies nothing. An empty shard of ZeRO-3 and a weight packed into 4 bits know
+        # their whole size.
+        quantized = getattr(parameter, "quant_state", None)
+        shape = getattr(parameter, "ds_shape", parameter.shape) if quantized is None else quantized.shape
         if len(shape) == 2 and id(parameter) not in lookups:
             flops += math.prod(shape) * (6 if parameter.requires_grad else 4)
     return flops + 12 * model.config.n_layers * model.config.d_model * length
