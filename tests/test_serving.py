@@ -19,8 +19,8 @@ from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, serving  # noqa: E402
 from xdlm_hf.data import train_tokenizer  # noqa: E402
 from xdlm_hf.serving import ServerSettings, main  # noqa: E402
 from xdlm_hf.serving_answers import Answer  # noqa: E402
-from xdlm_hf.serving_engine import Engine  # noqa: E402
-from xdlm_hf.serving_requests import Defaults, Limits  # noqa: E402
+from xdlm_hf.serving_engine import Engine, Job  # noqa: E402
+from xdlm_hf.serving_requests import Defaults, Limits, parse  # noqa: E402
 
 NAME = "tiny"
 
@@ -460,6 +460,27 @@ def test_requests_with_equal_settings_share_a_batch(server, client, model, token
     assert [answers[prompt] for prompt in prompts] == texts  # left padding changes nothing
     assert server.metric("xdlm_batch_rows_sum") - rows == 6
     assert server.metric("xdlm_batch_rows_count") - batches == 3
+
+
+def test_what_goes_into_one_batch(model, tokenizer):
+    """Oldest first, equal settings only, as many rows as fit, and requests with a seed alone."""
+    engine = Engine(model, tokenizer, max_batch_rows=4)
+
+    def job(rows=1, **change):
+        body = {"model": NAME, "prompt": "The", "n": rows, "max_tokens": 8} | change
+        arguments = (body, False, NAME, tokenizer, model.config, Limits(), Defaults())
+        return Job(parse(*arguments), [], None)
+
+    def batch(*jobs):
+        engine._waiting.clear()
+        engine._waiting.extend(jobs)
+        return [jobs.index(one) for one in engine._take()]
+
+    assert batch(job(), job(temperature=1.0), job(), job(max_tokens=16), job()) == [0, 2, 4]
+    assert batch(job(2), job(3), job(2), job()) == [0, 2]
+    assert batch(job(6), job()) == [0]  # too large for any batch, so a batch of its own
+    assert batch(job(seed=1), job(seed=1), job()) == [0]
+    assert batch(job(), job(seed=1), job(user="other"), job(stop="x")) == [0, 2, 3]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -349,7 +349,8 @@ def main(argv: list[str] | None = None) -> None:
         defaults=Defaults(options.max_tokens, options.block_length, options.tokens_per_step),
         api_key=options.api_key,
     )
-    Server(engine, settings, host=options.host, port=options.port).run()
+    with contextlib.suppress(KeyboardInterrupt):  # Uvicorn raises it again once everything is closed
+        Server(engine, settings, host=options.host, port=options.port).run()
 
 
 if __name__ == "__main__":
