@@ -506,6 +506,32 @@ def test_a_client_that_leaves_frees_the_engine(server, client, model, stream):
     assert client.completions.create(model=NAME, prompt="The", max_tokens=8).choices
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_left_before_the_answer_began(server, model, stream):
+    """Gone as soon as the body is read: the generator of a stream may then never start."""
+    handle = slow(model, 0.05)
+    cancelled, steps = server.metric("xdlm_cancelled_total"), server.metric("xdlm_steps_total")
+    body = json.dumps({"model": NAME, "prompt": "The", "max_tokens": 128, "stream": stream}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive():
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    async def send(message):
+        await asyncio.sleep(0)  # as a real server's may, where the connection is slow
+
+    scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1"}
+    scope |= {"method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b""}
+    scope |= {"headers": [(b"content-type", b"application/json")], "scheme": "http", "server": ("x", 80)}
+    try:
+        asyncio.run(server.server.config.app(scope, receive, send))
+        assert server.metric("xdlm_cancelled_total") - cancelled == 1
+        wait_until(lambda: not server.engine.queue_length and server.metric("xdlm_running_rows") == 0)
+    finally:
+        handle.remove()
+    assert server.metric("xdlm_steps_total") - steps < 128
+
+
 def test_shutdown_ends_what_runs_and_what_waits(model, tokenizer):
     server = Server(model, tokenizer, ServerSettings(NAME), max_batch_rows=1)
     handle = slow(model, 0.05)
@@ -569,6 +595,8 @@ def test_two_hundred_concurrent_requests_with_faults(model, tokenizer, record_pr
     """Nothing is lost: every request is answered or refused; nothing is left behind when it is over."""
     settings = ServerSettings(NAME, Limits(max_new_tokens=128), Defaults(block_length=8))
     server = Server(model, tokenizer, settings, max_batch_rows=16, max_queue=150)
+    jobs, submit = [], server.engine.submit
+    server.engine.submit = lambda request: (jobs.append(submit(request)), jobs[-1])[1]
     kinds = [
         "plain",
         "stream",
@@ -595,6 +623,10 @@ def test_two_hundred_concurrent_requests_with_faults(model, tokenizer, record_pr
         seconds = time.monotonic() - start
         wait_until(lambda: not server.engine.queue_length and server.metric("xdlm_running_rows") == 0)
         wait_until(lambda: server.tasks() == tasks)
+        # Every job that was taken in came to its end, or was given up because its client had left.
+        assert all(job.over or job.cancelled for job in jobs)
+        assert sum(job.over for job in jobs) == server.metric("xdlm_request_seconds_count")
+        assert sum(job.cancelled for job in jobs) == server.metric("xdlm_cancelled_total")
         counts = {}
         for outcome, _, _ in results:
             counts[outcome] = counts.get(outcome, 0) + 1

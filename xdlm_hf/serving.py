@@ -174,8 +174,8 @@ class _Service:
         job = engine.submit(asked)
         reply = _Reply(asked, settings.name)
         if asked.stream:
-            events = self._stream(job, reply)
-            return self._counted(request, StreamingResponse(events, media_type="text/event-stream"))
+            response = _EventStream(self._stream(job, reply), lambda: engine.cancel(job))
+            return self._counted(request, response)
         return self._counted(request, await self._whole(request, job, reply))
 
     async def _body(self, request: Request) -> Any:
@@ -221,27 +221,41 @@ class _Service:
             await asyncio.gather(collecting, watching, return_exceptions=True)
 
     async def _stream(self, job: Job, reply: "_Reply") -> AsyncIterator[str]:
-        """Server-sent events; the job is given up when the client goes away, which closes this generator."""
+        """Server-sent events, until the job is over."""
+        for chunk in reply.opening():
+            yield _sse(chunk)
+        while True:
+            try:
+                event = await asyncio.wait_for(job.events.get(), self.settings.keep_alive)
+            except TimeoutError:
+                yield ": still generating\n\n"
+                continue
+            if isinstance(event, Piece):
+                yield _sse(reply.piece(event))
+                continue
+            if isinstance(event, RequestError):
+                yield _sse(event.body())
+            elif reply.asked.include_usage:
+                yield _sse(reply.usage_chunk(job))
+            yield "data: [DONE]\n\n"
+            return
+
+
+class _EventStream(StreamingResponse):
+    """Calls `close` when it is over, however that comes about.
+
+    The generator cannot do that itself: where the client is gone before the first byte, it is never started.
+    """
+
+    def __init__(self, events: AsyncIterator[str], close: Callable[[], None]):
+        super().__init__(events, media_type="text/event-stream")
+        self.close = close
+
+    async def __call__(self, *args: Any) -> None:
         try:
-            for chunk in reply.opening():
-                yield _sse(chunk)
-            while True:
-                try:
-                    event = await asyncio.wait_for(job.events.get(), self.settings.keep_alive)
-                except TimeoutError:
-                    yield ": still generating\n\n"
-                    continue
-                if isinstance(event, Piece):
-                    yield _sse(reply.piece(event))
-                    continue
-                if isinstance(event, RequestError):
-                    yield _sse(event.body())
-                elif reply.asked.include_usage:
-                    yield _sse(reply.usage_chunk(job))
-                yield "data: [DONE]\n\n"
-                return
+            await super().__call__(*args)
         finally:
-            self.engine.cancel(job)
+            self.close()
 
 
 class _Reply:
