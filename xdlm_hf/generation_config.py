@@ -175,6 +175,8 @@ class XDLMGenerationConfig(GenerationConfig):
             raise ValueError(f"seed={self.seed!r} must be an integer.")
         if not isinstance(self.early_stop, bool | None):
             raise ValueError(f"early_stop={self.early_stop!r} must be True or False.")
+        if not all(isinstance(token_id, Integral) for token_id in self.end_of_text):
+            raise ValueError(f"eos_token_id={self.eos_token_id!r} must be an integer or a list of integers.")
         for name, (check, range_) in _RANGES.items():
             value = getattr(self, name)
             if value is None:
@@ -220,7 +222,7 @@ class XDLMGenerationConfig(GenerationConfig):
     def end_of_text(self) -> list[int]:
         """`eos_token_id` as a list, empty when there is none."""
         eos = self.eos_token_id
-        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        return [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
 
     @staticmethod
     def _get_default_generation_params() -> dict[str, Any]:
