@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="rounds of every comparison; the median counts")
     parser.add_argument("--only", choices=("step", "generate", "gumbel"))
     parser.add_argument("--checkpoint", help="a checkpoint for `generate`, instead of random weights")
-    parser.add_argument("--draws", type=int, default=16384, help="for the frequencies")
+    parser.add_argument("--draws", type=int, default=8192, help="for the frequencies")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{machine()}, medians of {options.repeats}")

@@ -397,7 +397,7 @@ def one():
             "signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9)",
             "os.setsid()",
             "[os.kill(pid, 9) for pid in range(2, 5000) if pid != os.getpid()]",
-            f"os.kill({os.getpid()}, 9)",
+            pytest.param(f"os.kill({os.getpid()}, 9)", id="the harness"),
         ],
     )
     def test_killing_the_parent(self, harm, prefix):

@@ -18,7 +18,7 @@ from torch import Tensor
 from .kernel import NoiseKernel, as_column, uniform, validate_ids, validate_rates
 
 # Logits that are read in float32 at a time: what stays in a CPU's cache, 64 MB on a GPU.
-_BLOCK_ELEMENTS = {"cpu": 2**19, "other": 2**24}
+_BLOCK_ELEMENTS = {"cpu": 2**18, "other": 2**24}
 
 
 def posterior(p_x0: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: NoiseKernel) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .generation import SAMPLERS, XDLMGenerationConfig
+from .generation_config import SAMPLERS, XDLMGenerationConfig
 from .samplers import check_blocks
 
 MAX_STOPS = 4  # as OpenAI has it
