@@ -53,7 +53,6 @@ _FROM_MODEL_CONFIG = ("mixing_ratio", "mask_token_id", "pad_token_id", "bos_toke
 # What a checkpoint stores about answers, and about filling, says nothing about a text that is given.
 _ABOUT_ANSWERS = ("max_new_tokens", "steps", "block_length", "reference_compat")
 _ABOUT_FILLING = (
-    "sampler",
     "block_length",
     "polish_steps",
     "confidence_threshold",
@@ -221,7 +220,7 @@ class XDLMGenerationMixin:
             tokenizer (*optional*): A fast tokenizer; needed for texts.
             attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): For ids, 0 at padding.
             generation_config, logits_processor, generator, streamer, kwargs:
-                As for `generate`. `steps` (by default 8) bounds the forward passes; at temperature 0 they end when a
+                As for `generate`. `steps` (by default 8) bounds the passes; at temperature 0 they end when a
                 step changes nothing. What a step may change is up to `refinement`: with the budget, at most
                 k / (1 - k) edits for each editable token, spread over the steps.
 
@@ -234,7 +233,9 @@ class XDLMGenerationMixin:
                 overlap, or an option does not fit.
         """
         _refuse_for_given_text("a revision is", kwargs, generation_config)
-        options = self._resolve_options(generation_config, kwargs, generator, _ABOUT_ANSWERS + _ABOUT_FILLING)
+        options = self._resolve_options(
+            generation_config, kwargs, generator, ("sampler", *_ABOUT_ANSWERS, *_ABOUT_FILLING)
+        )
         _check_revision(options)
         generator = _make_generator(generator, options.seed)
         if isinstance(text, Tensor):
@@ -609,7 +610,7 @@ def _check_revision(options: XDLMGenerationConfig) -> None:
     if options.sampler != "confidence":
         raise ValueError(f"sampler={options.sampler!r} cannot revise a text; leave it out.")
     for name in _ABOUT_FILLING:
-        if name != "sampler" and getattr(options, name) is not None:
+        if getattr(options, name) is not None:
             raise ValueError(f"{name}={getattr(options, name)} is about filling holes, and a revision fills none.")
     if not make_refinement(options).edits:
         raise ValueError(

@@ -94,12 +94,13 @@ class XDLMGenerationConfig(GenerationConfig):
             The same for the n surest holes, n the largest with (n + 1) (1 - confidence of the n-th) < factor.
         early_stop (`bool`, *optional*):
             Whether a row leaves the batch at its first end-of-text token, when no hole is left before it and the step
-            changed nothing there. By default only without refinement, where this cannot change the answer.
+            changed nothing there. By default only without refinement and re-masking, where this cannot change the
+            answer.
         use_cache (`str`, *optional*):
             `"prefix"` computes the current block and what follows it, `"dual"` the block alone; keys and values of the
             rest are those of the last whole pass. Faster, and an approximation.
         cache_refresh (`int`, *optional*):
-            Steps from one whole pass to the next; by default only where a block begins. 1 is exact.
+            Steps from one whole pass to the next; by default only where a block or the polishing begins. 1 is exact.
         refinement (`str`, *optional*):
             What a step may take back: `"budget"` (Algorithm 1, the default for k > 0), `"threshold"` (every
             disagreement of confidence `edit_threshold`), `"remask_cap"`, `"remask_rescale"`, `"remask_confidence"`
