@@ -101,24 +101,67 @@ def test_an_edited_position_is_computed_again(mode):
     edited = ids.clone()
     edited[0, 2], edited[1, 1], edited[1, 5], edited[2, 7] = 401, 402, 403, 404
     columns, valid, open_columns = plan.columns(edited, (6, 9), True)
-    assert columns[:, :3].tolist() == [[6, 7, 8]] * 3 and open_columns == 5
-    assert columns[:, 3:5].tolist() == [[2, 6], [1, 5], [6, 6]]
-    assert valid[:, 3:].tolist() == [[True, False], [True, True], [False, False]]
+    assert columns[:, 2:5].tolist() == [[6, 7, 8]] * 3 and open_columns == 5
+    assert columns[:, :2].tolist() == [[2, 8], [1, 5], [8, 8]]
+    assert valid[:, :2].tolist() == [[True, False], [True, True], [False, False]] and valid[:, 2:].all()
     assert columns.shape[1] == (8 if mode == "prefix" else 5)
     step = model(edited.gather(1, columns), position_ids=columns, past_key_values=cache.at(columns)).logits
     exact = model(edited).logits.gather(1, columns[..., None].expand(-1, -1, step.shape[-1]))
     assert torch.allclose(step, exact, atol=1e-5)
     stale = CanvasCache(1)
     model(ids, past_key_values=stale.at(None))
-    window = columns[:, :3]
+    window = columns[:, 2:5]
     wrong = model(edited.gather(1, window), position_ids=window, past_key_values=stale.at(window)).logits
-    assert not torch.allclose(wrong[:2], exact[:2, :3], atol=1e-3)  # what it would be without
+    assert not torch.allclose(wrong[:2], exact[:2, 2:5], atol=1e-3)  # what it would be without
 
 
 def test_whole_passes_come_when_a_block_begins_and_when_due():
     ids, plan = torch.zeros(1, 20, dtype=torch.long), RefreshPlan("dual", 3)
     whole = [plan.columns(ids, block, False) is None for block in [(0, 8)] * 7 + [(8, 16)] * 2]
     assert whole == [True, False, False, True, False, False, True, True, False]
+    assert plan.columns(ids, (8, 16), False, polishing=True) is None
+
+
+def test_a_polished_row_gets_what_it_gets_alone(model):
+    """Rows of one block that are full at different steps, and settle at different ones."""
+    options = {
+        "use_cache": "prefix", "cache_refresh": 2, "mixing_ratio": 0.7, "polish_steps": 9, "block_length": 32,
+        "confidence_threshold": 0.08, "steps": 32,
+    }  # fmt: skip
+    inputs = prompts("left")
+    batch = generate(model, inputs, **options)
+    passes = []
+    for row in range(3):
+        text = inputs["input_ids"][row : row + 1, inputs["attention_mask"][row].bool()]
+        alone = generate(model, {"input_ids": text}, **options)
+        assert alone.sequences[0, -32:].equal(batch.sequences[row, -32:])
+        passes.append(alone.num_forward_passes)
+    assert batch.row_forward_passes.tolist() == passes and len(set(passes)) > 1
+
+
+@pytest.mark.gpu
+def test_layers_on_several_devices_take_columns_and_rows_of_another():
+    layer = CanvasLayer()
+    layer.update(torch.zeros(2, 1, 6, 4, device="cuda"), torch.zeros(2, 1, 6, 4, device="cuda"))
+    layer.columns = torch.tensor([[1, 4], [0, 5]])
+    keys, _ = layer.update(torch.ones(2, 1, 2, 4, device="cuda"), torch.ones(2, 1, 2, 4, device="cuda"))
+    layer.batch_select_indices(torch.tensor([1]))
+    assert keys.sum() == 16 and layer.keys[0, 0, :, 0].tolist() == [1, 0, 0, 0, 0, 1]
+
+
+def test_equal_confidences_take_the_lower_position_also_with_a_cache():
+    plan, ids = RefreshPlan("dual", None), torch.zeros(1, 12, dtype=torch.long)
+    plan.columns(ids, (4, 8), True)
+    columns, _, _ = plan.columns(ids.index_fill(1, torch.tensor([1, 3]), 5), (4, 8), True)
+    assert columns.tolist() == [[1, 3, 4, 5, 6, 7]]
+
+
+def test_gradient_checkpointing_in_training_mode_keeps_no_cache():
+    model = one_layer()
+    model.gradient_checkpointing_enable()
+    generate(model, prompts("left"), use_cache="dual")
+    with pytest.raises(ValueError, match=r"use_cache='dual': gradient checkpointing keeps no cache.*model.eval\(\)"):
+        generate(model.train(), prompts("left"), use_cache="dual")
 
 
 def test_rows_leave_the_cache_too(model):

@@ -370,6 +370,25 @@ def test_a_row_leaves_at_its_end_and_the_answers_are_the_same():
     assert early.tokens_per_forward.tolist() == [1.0, 1.0]
 
 
+def test_with_remasking_no_row_leaves_by_default():
+    """A token before the end may still become a hole: leaving would change the answer."""
+    model = small_model()
+    options = {
+        "max_new_tokens": 16,
+        "steps": 8,
+        "refinement": "remask_rescale",
+        "remask_rate": 0.9,
+        "eos_token_id": list(range(0, 20, 2)),
+        "return_dict_in_generate": True,
+    }
+    changed = []
+    for seed in range(20):
+        by_default, late, early = (model.generate(**options, seed=seed, early_stop=x) for x in (None, False, True))
+        assert by_default.sequences.equal(late.sequences) and by_default.num_forward_passes == 8
+        changed.append(not early.sequences.equal(late.sequences))
+    assert any(changed)
+
+
 def test_with_refinement_a_row_leaves_early_only_when_told_to():
     model = small_model()
     options = {
@@ -515,6 +534,12 @@ def test_a_checkpoints_autoregressive_options_are_dropped_and_said(tmp_path, cap
         ({"polish_steps": 2}, r"polish_steps=2 only edit, and mixing_ratio=0 edits nothing"),
         ({"polish_steps": 2, "refinement": "none"}, r"polish_steps=2 only edit, and refinement='none' edits nothing"),
         ({"max_edits_per_token": 0}, r"max_edits_per_token=0 must be a positive integer"),
+        ({"eos_token_id": "</s>"}, r"eos_token_id='</s>' must be an integer or a list of integers"),
+        ({"eos_token_id": [1.5]}, r"eos_token_id=\[1.5\] must be an integer or a list"),
+        (
+            {"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.tensor([[1, 2]])},
+            r"attention_mask holds 2; it must be 1 at text and 0 at padding",
+        ),
         ({"reference_compat": True, "confidence_threshold": 0.9}, r"has no option confidence_threshold=0.9"),
         ({"sampler": "ancestral", "temperature": 0.0}, r"temperature=0.0 must be positive"),
         ({"reference_compat": True, "mixing_ratio": 1.0}, r"mixing_ratio=1 has no released sampler"),
@@ -589,3 +614,35 @@ def test_stored_options_give_way_to_the_sampler_the_call_chooses():
         model.generate(sampler="ancestral", block_length=2)
     with pytest.raises(ValueError, match="top_k=2.*temperature=0 draws nothing"):
         model.generate(temperature=0.0, top_k=2)
+
+
+@pytest.mark.parametrize(
+    "stored, call",
+    [
+        ({"use_cache": "dual", "cache_refresh": 4}, {"use_cache": False}),
+        ({"refinement": "threshold", "edit_threshold": 0.9, "polish_steps": 2}, {"refinement": "none"}),
+        ({"refinement": "remask_cap", "remask_rate": 0.1}, {"refinement": "budget", "mixing_ratio": 0.1}),
+        ({"refinement": "budget", "mixing_ratio": 0.1, "polish_steps": 2}, {"mixing_ratio": 0.0}),
+        ({"confidence_threshold": 0.9, "use_cache": "dual"}, {"reference_compat": True}),
+        ({"confidence_threshold": 0.9}, {"remasking": "random", "seed": 1}),
+        ({"remasking": "random"}, {"confidence_threshold": 0.9}),
+        ({"temperature": 0.0}, {"sampler": "ancestral", "seed": 1}),
+    ],
+)
+def test_stored_options_give_way_to_what_the_call_chooses(stored, call):
+    model = small_model()
+    without = model.generate(steps=4, max_new_tokens=8, **call)
+    model.generation_config = XDLMGenerationConfig(steps=4, max_new_tokens=8, **stored)
+    assert model.generate(**call).equal(without)
+
+
+def test_a_stored_remasking_stays_where_nothing_contradicts_it():
+    model = small_model()
+    model.generation_config = XDLMGenerationConfig(remasking="random")
+    assert model._resolve_options(None, {}).remasking == "random"
+
+
+def test_a_tiny_temperature_is_greedy_also_with_filters(model, prompt):
+    options = {"max_new_tokens": 8, "steps": 4}
+    cold = model.generate(**prompt, **options, temperature=1e-39, top_p=0.9, top_k=5)
+    assert cold.equal(model.generate(**prompt, **options))

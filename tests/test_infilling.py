@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from xdlm_hf import XDLMGenerationConfig
 from xdlm_hf.data import train_tokenizer
 from xdlm_hf.spans import position_mask
 
@@ -85,6 +86,21 @@ def test_blocks_without_holes_cost_nothing(model, text):
     assert out.tokens_per_forward.tolist() == [1.0, 1.0, 1.0]
 
 
+def test_holes_are_those_of_the_text_whatever_the_number_of_answers(model, text, holes):
+    once = model.generate(**text, holes=holes)
+    assert model.generate(**text, holes=holes, num_return_sequences=2).equal(once.repeat_interleave(2, 0))
+
+
+def test_what_a_checkpoint_stores_about_answers_says_nothing_about_a_text(model, text, holes, monkeypatch):
+    filled = model.generate(**text, holes=holes)
+    revised = model.revise(text["input_ids"], attention_mask=text["attention_mask"], mixing_ratio=0.5)
+    stored = {"max_new_tokens": 64, "steps": 32, "block_length": 32}
+    monkeypatch.setattr(model, "generation_config", XDLMGenerationConfig(**stored, confidence_threshold=0.9))
+    assert model.revise(text["input_ids"], attention_mask=text["attention_mask"], mixing_ratio=0.5).equal(revised)
+    monkeypatch.setattr(model, "generation_config", XDLMGenerationConfig(**stored, reference_compat=True))
+    assert model.generate(**text, holes=holes).equal(filled)
+
+
 def test_spans_are_columns_of_every_row(model, text):
     mask = torch.zeros(3, 12, dtype=torch.bool)
     mask[:, 4:6] = mask[:, 10:12] = True
@@ -108,7 +124,9 @@ def test_spans_are_columns_of_every_row(model, text):
         ([(5, 6)], {"max_new_tokens": 8}, r"max_new_tokens=8: holes are about the text given"),
         ([(5, 6)], {"reference_compat": True}, r"reference_compat=True: the released sampler knows only answers"),
         ([(5, 6)], {"stopping_criteria": [lambda ids, scores: True]}, r"stopping_criteria end an answer"),
-        ([(5, 6)], {"steps": 13}, r"steps=13 is more than"),
+        ([(5, 6)], {"steps": 13}, r"steps=13 is more than text length=12"),
+        ([(5, 6)], {"block_length": 5}, r"block_length=5 does not divide text length=12"),
+        ([(5, 6)], {"generation_config": XDLMGenerationConfig(reference_compat=True)}, r"reference_compat=True: the"),
     ],
 )
 def test_bad_holes_are_refused(model, text, holes, options, message):
@@ -154,6 +172,37 @@ def test_a_text_comes_back_as_text_and_only_its_spans_change(model, tokenizer):
         edit_threshold=1e-3, steps=2,
     )  # fmt: skip
     assert several[1] == "no other" and several[0].startswith(text[:first])
+    twice = model.revise(
+        text, editable=[(first, end)], tokenizer=tokenizer, refinement="threshold", edit_threshold=1e-3, steps=2,
+        num_return_sequences=2,
+    )  # fmt: skip
+    assert twice == [revised, revised]
+
+
+@pytest.mark.parametrize("given", [{"generation_config": XDLMGenerationConfig(steps=2)}, {"steps": 2}])
+def test_steps_bound_a_revision_wherever_they_come_from(model, text, given):
+    options = {"mixing_ratio": 0.9, "return_dict_in_generate": True}
+    assert model.revise(text["input_ids"], **given, **options).num_forward_passes == 2
+    assert model.revise(text["input_ids"], steps=None, **options).num_forward_passes == 8
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_is_revised_as_it_is_alone(model, text, side):
+    ids, mask = text["input_ids"], text["attention_mask"]
+    mask = mask if side == "left" else mask.flip(1)
+    policy = {"refinement": "threshold", "edit_threshold": 0.01, "max_edits_per_token": 2, "steps": 6}
+    batch = model.revise(ids, attention_mask=mask, **policy)
+    for row in range(3):
+        alone = model.revise(ids[row : row + 1, mask[row].bool()], **policy)
+        assert alone[0].equal(batch[row, mask[row].bool()])
+    assert not batch.equal(ids) and batch[mask == 0].equal(ids[mask == 0])
+
+
+def test_an_empty_text_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="the text is empty, there is nothing to fill or to revise"):
+        model.revise("", tokenizer=tokenizer, mixing_ratio=0.5)
+    with pytest.raises(ValueError, match="the text is empty"):
+        model.generate(holes=[])
 
 
 @pytest.mark.parametrize(
@@ -164,6 +213,10 @@ def test_a_text_comes_back_as_text_and_only_its_spans_change(model, tokenizer):
         ({"editable": [(2, 99)]}, r"editable: span \(2, 99\) lies outside the text"),
         ({"max_new_tokens": 4}, r"max_new_tokens=4: a revision is about the text given"),
         ({"sampler": "ancestral"}, r"sampler='ancestral' cannot revise"),
+        (
+            {"generation_config": XDLMGenerationConfig(reference_compat=True)},
+            r"reference_compat=True: the released sampler knows only answers, and a revision is about a text",
+        ),
         ({"polish_steps": 2}, r"polish_steps=2 is about filling holes"),
         ({"thoughts": 2}, r"generate\(\) has no option thoughts=2"),
     ],

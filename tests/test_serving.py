@@ -15,12 +15,12 @@ pytest.importorskip("prometheus_client", reason="serving needs the extra `serve`
 pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
 openai = pytest.importorskip("openai", reason="the tests of the server use OpenAI's client")
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, serving  # noqa: E402
+from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, XDLMGenerationConfig, serving  # noqa: E402
 from xdlm_hf.data import train_tokenizer  # noqa: E402
 from xdlm_hf.serving import ServerSettings, main  # noqa: E402
 from xdlm_hf.serving_answers import Answer  # noqa: E402
 from xdlm_hf.serving_engine import Engine, Job  # noqa: E402
-from xdlm_hf.serving_requests import Defaults, Limits, parse  # noqa: E402
+from xdlm_hf.serving_requests import Defaults, Limits, RequestError, parse  # noqa: E402
 
 NAME = "tiny"
 
@@ -337,6 +337,7 @@ def test_refusals_name_the_field_and_the_remedy(server, change, message):
     [
         ([], "messages must be a list of at least one"),
         ([{"role": "tool", "content": "x"}], r"messages[0] must be an object whose role is one of"),
+        ([{"role": {"a": 1}, "content": "x"}], r"messages[0] must be an object whose role is one of"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content must be a string or a list of"),
         ([{"role": "assistant", "tool_calls": [1]}], "messages[0].tool_calls is not supported"),
     ],
@@ -481,6 +482,24 @@ def test_what_goes_into_one_batch(model, tokenizer):
     assert batch(job(6), job()) == [0]  # too large for any batch, so a batch of its own
     assert batch(job(seed=1), job(seed=1), job()) == [0]
     assert batch(job(), job(seed=1), job(user="other"), job(stop="x")) == [0, 2, 3]
+
+
+def test_what_fits_a_request_depends_on_what_the_checkpoint_stores(model, tokenizer, monkeypatch):
+    def settings(stored, block_length=None, **change):
+        stored = XDLMGenerationConfig(**stored)
+        body = {"model": NAME, "prompt": "The", "max_tokens": 20} | change
+        defaults = Defaults.of(stored, 16, block_length, 1)
+        asked = parse(body, False, NAME, tokenizer, model.config, Limits(), defaults).settings
+        monkeypatch.setattr(model, "generation_config", stored)
+        model.generate(**asked.options())
+        return asked
+
+    assert settings({"block_length": 8}).max_new_tokens == 24
+    assert settings({"sampler": "ancestral"}, 8, top_p=0.9).block_length is None
+    assert settings({"sampler": "ancestral"}, 8, sampler="confidence").max_new_tokens == 24
+    assert settings({"temperature": 0.7}, top_p=0.9).top_p == 0.9
+    with pytest.raises(RequestError, match="top_p=0.9 filters a draw and needs a temperature above 0"):
+        settings({"temperature": 0.7}, top_p=0.9, temperature=0)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -33,13 +33,15 @@ class CanvasLayer(CacheLayerMixin):
             # contiguous(): a view of the projection's output would be kept whole, and written through.
             self.keys, self.values = key_states.contiguous(), value_states.contiguous()
         else:
-            where = self.columns[:, None, :, None].expand_as(key_states)
+            # Layers may lie on several devices.
+            where = self.columns.to(key_states.device)[:, None, :, None].expand_as(key_states)
             self.keys.scatter_(2, where, key_states)
             self.values.scatter_(2, where, value_states)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows of the batch, (rows,)."""
+        indices = indices.to(self.keys.device)
         self.keys, self.values = self.keys[indices], self.values[indices]
 
     def get_seq_length(self) -> int:
@@ -78,57 +80,62 @@ class CanvasCache(Cache):
 class RefreshPlan:
     """Which columns each step computes.
 
-    A whole pass where a block begins and every `refresh` steps; between them the window, which is the block and, with
-    "prefix", everything behind it, and the columns outside the window that the whole pass made the sampler edit: their
-    keys and values are those of another token until they are computed again.
+    A whole pass where a block or the polishing begins and every `refresh` steps; between them the window, which is the
+    block and, with "prefix", everything behind it, and the columns outside the window that the whole pass made the
+    sampler edit: their keys and values are those of another token until they are computed again.
 
     Args:
         mode: "prefix" or "dual".
-        refresh: Steps from one whole pass to the next; None refreshes only where a block begins.
+        refresh: Steps from one whole pass to the next; None refreshes only where a block or the polishing begins.
     """
 
     def __init__(self, mode: str, refresh: int | None):
         self.mode, self.refresh = mode, refresh
-        self._block: tuple[int, int] | None = None
+        self._stage: tuple[tuple[int, int], bool] | None = None
         self._age = 0
         self._before: Tensor | None = None  # (B, T) ids of the last whole pass, until its edits are known
         self._edited: tuple[Tensor, Tensor] | None = None
 
-    def columns(self, ids: Tensor, block: tuple[int, int], may_edit: bool) -> tuple[Tensor, Tensor, int] | None:
+    def columns(
+        self, ids: Tensor, block: tuple[int, int], may_edit: bool, polishing: bool = False
+    ) -> tuple[Tensor, Tensor, int] | None:
         """What a step on `ids` (B, T) in the columns [first, end) of `block` computes.
 
         Returns:
             None for a whole pass; else the columns (B, A), whether each counts (a row with fewer columns than another
             repeats one that does not), and how many of them, from the left, may change in this step.
         """
-        if block != self._block or (self.refresh is not None and self._age >= self.refresh):
-            self._block, self._age, self._before, self._edited = block, 1, ids, None
+        # Polishing is a stage of its own also in the same columns: when it begins depends on how long other rows took.
+        stage = (block, polishing)
+        if stage != self._stage or (self.refresh is not None and self._age >= self.refresh):
+            self._stage, self._age, self._before, self._edited = stage, 1, ids, None
             return None
         self._age += 1
         first, end = block
         last = ids.shape[1] if self.mode == "prefix" else end
         if self._edited is None:
-            self._edited = self._find_edited(ids, first, last, may_edit)
+            self._edited = self._find_edited(ids, block, last, may_edit)
         edited, counts = self._edited
         window = torch.arange(first, last, device=ids.device).expand(ids.shape[0], -1)
         inner, suffix = window[:, : end - first], window[:, end - first :]
-        columns = torch.cat([inner, edited, suffix], dim=1)
-        valid = torch.cat([torch.ones_like(inner, dtype=torch.bool), counts], dim=1)
+        # From left to right, as without a cache: of equal confidences the lower position wins.
+        columns = torch.cat([edited, inner, suffix], dim=1)
+        valid = torch.cat([counts, torch.ones_like(inner, dtype=torch.bool)], dim=1)
         return columns, valid, valid.shape[1]
 
-    def _find_edited(self, ids: Tensor, first: int, last: int, may_edit: bool) -> tuple[Tensor, Tensor]:
-        """Columns outside [first, last) that changed since the whole pass, (B, E), and which of them count.
+    def _find_edited(self, ids: Tensor, block: tuple[int, int], last: int, may_edit: bool) -> tuple[Tensor, Tensor]:
+        """Columns outside [first of the block, last) that changed since the whole pass, (B, E), and which count.
 
         One wait for the device, for E, once per whole pass.
         """
         changed = ids != self._before
-        changed[:, first:last] = False
+        changed[:, block[0] : last] = False
         self._before = None
         most = int(changed.sum(-1).max()) if may_edit else 0
         order = changed.long().argsort(dim=-1, descending=True, stable=True)[:, :most]
         valid = changed.gather(1, order)
-        # What does not count repeats a column of the window, so that its keys are written twice with one value.
-        return torch.where(valid, order, first), valid
+        # What does not count repeats the block's last column, so that its keys are written twice with one value.
+        return torch.where(valid, order, block[1] - 1), valid
 
     def select(self, rows: Tensor) -> None:
         """Keep some rows of the batch, (rows,)."""

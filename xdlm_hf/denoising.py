@@ -56,7 +56,7 @@ class Network:
         # Guidance runs two streams, and each has its own keys and values.
         self.caches = [CanvasCache(model.config.n_layers) for _ in range(2)] if options.use_cache else [None, None]
 
-    def logits(self, ids: Tensor, request: Request, block: tuple[int, int], may_edit: bool) -> tuple[Tensor, Request]:
+    def logits(self, ids: Tensor, request: Request, sampler: Sampler) -> tuple[Tensor, Request]:
         """What a step asked for, and for which positions it could be had: with a cache, those computed in this step.
 
         Logits of columns are (R, C, N), of a mask (M, N), in the model's dtype; guided, processed or suppressed ones in
@@ -68,7 +68,8 @@ class Network:
             return torch.empty(0, self.model.config.embedding_size, device=ids.device), request
         columns = None
         if self.plan is not None:
-            planned = self.plan.columns(ids, block, may_edit)
+            i = request.i
+            planned = self.plan.columns(ids, sampler.block(i), sampler.may_edit, sampler.polishing(i))
             if planned is not None:
                 columns, valid, open_columns = planned
                 request = replace(request, positions=columns[:, :open_columns], valid=valid)
@@ -129,13 +130,13 @@ class Finished:
         options: A resolved `XDLMGenerationConfig`.
         criteria: The user's, asked after each block.
         answer: (B, T) bool, where an end-of-text token counts; None: nowhere.
-        may_edit: Whether a token once filled may still change.
+        may_change: Whether a token once filled may still change.
 
     Raises:
         ValueError: If there are criteria and no padding token for what follows the end.
     """
 
-    def __init__(self, options: Any, criteria: StoppingCriteriaList | None, answer: Tensor | None, may_edit: bool):
+    def __init__(self, options: Any, criteria: StoppingCriteriaList | None, answer: Tensor | None, may_change: bool):
         self.options, self.answer = options, answer
         self.criteria = StoppingCriteriaList(criteria) if criteria else None
         self.ends: Tensor | None = None  # (B,) column after which a row is padding
@@ -144,7 +145,7 @@ class Finished:
         pads = bool(options.end_of_text) and options.pad_token_id is not None and not options.reference_compat
         self.cuts = pads and answer is not None
         # Where tokens may still change, leaving at end-of-text is a choice that can change the text.
-        wanted = (not may_edit) if options.early_stop is None else options.early_stop
+        wanted = (not may_change) if options.early_stop is None else options.early_stop
         self.leaves_at_end_of_text = self.cuts and wanted and options.sampler == "confidence"
 
     def after_block(self, ids: Tensor, rows: Tensor, block_end: int) -> Tensor:
@@ -239,7 +240,7 @@ def denoise(
         before, passes = canvas, network.num_forward_passes
         working = sampler.working_rows(canvas, i)
         # 2.
-        logits, request = network.logits(canvas.ids, request, sampler.block(i), sampler.may_edit)
+        logits, request = network.logits(canvas.ids, request, sampler)
         # 3.
         canvas = sampler.step(canvas, logits, request)
         progress.passes[progress.rows] += working * (network.num_forward_passes - passes)
@@ -274,6 +275,9 @@ def _done(
     done = None
     if block_end is not None and finished.criteria:
         done = finished.after_block(progress.canvas.ids, progress.rows, block_end)
+    settled = sampler.settled_rows(before, after, i)
+    if settled is not None:
+        done = settled if done is None else done | settled
     if finished.leaves_at_end_of_text and (sampler.adaptive or i % _STEPS_BETWEEN_CHECKS == 0 or block_end is not None):
         ended = finished.at_end_of_text(before, after, progress.rows)
         done = ended if done is None else done | ended

@@ -8,7 +8,7 @@ Shapes: B batch, P prompt or given text, T whole length (prompt and answer), N r
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput, logging
 
 from .cache import check_cache_attention
 from .denoising import Finished, Network, denoise
-from .generation_config import CONFIDENCE_ONLY, XDLMGenerationConfig, unknown_options
+from .generation_config import BEYOND_REFERENCE, CONFIDENCE_ONLY, XDLMGenerationConfig, unknown_options
 from .kernel import NoiseKernel, validate_ids
 from .refinement import (
     BudgetRefinement,
@@ -41,6 +41,7 @@ from .samplers import (
     ReferenceAncestralSampler,
     ReferenceConfidenceSampler,
     Sampler,
+    check_blocks,
 )
 from .schedules import get_schedule
 from .spans import Spans, character_mask, check_disjoint, position_mask
@@ -49,6 +50,15 @@ logger = logging.get_logger(__name__)
 
 # What a checkpoint's config.json says when no generation config does.
 _FROM_MODEL_CONFIG = ("mixing_ratio", "mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
+# What a checkpoint stores about answers, and about filling, says nothing about a text that is given.
+_ABOUT_ANSWERS = ("max_new_tokens", "steps", "block_length", "reference_compat")
+_ABOUT_FILLING = (
+    "block_length",
+    "polish_steps",
+    "confidence_threshold",
+    "confidence_factor",
+    "refinement_off_steps",
+)
 
 
 @dataclass
@@ -95,6 +105,11 @@ class _Task:
     @property
     def length(self) -> int:
         return self.ids.shape[1] - self.start
+
+    def repeated(self, times: int) -> "_Task":
+        """Each row `times` times, one behind the other."""
+        names = ("ids", "attention_mask", "generated", "holes")
+        return replace(self, **{name: getattr(self, name).repeat_interleave(times, 0) for name in names})
 
 
 class XDLMGenerationMixin:
@@ -160,7 +175,8 @@ class XDLMGenerationMixin:
             _refuse_for_given_text("holes are", kwargs, generation_config)
             if stopping_criteria:
                 raise ValueError("stopping_criteria end an answer, and holes are filled in a text; leave them out.")
-        options = self._resolve_options(generation_config, kwargs, generator)
+        unfit = () if holes is None else _ABOUT_ANSWERS
+        options = self._resolve_options(generation_config, kwargs, generator, unfit)
         generator = _make_generator(generator, options.seed)
         input_ids, attention_mask = self._prepare_prompt(input_ids, attention_mask, options, holes is None)
         # 2.
@@ -171,6 +187,8 @@ class XDLMGenerationMixin:
             task = _Task(input_ids, attention_mask, positions, positions, 0, open_ended=False)
         if options.steps is None:
             options.steps = _default_steps(task, options.block_length)
+        if holes is not None and options.sampler == "confidence":
+            check_blocks(options.steps, task.length, options.block_length or task.length, "text length")
         sampler = self._make_sampler(options, task, generator)
         # 3. and 4.
         return self._run(task, sampler, options, logits_processor, stopping_criteria, streamer)
@@ -202,19 +220,22 @@ class XDLMGenerationMixin:
             tokenizer (*optional*): A fast tokenizer; needed for texts.
             attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): For ids, 0 at padding.
             generation_config, logits_processor, generator, streamer, kwargs:
-                As for `generate`. `steps` (by default 8) bounds the forward passes; at temperature 0 they end when a
+                As for `generate`. `steps` (by default 8) bounds the passes; at temperature 0 they end when a
                 step changes nothing. What a step may change is up to `refinement`: with the budget, at most
                 k / (1 - k) edits for each editable token, spread over the steps.
 
         Returns:
-            In the form of `text`, or, with `return_dict_in_generate=True`, a [`DiffusionGenerateOutput`].
+            In the form of `text`, a list where one `str` has several answers; with `return_dict_in_generate=True` a
+            [`DiffusionGenerateOutput`].
 
         Raises:
             ValueError: If the policy edits nothing (k = 0 without `refinement="threshold"`), spans leave the text or
                 overlap, or an option does not fit.
         """
         _refuse_for_given_text("a revision is", kwargs, generation_config)
-        options = self._resolve_options(generation_config, {"steps": 8, **kwargs}, generator)
+        options = self._resolve_options(
+            generation_config, kwargs, generator, ("sampler", *_ABOUT_ANSWERS, *_ABOUT_FILLING)
+        )
         _check_revision(options)
         generator = _make_generator(generator, options.seed)
         if isinstance(text, Tensor):
@@ -229,13 +250,17 @@ class XDLMGenerationMixin:
             ids, attention_mask, open_, closed = self._tokenized(text, editable, locked, tokenizer, options)
         task = _Task(ids, attention_mask, open_ & ~closed, torch.zeros_like(open_), 0, open_ended=False)
         polishing = copy.copy(options)
-        polishing.steps, polishing.polish_steps = 0, options.steps
+        polishing.steps, polishing.polish_steps = 0, options.steps or 8
         sampler = self._make_sampler(polishing, task, generator)
         output = self._run(task, sampler, options, logits_processor, None, streamer)
         if isinstance(text, Tensor) or options.return_dict_in_generate:
             return output
-        texts = [tokenizer.decode(row[mask.bool()]) for row, mask in zip(output, attention_mask, strict=True)]
-        return texts[0] if isinstance(text, str) else texts
+        masks = attention_mask.bool().repeat_interleave(options.num_return_sequences, 0)
+        texts = [
+            tokenizer.decode(row[mask], clean_up_tokenization_spaces=False)
+            for row, mask in zip(output, masks, strict=True)
+        ]
+        return texts[0] if isinstance(text, str) and len(texts) == 1 else texts
 
     def _tokenized(
         self, text: str | Sequence[str], editable: Any, locked: Any, tokenizer: Any, options: XDLMGenerationConfig
@@ -254,8 +279,6 @@ class XDLMGenerationMixin:
         attention_mask = torch.zeros_like(ids)
         for row, tokens in enumerate(encoding["input_ids"]):
             ids[row, : len(tokens)], attention_mask[row, : len(tokens)] = torch.tensor(tokens), 1
-        options = copy.copy(options)
-        options.num_return_sequences = 1
         ids, attention_mask = self._prepare_prompt(ids, attention_mask, options, False)
         spans = {"editable": editable, "locked": locked}
         masks = {
@@ -277,8 +300,9 @@ class XDLMGenerationMixin:
         streamer: Any,
     ) -> Tensor | DiffusionGenerateOutput:
         """Denoise a task, watched by history and streamer, and put the output together."""
+        task = task.repeated(options.num_return_sequences)
         answer = task.generated if task.open_ended else None
-        finished = Finished(options, criteria, answer, sampler.may_edit or not isinstance(sampler, ConfidenceSampler))
+        finished = Finished(options, criteria, answer, sampler.may_edit or sampler.may_remask)
         canvas = sampler.begin(task.ids, task.generated, task.holes)
         prompt = task.attention_mask.bool() & ~task.generated
         network = Network(self, task.attention_mask, prompt, options, processors)
@@ -304,8 +328,9 @@ class XDLMGenerationMixin:
         given: XDLMGenerationConfig | None,
         kwargs: dict[str, Any],
         generator: torch.Generator | None = None,
+        unfit: tuple[str, ...] = (),
     ) -> XDLMGenerationConfig:
-        """Call keywords over the config given, over the model's, over the defaults; then checked."""
+        """Call keywords over the config given, over the model's but for `unfit`, over the defaults; then checked."""
         unknown = {name: value for name, value in kwargs.items() if name not in XDLMGenerationConfig.OPTIONS}
         if unknown:
             raise ValueError(unknown_options(unknown))
@@ -315,13 +340,11 @@ class XDLMGenerationMixin:
         defaults = XDLMGenerationConfig._get_default_generation_params()
         defaults |= {name: getattr(self.config, name, None) for name in _FROM_MODEL_CONFIG}
         for name in XDLMGenerationConfig.OPTIONS:
-            stored = (getattr(layer, name, None) for layer in (given, self.generation_config))
-            values = [kwargs.get(name), *stored, defaults.get(name)]
+            stored = None if name in unfit else getattr(self.generation_config, name, None)
+            values = [kwargs.get(name), getattr(given, name, None), stored, defaults.get(name)]
             setattr(options, name, next((copy.copy(value) for value in values if value is not None), None))
-        # What the checkpoint stores gives way where the call chose what it does not fit; None cannot unset it.
-        for name in _without_effect(options, generator):
-            if kwargs.get(name) is None and getattr(given, name, None) is None:
-                setattr(options, name, None)
+        chosen = {n for n in XDLMGenerationConfig.OPTIONS if (kwargs.get(n), getattr(given, n, None)) != (None, None)}
+        _drop_stored(options, chosen, generator)
         options.validate()
         if options.pad_token_id is None:
             options.pad_token_id = next(iter(options.end_of_text), None)
@@ -340,6 +363,11 @@ class XDLMGenerationMixin:
             raise ValueError(f"cfg_scale={options.cfg_scale} masks the prompt and needs a mask_token_id.")
         if options.use_cache:
             check_cache_attention(self.config._attn_implementation)
+            if self.training and self.is_gradient_checkpointing:
+                raise ValueError(
+                    f"use_cache={options.use_cache!r}: gradient checkpointing keeps no cache in training mode; call "
+                    "model.eval() first."
+                )
         if options.refinement == "budget" and options.mixing_ratio == 0:
             raise ValueError("refinement='budget' allows k / (1 - k) edits, none at mixing_ratio=0; pass a larger one.")
         if options.polish_steps and options.refinement is None and options.mixing_ratio == 0:
@@ -365,7 +393,7 @@ class XDLMGenerationMixin:
         options: XDLMGenerationConfig,
         adds_answer: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Prompts and their mask, each row `num_return_sequences` times, on the device of the embedding."""
+        """Prompts and their mask, on the device of the embedding."""
         device = self.get_input_embeddings().weight.device
         if input_ids is None:
             if attention_mask is not None:
@@ -380,12 +408,17 @@ class XDLMGenerationMixin:
                 f"input_ids must be integers of shape (B, P) with B >= 1, got {tuple(input_ids.shape)} "
                 f"{input_ids.dtype}."
             )
+        if not adds_answer and input_ids.shape[1] == 0:
+            raise ValueError("the text is empty, there is nothing to fill or to revise; pass at least one token.")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask of shape {tuple(attention_mask.shape)} must have the shape of input_ids, "
                 f"{tuple(input_ids.shape)}."
             )
+        strange = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
+        if strange.numel():  # positions are counted by it
+            raise ValueError(f"attention_mask holds {strange[0].item()}; it must be 1 at text and 0 at padding.")
         validate_ids("input_ids", input_ids, self.config.embedding_size)
         limit = self.config.max_sequence_length
         if not adds_answer and input_ids.shape[1] > limit:
@@ -399,8 +432,7 @@ class XDLMGenerationMixin:
                 f"a prompt of {input_ids.shape[1]} and max_new_tokens={options.max_new_tokens} make {total} tokens, "
                 f"more than the model's max_sequence_length={limit}; shorten one of them."
             )
-        repeats = options.num_return_sequences
-        return (x.to(device).long().repeat_interleave(repeats, 0) for x in (input_ids, attention_mask))
+        return input_ids.to(device).long(), attention_mask.to(device).long()
 
     def _make_sampler(self, options: XDLMGenerationConfig, task: _Task, generator: torch.Generator | None) -> Sampler:
         common = {
@@ -482,7 +514,7 @@ class _Watcher:
             _check_streamer(streamer, options)
         self.streamer, self.finished, self.shown = streamer, finished, start
         # A block is final when it ends, unless a later step may still edit it.
-        self.in_blocks = isinstance(sampler, ConfidenceSampler) and not sampler.may_edit
+        self.in_blocks = not sampler.may_edit
         self._history: list[Tensor] | None = [] if options.output_history else None
 
     @property
@@ -570,14 +602,14 @@ def _refuse_for_given_text(what: str, kwargs: dict[str, Any], config: XDLMGenera
     given = kwargs.get("max_new_tokens") or getattr(config, "max_new_tokens", None)
     if given is not None:
         raise ValueError(f"max_new_tokens={given}: {what} about the text given, nothing is added; leave it out.")
-    if kwargs.get("reference_compat"):
+    if kwargs.get("reference_compat") or getattr(config, "reference_compat", None):
         raise ValueError(f"reference_compat=True: the released sampler knows only answers, and {what} about a text.")
 
 
 def _check_revision(options: XDLMGenerationConfig) -> None:
     if options.sampler != "confidence":
         raise ValueError(f"sampler={options.sampler!r} cannot revise a text; leave it out.")
-    for name in ("block_length", "polish_steps", "confidence_threshold", "confidence_factor", "refinement_off_steps"):
+    for name in _ABOUT_FILLING:
         if getattr(options, name) is not None:
             raise ValueError(f"{name}={getattr(options, name)} is about filling holes, and a revision fills none.")
     if not make_refinement(options).edits:
@@ -596,14 +628,37 @@ def _make_generator(generator: torch.Generator | None, seed: int | None) -> torc
     return torch.Generator().manual_seed(int(seed))
 
 
-def _without_effect(options: XDLMGenerationConfig, generator: torch.Generator | None) -> tuple[str, ...]:
-    """Options that contradict the sampler, the temperature or the generator chosen."""
-    contradicting: tuple[str, ...] = ()
+def _drop_stored(options: XDLMGenerationConfig, chosen: set[str], generator: torch.Generator | None) -> None:
+    """Unset what the checkpoint stores and what the call chose contradicts; the call could not: None unsets nothing."""
+
+    def drop(*names: str) -> None:
+        for name in names:
+            if name not in chosen:
+                setattr(options, name, None)
+
+    if options.reference_compat:
+        drop(*BEYOND_REFERENCE)
     if options.sampler == "ancestral":
-        contradicting += CONFIDENCE_ONLY
+        drop(*CONFIDENCE_ONLY)
+        if options.temperature == 0:
+            drop("temperature")
     elif not options.temperature:
-        contradicting += ("top_k", "top_p")
-    return contradicting + (("seed",) if generator is not None else ())
+        drop("top_k", "top_p")
+    if generator is not None:
+        drop("seed")
+    if not options.use_cache:
+        drop("cache_refresh")
+    if options.remasking == "random" and (options.confidence_threshold or options.confidence_factor):
+        drop(*(("confidence_threshold", "confidence_factor") if "remasking" in chosen else ("remasking",)))
+    if options.refinement == "budget" and options.mixing_ratio == 0:
+        drop("refinement")
+    policy = options.refinement or ("budget" if options.mixing_ratio else "none")
+    if policy != "threshold":
+        drop("edit_threshold")
+    if not policy.startswith("remask_"):
+        drop("remask_rate")
+    if policy not in ("budget", "threshold"):
+        drop("polish_steps")
 
 
 def _make_warp(options: XDLMGenerationConfig):

@@ -94,12 +94,13 @@ class XDLMGenerationConfig(GenerationConfig):
             The same for the n surest holes, n the largest with (n + 1) (1 - confidence of the n-th) < factor.
         early_stop (`bool`, *optional*):
             Whether a row leaves the batch at its first end-of-text token, when no hole is left before it and the step
-            changed nothing there. By default only without refinement, where this cannot change the answer.
+            changed nothing there. By default only without refinement and re-masking, where this cannot change the
+            answer.
         use_cache (`str`, *optional*):
             `"prefix"` computes the current block and what follows it, `"dual"` the block alone; keys and values of the
             rest are those of the last whole pass. Faster, and an approximation.
         cache_refresh (`int`, *optional*):
-            Steps from one whole pass to the next; by default only where a block begins. 1 is exact.
+            Steps from one whole pass to the next; by default only where a block or the polishing begins. 1 is exact.
         refinement (`str`, *optional*):
             What a step may take back: `"budget"` (Algorithm 1, the default for k > 0), `"threshold"` (every
             disagreement of confidence `edit_threshold`), `"remask_cap"`, `"remask_rescale"`, `"remask_confidence"`
@@ -175,6 +176,8 @@ class XDLMGenerationConfig(GenerationConfig):
             raise ValueError(f"seed={self.seed!r} must be an integer.")
         if not isinstance(self.early_stop, bool | None):
             raise ValueError(f"early_stop={self.early_stop!r} must be True or False.")
+        if not all(isinstance(token_id, Integral) for token_id in self.end_of_text):
+            raise ValueError(f"eos_token_id={self.eos_token_id!r} must be an integer or a list of integers.")
         for name, (check, range_) in _RANGES.items():
             value = getattr(self, name)
             if value is None:
@@ -220,7 +223,7 @@ class XDLMGenerationConfig(GenerationConfig):
     def end_of_text(self) -> list[int]:
         """`eos_token_id` as a list, empty when there is none."""
         eos = self.eos_token_id
-        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        return [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
 
     @staticmethod
     def _get_default_generation_params() -> dict[str, Any]:

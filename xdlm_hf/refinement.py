@@ -41,7 +41,7 @@ class Look:
 
     canvas: Canvas
     columns: Tensor  # int64
-    valid: Tensor | None  # bool, columns that count; the others repeat the first one. None: all count
+    valid: Tensor | None  # bool, columns that count; the others repeat the last one. None: all count
     ids: Tensor  # int64, current tokens
     holes: Tensor  # bool, holes of the current block
     editable: Tensor  # bool, filled by generation and open to change
@@ -67,9 +67,9 @@ class Look:
         return torch.full_like(self.conf_predicted, default) if kept is None else kept.gather(1, self.columns)
 
     def write(self, whole: Tensor, values: Tensor) -> Tensor:
-        """`whole` (B, T) with the values at the columns; what only fills a row up writes what the first column does."""
+        """`whole` (B, T) with the values at the columns; what only fills a row up writes what the last column does."""
         if self.valid is not None:
-            values = torch.where(self.valid, values, values[:, :1])
+            values = torch.where(self.valid, values, values[:, -1:])
         return whole.scatter(1, self.columns, values)
 
 
@@ -77,7 +77,7 @@ class Refinement(ABC):
     """Interface. Both methods return (B, C) bool."""
 
     edits = True  # False: never edits, so filled positions need no logits
-    polishes = True  # False: has nothing to do in steps that only refine
+    remasks = False  # True: filled tokens of the current block may become holes again
 
     @abstractmethod
     def edit(self, look: Look, fill: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Refinement(ABC):
 class NoRefinement(Refinement):
     """A token once filled stays: LLaDA's sampler, XDLM at k = 0."""
 
-    edits = polishes = False
+    edits = False
 
     def edit(self, look: Look, fill: Tensor) -> Tensor:
         return torch.zeros_like(fill)
@@ -179,7 +179,7 @@ class RemaskingRefinement(Refinement):
         rate: In (0, 1].
     """
 
-    edits = polishes = False
+    edits, remasks = False, True
 
     def __init__(self, schedule: str, rate: float):
         self.schedule, self.rate = schedule, rate
@@ -221,7 +221,7 @@ class SwitchedOff(Refinement):
 
     def __init__(self, policy: Refinement, last_steps: int):
         self.policy, self.last_steps = policy, last_steps
-        self.edits, self.polishes = policy.edits, policy.polishes
+        self.edits, self.remasks = policy.edits, policy.remasks
 
     def _off(self, look: Look) -> bool:
         return 0 < look.fill_steps_left <= self.last_steps
@@ -249,7 +249,7 @@ class LoopGuard(Refinement):
 
     def __init__(self, policy: Refinement, max_edits: int):
         self.policy, self.max_edits = policy, max_edits
-        self.edits, self.polishes = policy.edits, policy.polishes
+        self.edits, self.remasks = policy.edits, policy.remasks
 
     def edit(self, look: Look, fill: Tensor) -> Tensor:
         allowed = look.recall("edits", 0) < self.max_edits

@@ -59,7 +59,8 @@ class Sampler(ABC):
     """Interface: `begin` a canvas, then for each step `request`, run the network, `step`."""
 
     steps: int
-    may_edit = True  # False: a token once drawn stays
+    may_edit = True  # False: no token outside the current block changes any more
+    may_remask = False  # True: a token inside it may become a hole again
     adaptive = False  # True: a block may end before its steps are used up, so each step waits for the device
 
     @abstractmethod
@@ -87,6 +88,14 @@ class Sampler(ABC):
         """The step that follows `i`, which led from one canvas to the other; `steps` when there is none."""
         return i + 1
 
+    def polishing(self, i: int) -> bool:
+        """Whether step `i` comes after the last one that fills."""
+        return False
+
+    def settled_rows(self, before: Canvas, after: Canvas, i: int) -> Tensor | None:
+        """(B,) bool, the rows that no step after `i` will change; None where that is not known."""
+        return None
+
     def working_rows(self, canvas: Canvas, i: int) -> Tensor:
         """(B,) bool, the rows that step `i` has something to do for; the others wait for them."""
         return torch.ones_like(canvas.num_edits, dtype=torch.bool)
@@ -111,7 +120,7 @@ class ConfidenceSampler(Sampler):
         start, length: The answer is the columns [start, start + length).
         block_length: Columns that are filled together, left to right; divides `length`.
         temperature: 0 predicts the argmax; above it, a draw from softmax(logits / temperature).
-        warp: Filter of the tempered logits before a draw, (M, N) to (M, N), e.g. top-k or top-p.
+        warp: Filter of the tempered logits before a draw, (M, N) to (M, N), that keeps the largest: top-k, top-p.
         remasking: "low_confidence", or "random" to choose the holes to fill at random.
         generator: Source of randomness.
         refinement: Policy for filled tokens; by default `BudgetRefinement(mixing_ratio)`, none at k = 0.
@@ -158,7 +167,7 @@ class ConfidenceSampler(Sampler):
         self.confidence_threshold, self.confidence_factor = confidence_threshold, confidence_factor
         self.adaptive = ends_early or confidence_threshold is not None or confidence_factor is not None
         self.refinement = self._default_refinement() if refinement is None else refinement
-        self.may_edit = self.refinement.edits
+        self.may_edit, self.may_remask = self.refinement.edits, self.refinement.remasks
         self.fill_steps, self.steps = steps, steps + polish_steps
         self.steps_per_block = max(steps * block_length // length, 1)
 
@@ -256,10 +265,9 @@ class ConfidenceSampler(Sampler):
 
     def _draw(self, logits: Tensor, top: Tensor, u: Tensor) -> Tensor:
         """Tokens at the quantiles u (M, 1) of softmax(warp(logits / temperature)); logits (M, N) with maximum `top`."""
-        if self.warp is None:
-            return draw_from_weights((logits - top).div_(self.temperature).exp_(), u)
-        tempered = self.warp(logits / self.temperature)
-        return draw_from_weights(tempered.sub_(tempered.amax(-1, keepdim=True)).exp_(), u)
+        tempered = (logits - top).div_(self.temperature)  # the difference first: it cannot overflow
+        tempered = tempered if self.warp is None else self.warp(tempered)
+        return draw_from_weights(tempered.exp_(), u)
 
     def block(self, i: int) -> tuple[int, int]:
         if i >= self.fill_steps:
@@ -276,11 +284,19 @@ class ConfidenceSampler(Sampler):
 
     def next_step(self, before: Canvas, after: Canvas, i: int) -> int:
         if i >= self.fill_steps:
-            settled = self.temperature == 0 and torch.equal(before.ids, after.ids)
-            return self.steps if settled else i + 1
+            settled = self.settled_rows(before, after, i)
+            return self.steps if settled is not None and bool(settled.all()) else i + 1
         if self.adaptive and self._is_full(after, i):
             i = i // self.steps_per_block * self.steps_per_block + self.steps_per_block - 1
         return self._skip_full_blocks(after, i + 1)
+
+    def polishing(self, i: int) -> bool:
+        return i >= self.fill_steps
+
+    def settled_rows(self, before: Canvas, after: Canvas, i: int) -> Tensor | None:
+        if not self.polishing(i) or self.temperature > 0:
+            return None
+        return (before.ids == after.ids).all(-1)
 
     def first_step(self, canvas: Canvas) -> int:
         return self._skip_full_blocks(canvas, 0)
@@ -471,18 +487,21 @@ def check_positive(**values: int) -> None:
             raise ValueError(f"{name}={value!r} must be a positive integer.")
 
 
-def check_blocks(steps: int, length: int, block_length: int) -> None:
-    """Raise ValueError unless `block_length` divides the answer and the steps spread evenly over its blocks."""
-    check_positive(steps=steps, max_new_tokens=length, block_length=block_length)
+def check_blocks(steps: int, length: int, block_length: int, name: str = "max_new_tokens") -> None:
+    """Raise ValueError unless `block_length` divides the answer and the steps spread evenly over its blocks.
+
+    `name` is what the messages call `length`.
+    """
+    check_positive(**{"steps": steps, name: length, "block_length": block_length})
     if length % block_length:
         divisors = [d for d in range(1, length + 1) if length % d == 0]
         nearest = min(divisors, key=lambda d: abs(d - block_length))
         raise ValueError(
-            f"block_length={block_length} does not divide max_new_tokens={length}; use e.g. block_length={nearest}."
+            f"block_length={block_length} does not divide {name}={length}; use e.g. block_length={nearest}."
         )
     if steps > length:
         raise ValueError(
-            f"steps={steps} is more than max_new_tokens={length}: every step fills at least one; use steps={length}."
+            f"steps={steps} is more than {name}={length}: every step fills at least one; use steps={length}."
         )
     blocks = length // block_length
     if steps % blocks:

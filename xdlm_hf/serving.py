@@ -360,7 +360,9 @@ def main(argv: list[str] | None = None) -> None:
     settings = ServerSettings(
         name=options.served_name or Path(options.model).name,
         limits=Limits(options.max_new_tokens, options.max_prompt_tokens, options.max_batch_size),
-        defaults=Defaults(options.max_tokens, options.block_length, options.tokens_per_step),
+        defaults=Defaults.of(
+            model.generation_config, options.max_tokens, options.block_length, options.tokens_per_step
+        ),
         api_key=options.api_key,
     )
     with contextlib.suppress(KeyboardInterrupt):  # Uvicorn raises it again once everything is closed

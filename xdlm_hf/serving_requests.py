@@ -83,6 +83,16 @@ class Defaults:
     max_tokens: int = 128
     block_length: int | None = None
     tokens_per_step: int = 1
+    sampler: str | None = None  # these two as the checkpoint has them: what fits a request depends on them
+    temperature: float | None = None
+
+    @classmethod
+    def of(
+        cls, stored: XDLMGenerationConfig, max_tokens: int, block_length: int | None, tokens_per_step: int
+    ) -> "Defaults":
+        """The server's options over what the checkpoint stores."""
+        block_length = stored.block_length if block_length is None else block_length
+        return cls(max_tokens, block_length, tokens_per_step, stored.sampler, stored.temperature)
 
 
 @dataclass(frozen=True)
@@ -200,7 +210,7 @@ def _fields(body: Any, chat: bool) -> dict[str, Any]:
 
 def _settings(fields: Mapping[str, Any], max_tokens: int, limits: Limits, defaults: Defaults) -> Settings:
     """Options of `generate`: a canvas of whole blocks that holds `max_tokens`, and steps that fit it."""
-    ancestral = fields.get("sampler") == "ancestral"
+    ancestral = fields.get("sampler", defaults.sampler) == "ancestral"
     block = fields.get("block_length", None if ancestral else defaults.block_length)
     canvas, blocks = max_tokens, 1
     if block is not None and not ancestral:
@@ -213,7 +223,7 @@ def _settings(fields: Mapping[str, Any], max_tokens: int, limits: Limits, defaul
     temperature, top_p = fields.get("temperature"), fields.get("top_p")
     if top_p == 1:
         top_p = None  # keeps every token
-    if top_p is not None and not temperature and not ancestral:
+    if top_p is not None and not ancestral and not fields.get("temperature", defaults.temperature):
         raise RequestError(f"top_p={top_p} filters a draw and needs a temperature above 0.", 400, "top_p")
     most = max(canvas, limits.max_new_tokens)
     if steps > most:
@@ -366,7 +376,7 @@ def _messages(name: str, value: Any) -> list[dict[str, str]]:
 
 
 def _message(name: str, message: Any) -> dict[str, str]:
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
+    if not isinstance(message, dict) or message.get("role") not in tuple(ROLES):  # of any type, hashable or not
         raise RequestError(f"{name} must be an object whose role is one of {', '.join(ROLES)}.", 400, name)
     extra = {key for key, value in message.items() if value is not None} - {"role", "content", "name", "refusal"}
     if extra:
