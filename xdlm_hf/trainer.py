@@ -85,7 +85,7 @@ class XDLMTrainingArguments(TrainingArguments):
             `gradient_accumulation_steps`; refused when it does not divide.
         nelbo_samples (`int`, *optional*, defaults to `4`): Noise levels per row in evaluation.
         fused_loss (`bool`, *optional*): Compute head and loss together, without the logits of whole rows. By default
-            wherever possible: when the head is a plain linear layer and the model is not compiled.
+            wherever possible: when the head is a plain linear layer. It runs between the graphs of a compiled model.
         loss_chunk_size (`int`, *optional*): Tokens per chunk of the fused loss; its own default otherwise.
         peak_tflops (`float`, *optional*): What one device can do at best, for the logged utilisation; by default from
             a table of GPUs, and none for others.
@@ -144,7 +144,7 @@ class XDLMTrainingArguments(TrainingArguments):
         get_schedule(self.noise_schedule)
         if self.time_sampling not in TIME_SAMPLING:
             raise ValueError(f"time_sampling={self.time_sampling!r} is not known; choose one of {TIME_SAMPLING}.")
-        for name in ("nelbo_samples", "loss_chunk_size", "global_batch_size"):
+        for name in ("per_device_train_batch_size", "nelbo_samples", "loss_chunk_size", "global_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
@@ -329,7 +329,7 @@ class XDLMTrainer(Trainer):
                 f"fused_loss=True needs an output layer that is a plain nn.Linear without bias, not {head}: "
                 "leave fused_loss out."
             )
-        return (plain and not args.torch_compile) if args.fused_loss is None else args.fused_loss
+        return plain if args.fused_loss is None else args.fused_loss
 
     # ----------------------------------------------------------------------------------------------------------------
     # Data: which row is which
