@@ -658,15 +658,33 @@ class XDLMTrainer(Trainer):
         finally:
             self.args.ignore_data_skip = before
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As in `Trainer`, which takes a step too many when it resumes from the checkpoint of the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`; one whole safetensors model under FSDP too, whose checkpoints hold a part per process."""
-        if not self.is_fsdp_enabled or _internal_call:
+        """As in `Trainer`; one whole safetensors model under FSDP too, whose checkpoints hold a part per process.
+
+        Raises:
+            OSError: If it cannot be written; checkpoints stay as they are.
+        """
+        if _internal_call:  # part of a checkpoint
             return super().save_model(output_dir, _internal_call)
+        run_dir = Path(self.args.output_dir)
+        with explained_failure(self.state.global_step, run_dir / UNFINISHED, run_dir, False, "the model"):
+            self._save_whole_model(output_dir)
+
+    def _save_whole_model(self, output_dir: str | None) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir)
         plugin = self.accelerator.state.fsdp_plugin
         before = plugin.state_dict_type
         plugin.set_state_dict_type("FULL_STATE_DICT")
         try:
-            super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir)
         finally:
             plugin.set_state_dict_type(before)
 
