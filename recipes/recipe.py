@@ -38,6 +38,8 @@ from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
 
 logger = logging.getLogger("recipe")
 
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
 
 @dataclass
 class ModelArguments:
@@ -67,6 +69,13 @@ class PlanArguments:
     )
 
 
+class PlannedArguments(XDLMTrainingArguments):
+    """Arguments of a run on other machines than this one: the plan divides their global batch, not this process."""
+
+    def _accumulation_steps(self) -> int:
+        return self.gradient_accumulation_steps
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Options
 
@@ -81,6 +90,8 @@ def parse(groups: Sequence[type], argv: Sequence[str], description: str) -> tupl
     first.add_argument("--config")
     first.add_argument("--plan", action="store_true")
     chosen, argv = first.parse_known_args(argv)
+    if chosen.plan:
+        groups = [PlannedArguments if group is XDLMTrainingArguments else group for group in groups]
     parser = HfArgumentParser(
         groups, description=description, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
@@ -179,6 +190,8 @@ def load_model(
 
 
 def check_model_options(options: ModelArguments, args: XDLMTrainingArguments) -> None:
+    if options.dtype not in DTYPES:
+        raise ValueError(f"dtype={options.dtype!r} is not known; choose one of {', '.join(DTYPES)}.")
     if options.lora_rank < 0:
         raise ValueError(f"lora_rank={options.lora_rank} must not be negative; 0 trains all weights.")
     if not options.load_in_4bit:
@@ -212,8 +225,12 @@ def show_plan(plan: PlanArguments, options: ModelArguments, args: XDLMTrainingAr
         check_model_options(options, args)
         config = AutoConfig.from_pretrained(options.model_name_or_path)
         check_length(sequence_length, config)
+        # Flash attention keeps what sdpa keeps, and is not installed where there is no GPU.
+        flash = options.attn_implementation.startswith("flash_attention")
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=options.attn_implementation)
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="sdpa" if flash else options.attn_implementation
+            )
             model.tie_weights()
             if options.lora_rank:
                 model = add_adapters(model, options.lora_rank, options.lora_alpha)
@@ -240,12 +257,17 @@ def show_plan(plan: PlanArguments, options: ModelArguments, args: XDLMTrainingAr
 
 
 def _global_rows(args: XDLMTrainingArguments, plan: PlanArguments) -> int:
-    together = args.per_device_train_batch_size * plan.plan_gpus
-    rows = args.global_batch_size or together * args.gradient_accumulation_steps
+    together, passes = args.per_device_train_batch_size * plan.plan_gpus, args.gradient_accumulation_steps
+    rows = args.global_batch_size or together * passes
+    layout = f"per_device_train_batch_size={args.per_device_train_batch_size} on plan_gpus={plan.plan_gpus}"
     if rows % together:
         raise ValueError(
-            f"global_batch_size={rows} is not a multiple of {together} (per_device_train_batch_size="
-            f"{args.per_device_train_batch_size} on plan_gpus={plan.plan_gpus}): change one of the three."
+            f"global_batch_size={rows} is not a multiple of {together} ({layout}): change one of the three."
+        )
+    if passes not in (1, rows // together):
+        raise ValueError(
+            f"gradient_accumulation_steps={passes} disagrees with global_batch_size={rows} ({layout} make "
+            f"{rows // together}): leave one of them out."
         )
     return rows
 

@@ -136,6 +136,7 @@ UNUSABLE = [
     ({"text": "plain"}, r"row 1: neither messages nor prompt and completion; it has \['text'\]"),
     ({"messages": []}, "row 1: messages must be a list of objects with the texts role and content"),
     ({"messages": [{"role": "user", "content": 3}]}, "row 1: messages must be a list of objects"),
+    ({"messages": [{"role": "assistant", "content": "Hi."}]}, "row 1: the first message is an answer: no prompt"),
     ({"messages": TWO_TURNS[:1]}, "row 1: no message has the role 'assistant': there is no answer to learn"),
     (question("<|eot_id|> hello"), r"row 1: a message spells the special token '<\|eot_id\|>'"),
     (question(answer="a <|mdm_mask|>"), r"row 1: a message spells the special token '<\|mdm_mask\|>'"),
@@ -186,6 +187,10 @@ def test_chat_templates(tokenizer, tmp_path):
     )
     set_chat_template(bare, str(tmp_path / "odd.jinja"))
     with pytest.raises(ValueError, match="row 0: the chat template does not continue its own generation prompt"):
+        dataset(bare, question())
+    (tmp_path / "strict.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    set_chat_template(bare, str(tmp_path / "strict.jinja"))
+    with pytest.raises(ValueError, match=r"row 0: the chat template refuses the messages \(roles must alternate\)"):
         dataset(bare, question())
 
 

@@ -266,6 +266,8 @@ def test_text_column_may_have_another_name(tmp_path):
         ('{"text": "one"}\n[1]\n', r"a\.jsonl, line 2: expected a JSON object, got list"),
         ('{"text": "one"}\n{"body": "x"}\n', r"a\.jsonl, line 2: no column 'text'; it has \['body'\]"),
         (b'{"text": "\xff"}\n', r"a\.jsonl, line 1: not valid JSON"),
+        (r'{"text": "half a pair \uD83d"}', r"a\.jsonl, line 1: not valid JSON \(.*surrogates not allowed\)"),
+        ('{"text": "one"}\n' + "[" * 100_000, r"a\.jsonl, line 2: not valid JSON \(maximum recursion depth"),
         ('{"text": ["x"]}\n', r"a\.jsonl, line 1: 'text' holds list, not text"),
     ],
 )
@@ -274,6 +276,11 @@ def test_corrupted_jsonl_names_file_and_line(tmp_path, content, message):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         list(load_documents(data_files=[str(path)]))
+
+
+def test_whole_surrogate_pairs_are_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text(r'{"text": "a \ud83d\ude00"}')
+    assert list(load_documents(data_files=[str(tmp_path / "a.jsonl")])) == [{"text": "a \U0001f600"}]
 
 
 def test_corrupted_jsonl_is_named_through_a_worker_too(tmp_path, tokenizer):
@@ -298,6 +305,17 @@ def test_corrupted_lines_are_skipped_only_when_asked_for_and_counted(tmp_path, c
         assert f"{shard}.jsonl: skipped 4 corrupted lines (2, 3, 5, 6)" in caplog.text
     with pytest.raises(ValueError, match="skip_corrupted=True is for the lines of local JSONL files"):
         load_documents(str(tmp_path), skip_corrupted=True)
+
+
+def test_skipped_lines_are_counted_before_the_file_ends(tmp_path, caplog):
+    """A stream with a number of steps may never come to the end of a file."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{oops\n' * 50)
+    documents = iter(load_documents(data_files=[str(tmp_path / "a.jsonl")], skip_corrupted=True))
+    assert len([next(documents) for _ in range(30)]) == 30
+    assert [record.args[1] for record in caplog.records] == [1, 10]
+    assert "skipped 10 corrupted lines (2, 4, 6," in caplog.text
+    assert len(list(documents)) == 20
+    assert [record.args[1] for record in caplog.records] == [1, 10, 50]
 
 
 def test_damaged_files_are_named_even_when_lines_may_be_skipped(tmp_path):

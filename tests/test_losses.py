@@ -746,19 +746,20 @@ def test_strided_logits():
     torch.testing.assert_close(gradient[0, 0], cells.sum((0, 1)))
 
 
-def test_no_token_no_loss():
-    """L = 0 gives empty results and gradients, not an error."""
-    ids, alpha, kernel = torch.empty(2, 0, dtype=torch.long), torch.tensor([0.5, 0.5]), NoiseKernel(N, 0.1, 0)
-    logits = torch.empty(2, 0, N, requires_grad=True)
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)], ids=str)
+def test_no_token_no_loss(shape):
+    """L = 0 or B = 0 gives empty results and gradients, not an error."""
+    ids, alpha, kernel = torch.empty(shape, dtype=torch.long), torch.full(shape[:1], 0.5), NoiseKernel(N, 0.1, 0)
+    logits = torch.empty(*shape, N, requires_grad=True)
     for loss in (
         kl_divergence(logits, ids, ids, alpha, alpha, kernel),
         diffusion_loss(logits, ids, ids, alpha, -alpha, kernel),
         fused_linear_diffusion_loss(logits, torch.eye(N), ids, ids, alpha, -alpha, kernel)[1],
     ):
-        assert loss.shape == (2, 0)
+        assert loss.shape == shape
     total, _ = fused_linear_diffusion_loss(logits, torch.eye(N), ids, ids, alpha, -alpha, kernel)
     (diffusion_loss(logits, ids, ids, alpha, -alpha, kernel).sum() + total).backward()
-    assert total == 0 and logits.grad.shape == (2, 0, N)
+    assert total == 0 and logits.grad.shape == (*shape, N)
 
 
 def test_rows_do_not_see_each_other():

@@ -227,6 +227,12 @@ def test_plan_of_the_papers_run(config_of_llada_8b, capsys, tmp_path):
         ),
         (["--plan_gpus", "3"], "plan refused: global_batch_size=512 is not a multiple of 12"),
         (["--plan_gpus", "0"], "plan refused: gpus=0 must be at least 1"),
+        (["--global_batch_size", "516"], "plan refused: global_batch_size=516 is not a multiple of 32"),
+        (
+            ["--gradient_accumulation_steps", "8"],
+            r"plan refused: gradient_accumulation_steps=8 disagrees with .*=512 \(.*=4 on plan_gpus=8 make 16\)",
+        ),
+        (["--dtype", "int8"], "plan refused: dtype='int8' is not known; choose one of float32, bfloat16"),
         (["--plan_layout", "zero9"], "plan refused: plan_layout='zero9' is not known"),
         (["--load_in_4bit", "true"], "plan refused: load_in_4bit=True freezes the weights: give lora_rank"),
         (["--sequence_length", "8192"], "plan refused: sequence_length=8192 exceeds the model's"),
@@ -236,6 +242,13 @@ def test_a_plan_that_cannot_be_is_refused(config_of_llada_8b, options, message):
     with pytest.raises(SystemExit, match=message) as stop:
         llada_cpt.main(["--config", str(CONFIGS / "llada_8b_xdlm.yaml"), *config_of_llada_8b, *options])
     assert isinstance(stop.value.code, str)  # printed to stderr, and status 1
+
+
+def test_a_plan_divides_the_batch_among_its_own_gpus(config_of_llada_8b, capsys):
+    """Not among this process alone; and needs no library of the GPUs."""
+    options = ["--gradient_accumulation_steps", "8", "--plan_gpus", "16", "--attn_implementation", "flash_attention_2"]
+    llada_cpt.main(["--config", str(CONFIGS / "llada_8b_xdlm.yaml"), *config_of_llada_8b, *options])
+    assert "16 GPUs x 4 rows x 8 passes" in capsys.readouterr().out
 
 
 def test_plan_of_adapters_in_4_bits(config_of_llada_8b, capsys):
@@ -358,6 +371,7 @@ def test_4_bit_run_trains_adapters_and_merges_them_into_whole_weights(base, tmp_
         ({"data_files": "nowhere*.jsonl"}, r"'nowhere\*\.jsonl' matches no file"),
         ({"streaming": "true", "max_steps": None}, "max_steps=-1: a stream has no end"),
         ({"lora_rank": -1}, "lora_rank=-1 must not be negative"),
+        ({"dtype": "half"}, "dtype='half' is not known; choose one of float32, bfloat16, float16, auto"),
         ({"load_in_4bit": "true"}, "load_in_4bit=True freezes the weights: give lora_rank"),
         ({"random_length_probability": 2}, r"random_length_probability=2\.0 must lie in \[0, 1\]"),
         ({"validation_fraction": 1.0}, r"validation fraction 1\.0 must lie strictly between 0 and 1"),
@@ -480,8 +494,10 @@ def test_lora_under_zero3_merges_whole_weights(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_bfloat16_under_zero2_stays_close(base, one_process, tmp_path):
-    config = ("--config_file", str(CONFIGS / "zero2.yaml"), "--num_processes", "2", str(RECIPE))
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_bfloat16_stays_close(base, one_process, tmp_path, name):
+    """In bfloat16 the fused loss makes the head's gradient in the backward pass: ZeRO-3 must have gathered it again."""
+    config = ("--config_file", str(partitioned(tmp_path, name)), "--num_processes", "2", str(RECIPE))
     changes = {"per_device_train_batch_size": 2, "bf16": "true", "dtype": "bfloat16"}
     accelerate(*config, *options(base, tmp_path / "run", **changes))
     assert logged(tmp_path / "run") == pytest.approx(logged(one_process), rel=0.02)

@@ -109,6 +109,20 @@ def test_killed_run_of_two_processes_goes_on_bit_for_bit(tmp_path, streaming, ki
         assert resumed == whole[3:] and len(whole) == 8
 
 
+@pytest.mark.parametrize("data", [{}, {"streaming": True}, {"max_steps": -1, "num_train_epochs": 2}], ids=str)
+def test_a_finished_run_takes_no_further_step(tmp_path, data):
+    """Killed between its last checkpoint and the final model; Transformers' Trainer would take step 9 of 8."""
+    run = trainer(tmp_path, **{**SAVES, **data})
+    run.train()
+    before = names(tmp_path)
+    resumed = trainer(tmp_path, kind=RecordingTrainer, **{**SAVES, **data})
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == run.state.global_step == run.state.max_steps
+    assert not hasattr(resumed, "seen") and losses(resumed) == losses(run)
+    assert parameter_gap(resumed.model, state(run.model)) == 0
+    assert names(tmp_path) == before
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stream_resumes_at_either_workers_turn(tmp_path, workers):
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 7, "per_device_train_batch_size": 2}
@@ -294,6 +308,21 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path, size, step, kept):
         resumed.train(resume_from_checkpoint=True)
         whole.train()
         assert losses(resumed) == losses(whole)
+
+
+def test_full_disk_at_the_end_keeps_the_checkpoints(tmp_path):
+    """The model that a finished run writes beside its checkpoints, which can write it again."""
+    run = trainer(tmp_path, **SAVES)
+    run.train()
+    message = (
+        r"step 8: the model could not be written to .*GiB free \(.*\); checkpoint-8 is whole: make room and resume"
+    )
+    with disk_that_takes(1_000), pytest.raises(OSError, match=message):
+        run.save_model()
+    resumed = trainer(tmp_path, **SAVES)
+    resumed.train(resume_from_checkpoint=True)
+    resumed.save_model()
+    assert parameter_gap(run.model, load_file(tmp_path / "model.safetensors")) == 0
 
 
 def test_checkpoints_are_rotated_replaced_and_the_best_is_found(tmp_path):

@@ -165,7 +165,7 @@ def test_resuming_repeats_the_run(base, tmp_path):
         ({"load_in_4bit": "true"}, "load_in_4bit=True freezes the weights: give lora_rank"),
     ],
 )
-def test_bad_sharedare_refused(base, tmp_path, changes, message):
+def test_bad_options_are_refused(base, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         llada_sft.main(options(base, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from training import (
     LENGTH,
     MASK,
@@ -520,6 +521,7 @@ def test_training_lowers_the_nelbo(tmp_path, mixing_ratio):
         ({"t_eps": -1e-3}, r"t_eps=-0\.001 must lie in \[0, 1\)"),
         ({"time_sampling": "sobol"}, "time_sampling='sobol' is not known"),
         ({"random_length_probability": 1.5}, r"random_length_probability=1\.5 must lie in \[0, 1\]"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1"),
         ({"nelbo_samples": 0}, "nelbo_samples=0 must be at least 1"),
         ({"loss_chunk_size": 0}, "loss_chunk_size=0 must be at least 1"),
         ({"noise_seed": -1}, "noise_seed=-1 must not be negative"),
@@ -576,6 +578,30 @@ def test_fused_loss_needs_a_plain_head(tmp_path):
     assert not trainer(tmp_path, model=model)._fused
     with pytest.raises(ValueError, match="fused_loss=True needs an output layer that is a plain nn.Linear"):
         trainer(tmp_path, model=model, fused_loss=True)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_compiled_model_takes_the_same_trajectory(fused, tmp_path):
+    """Compiled once and not at every step, and the fused loss, the default, between its graphs."""
+    torch.compiler.reset()
+    counters["stats"].clear()
+    options = {"pack": True, "max_steps": 5, "fused_loss": fused}
+    plain = trainer(tmp_path / "plain", **options)
+    compiled = trainer(
+        tmp_path / "compiled",
+        torch_compile=True,
+        torch_compile_backend="aot_eager",
+        save_strategy="steps",
+        save_steps=5,
+        **options,
+    )
+    for run in (plain, compiled):
+        run.train()
+        assert run._fused is (fused is None)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert losses(compiled) == pytest.approx(losses(plain), abs=1e-5)
+    saved = load_file(tmp_path / "compiled" / "checkpoint-5" / "model.safetensors")  # the plain model's names
+    assert parameter_gap(plain.model, saved) < 1e-5
 
 
 def test_tied_head_takes_the_fused_path(tmp_path):

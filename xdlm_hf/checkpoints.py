@@ -87,8 +87,10 @@ def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
 
 
 @contextlib.contextmanager
-def explained_failure(step: int, unfinished: Path, output_dir: Path, writes: bool) -> Iterator[None]:
-    """Turn a failure to write into an error that says what is left, and clear what was written.
+def explained_failure(
+    step: int, unfinished: Path, output_dir: Path, writes: bool, what: str = "the checkpoint"
+) -> Iterator[None]:
+    """Turn a failure to write into an error that says what is left, and clear what was written to `unfinished`.
 
     Raises:
         OSError: For any error of the disk inside the block, naming step, free space and the last whole checkpoint.
@@ -103,7 +105,7 @@ def explained_failure(step: int, unfinished: Path, output_dir: Path, writes: boo
         last = last_checkpoint(output_dir)
         kept = "there is no earlier one" if last is None else f"{last.name} is whole: make room and resume from it"
         raise OSError(
-            f"step {step}: the checkpoint could not be written to {str(output_dir)!r}, {free:.1f} GiB free "
+            f"step {step}: {what} could not be written to {str(output_dir)!r}, {free:.1f} GiB free "
             f"({type(error).__name__}: {error}); {kept}."
         ) from error
 

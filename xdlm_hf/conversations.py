@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -206,8 +207,9 @@ class ConversationDataset(torch.utils.data.Dataset):
 
     Raises:
         ValueError: Naming the record, if it holds no messages or no answer of an assistant, spells a special token, has
-            a prompt that leaves no room for an answer (nothing would be learnt from it), or the template does not
-            continue its own generation prompt. If there is no row at all, or the tokenizer has no template.
+            no prompt or one that leaves no room for an answer (nothing would be learnt from it), or the template
+            refuses it or does not continue its own generation prompt. If there is no row at all, or the tokenizer
+            has no template.
     """
 
     def __init__(
@@ -272,9 +274,14 @@ class ConversationDataset(torch.utils.data.Dataset):
         return [self._split(messages[: i + 1], where) for i in (answers if self.form.turns == "each" else answers[-1:])]
 
     def _split(self, messages: list[dict[str, str]], where: str) -> tuple[str, str]:
+        if len(messages) == 1:
+            raise ValueError(f"{where}: the first message is an answer: no prompt. Remove it, or set drop_unusable.")
         render = self.tokenizer.apply_chat_template
-        prompt = render(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = render(messages, tokenize=False)
+        try:
+            prompt = render(messages[:-1], tokenize=False, add_generation_prompt=True)
+            whole = render(messages, tokenize=False)
+        except TemplateError as error:  # e.g. of a template that wants roles to alternate
+            raise ValueError(f"{where}: the chat template refuses the messages ({error}).") from error
         if not whole.startswith(prompt):
             raise ValueError(
                 f"{where}: the chat template does not continue its own generation prompt ({prompt[-40:]!r}): "

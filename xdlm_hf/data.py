@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -58,6 +59,8 @@ _OPTIONAL_PACKAGES = frozenset(
     {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idlelib", "tkinter", "turtledemo"}
     | {"lib2to3", "distutils", "ensurepip", "__phello__", "pydoc_data"}
 )
+# JSON can spell half of a surrogate pair, which is no text: no tokenizer takes it.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 DOCUMENTS_PER_CALL = 256  # fast tokenizers work through a batch in parallel
 
 
@@ -83,7 +86,8 @@ def load_documents(
             (one document per file); `.gz` of the text formats. One file is one shard.
         text_column: Field that holds the text.
         skip_corrupted: Leave out lines of local JSONL files that are not JSON objects with text in that field; they
-            are counted and their numbers logged. By default such a line is an error.
+            are counted and their numbers logged, at the 1st, 10th, 100th ... of a file and at its end. By default such
+            a line is an error.
 
     Raises:
         ValueError: If not exactly one source is given, a pattern matches no file, a suffix is unknown, or there is no
@@ -169,7 +173,7 @@ def read_lines(file: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_jsonl(file: str, column: str, skip_corrupted: bool) -> Iterator[str | None]:
-    corrupted = []
+    corrupted, report_at = [], 1
     for number, line in read_lines(file):
         if not line.strip():
             continue
@@ -179,11 +183,18 @@ def _read_jsonl(file: str, column: str, skip_corrupted: bool) -> Iterator[str | 
             if not skip_corrupted:
                 raise
             corrupted.append(number)
+            if len(corrupted) == report_at:  # a run may end long before its file does
+                _report_skipped(file, corrupted)
+                report_at *= 10
         else:
             yield text
-    if corrupted:
-        shown = ", ".join(map(str, corrupted[:20])) + (", ..." if len(corrupted) > 20 else "")
-        logger.warning("%s: skipped %d corrupted lines (%s)", file, len(corrupted), shown)
+    if corrupted and 10 * len(corrupted) != report_at:
+        _report_skipped(file, corrupted)
+
+
+def _report_skipped(file: str, corrupted: Sequence[int]) -> None:
+    shown = ", ".join(map(str, corrupted[:20])) + (", ..." if len(corrupted) > 20 else "")
+    logger.warning("%s: skipped %d corrupted lines (%s)", file, len(corrupted), shown)
 
 
 def _parse_line(line: bytes, column: str, where: str) -> str | None:
@@ -198,7 +209,9 @@ def parse_object(line: bytes, where: str, remedy: str = "; repair it or remove i
     """A line's JSON object; ValueError, naming where it stands, if there is none."""
     try:
         record = json.loads(line)
-    except ValueError as error:  # bad JSON or bad UTF-8
+        if _SURROGATE.search(line):
+            json.dumps(record, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, half a surrogate pair, a million brackets
         raise ValueError(f"{where}: not valid JSON ({error}){remedy}.") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}.")

@@ -130,7 +130,7 @@ def fused_linear_diffusion_loss(
 
     Under autocast the product runs in autocast's dtype, as that of `torch.nn.functional.linear`.
     """
-    if hidden.ndim != 3 or tuple(hidden.shape[:2]) != tuple(x_0.shape) or hidden.shape[0] == 0:
+    if hidden.ndim != 3 or tuple(hidden.shape[:2]) != tuple(x_0.shape):
         raise ValueError(f"hidden of shape {tuple(hidden.shape)} must be (B, L, D) for ids {tuple(x_0.shape)}.")
     if tuple(weight.shape) != (kernel.vocab_size, hidden.shape[-1]):
         raise ValueError(

@@ -85,7 +85,7 @@ class XDLMTrainingArguments(TrainingArguments):
             `gradient_accumulation_steps`; refused when it does not divide.
         nelbo_samples (`int`, *optional*, defaults to `4`): Noise levels per row in evaluation.
         fused_loss (`bool`, *optional*): Compute head and loss together, without the logits of whole rows. By default
-            wherever possible: when the head is a plain linear layer and the model is not compiled.
+            wherever possible: when the head is a plain linear layer. It runs between the graphs of a compiled model.
         loss_chunk_size (`int`, *optional*): Tokens per chunk of the fused loss; its own default otherwise.
         peak_tflops (`float`, *optional*): What one device can do at best, for the logged utilisation; by default from
             a table of GPUs, and none for others.
@@ -144,7 +144,7 @@ class XDLMTrainingArguments(TrainingArguments):
         get_schedule(self.noise_schedule)
         if self.time_sampling not in TIME_SAMPLING:
             raise ValueError(f"time_sampling={self.time_sampling!r} is not known; choose one of {TIME_SAMPLING}.")
-        for name in ("nelbo_samples", "loss_chunk_size", "global_batch_size"):
+        for name in ("per_device_train_batch_size", "nelbo_samples", "loss_chunk_size", "global_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
@@ -329,7 +329,7 @@ class XDLMTrainer(Trainer):
                 f"fused_loss=True needs an output layer that is a plain nn.Linear without bias, not {head}: "
                 "leave fused_loss out."
             )
-        return (plain and not args.torch_compile) if args.fused_loss is None else args.fused_loss
+        return plain if args.fused_loss is None else args.fused_loss
 
     # ----------------------------------------------------------------------------------------------------------------
     # Data: which row is which
@@ -658,15 +658,33 @@ class XDLMTrainer(Trainer):
         finally:
             self.args.ignore_data_skip = before
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As in `Trainer`, which takes a step too many when it resumes from the checkpoint of the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`; one whole safetensors model under FSDP too, whose checkpoints hold a part per process."""
-        if not self.is_fsdp_enabled or _internal_call:
+        """As in `Trainer`; one whole safetensors model under FSDP too, whose checkpoints hold a part per process.
+
+        Raises:
+            OSError: If it cannot be written; checkpoints stay as they are.
+        """
+        if _internal_call:  # part of a checkpoint
             return super().save_model(output_dir, _internal_call)
+        run_dir = Path(self.args.output_dir)
+        with explained_failure(self.state.global_step, run_dir / UNFINISHED, run_dir, False, "the model"):
+            self._save_whole_model(output_dir)
+
+    def _save_whole_model(self, output_dir: str | None) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir)
         plugin = self.accelerator.state.fsdp_plugin
         before = plugin.state_dict_type
         plugin.set_state_dict_type("FULL_STATE_DICT")
         try:
-            super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir)
         finally:
             plugin.set_state_dict_type(before)
 
