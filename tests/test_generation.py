@@ -533,6 +533,8 @@ def test_a_checkpoints_autoregressive_options_are_dropped_and_said(tmp_path, cap
         ({"refinement": "budget"}, r"refinement='budget' allows .* none at mixing_ratio=0"),
         ({"polish_steps": 2}, r"polish_steps=2 only edit, and mixing_ratio=0 edits nothing"),
         ({"polish_steps": 2, "refinement": "none"}, r"polish_steps=2 only edit, and refinement='none' edits nothing"),
+        ({"max_edits_per_token": 2}, r"max_edits_per_token=2 bounds a refinement, .* with mixing_ratio=0.0"),
+        ({"refinement_off_steps": 2}, r"refinement_off_steps=2 bounds a refinement"),
         ({"max_edits_per_token": 0}, r"max_edits_per_token=0 must be a positive integer"),
         ({"eos_token_id": "</s>"}, r"eos_token_id='</s>' must be an integer or a list of integers"),
         ({"eos_token_id": [1.5]}, r"eos_token_id=\[1.5\] must be an integer or a list"),

@@ -1,9 +1,11 @@
 """Text with holes anywhere, and text to be corrected within bounds."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.normalizers import Lowercase
 from transformers import AutoModelForCausalLM
 
 from xdlm_hf import XDLMGenerationConfig
@@ -237,6 +239,13 @@ def test_bad_character_spans_are_refused(model, tokenizer):
         model.revise("a token", editable=[(0, 4)], mixing_ratio=0.5)
     with pytest.raises(ValueError, match="editable has spans for 1 texts, and there are 2"):
         model.revise(["a", "b"], editable=[[(0, 1)]], tokenizer=tokenizer, mixing_ratio=0.5)
+
+
+def test_a_tokenizer_that_changes_text_is_refused(model, tokenizer):
+    lossy = copy.deepcopy(tokenizer)
+    lossy.backend_tokenizer.normalizer = Lowercase()
+    with pytest.raises(ValueError, match="the tokenizer does not give text 0 back as it was"):
+        model.revise("A token", editable=[(2, 7)], tokenizer=lossy, mixing_ratio=0.5)
 
 
 def test_position_mask_keeps_a_mask_as_it_is():

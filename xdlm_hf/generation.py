@@ -24,7 +24,13 @@ from transformers.utils import ModelOutput, logging
 
 from .cache import check_cache_attention
 from .denoising import Finished, Network, denoise
-from .generation_config import BEYOND_REFERENCE, CONFIDENCE_ONLY, XDLMGenerationConfig, unknown_options
+from .generation_config import (
+    BEYOND_REFERENCE,
+    CONFIDENCE_ONLY,
+    REMASKING_POLICIES,
+    XDLMGenerationConfig,
+    unknown_options,
+)
 from .kernel import NoiseKernel, validate_ids
 from .refinement import (
     BudgetRefinement,
@@ -278,6 +284,11 @@ class XDLMGenerationMixin:
         ids = torch.full((len(texts), longest), options.pad_token_id or 0)
         attention_mask = torch.zeros_like(ids)
         for row, tokens in enumerate(encoding["input_ids"]):
+            if tokenizer.decode(tokens, clean_up_tokenization_spaces=False) != texts[row]:
+                raise ValueError(
+                    f"the tokenizer does not give text {row} back as it was, so locked characters could change; revise "
+                    "ids instead."
+                )
             ids[row, : len(tokens)], attention_mask[row, : len(tokens)] = torch.tensor(tokens), 1
         ids, attention_mask = self._prepare_prompt(ids, attention_mask, options, False)
         spans = {"editable": editable, "locked": locked}
@@ -375,6 +386,13 @@ class XDLMGenerationMixin:
                 f"polish_steps={options.polish_steps} only edit, and mixing_ratio=0 edits nothing; pass mixing_ratio, "
                 "or refinement='threshold' with edit_threshold."
             )
+        bounds = {"max_edits_per_token": ("none", *REMASKING_POLICIES), "refinement_off_steps": ("none",)}
+        for name, without in bounds.items():
+            if getattr(options, name) is not None and options.policy in without:
+                raise ValueError(
+                    f"{name}={getattr(options, name)} bounds a refinement, and there is none to bound with "
+                    f"mixing_ratio={options.mixing_ratio} and refinement={options.refinement!r}; leave it out."
+                )
         rows = self.config.embedding_size
         for name in ("mask_token_id", "pad_token_id"):
             if getattr(options, name) is not None:
@@ -564,7 +582,7 @@ def _check_streamer(streamer: Any, options: XDLMGenerationConfig) -> None:
 
 def make_refinement(options: XDLMGenerationConfig) -> Refinement:
     """The policy that the options describe, Algorithm 1's budget by default."""
-    name = options.refinement or ("budget" if options.mixing_ratio else "none")
+    name = options.policy
     if name == "none":
         return NoRefinement()
     if name == "budget":
@@ -652,13 +670,14 @@ def _drop_stored(options: XDLMGenerationConfig, chosen: set[str], generator: tor
         drop(*(("confidence_threshold", "confidence_factor") if "remasking" in chosen else ("remasking",)))
     if options.refinement == "budget" and options.mixing_ratio == 0:
         drop("refinement")
-    policy = options.refinement or ("budget" if options.mixing_ratio else "none")
-    if policy != "threshold":
+    if options.policy != "threshold":
         drop("edit_threshold")
-    if not policy.startswith("remask_"):
+    if options.policy not in REMASKING_POLICIES:
         drop("remask_rate")
-    if policy not in ("budget", "threshold"):
-        drop("polish_steps")
+    if options.policy not in ("budget", "threshold"):
+        drop("polish_steps", "max_edits_per_token")
+    if options.policy == "none":
+        drop("refinement_off_steps")
 
 
 def _make_warp(options: XDLMGenerationConfig):

@@ -14,8 +14,8 @@ from .samplers import REMASKING, check_positive
 logger = logging.get_logger(__name__)
 
 SAMPLERS = ("confidence", "ancestral")
-_REMASKING_POLICIES = tuple(f"remask_{schedule}" for schedule in REMASK_SCHEDULES)
-REFINEMENTS = ("budget", "threshold", *_REMASKING_POLICIES, "none")
+REMASKING_POLICIES = tuple(f"remask_{schedule}" for schedule in REMASK_SCHEDULES)
+REFINEMENTS = ("budget", "threshold", *REMASKING_POLICIES, "none")
 
 _CHOICES: dict[str, tuple] = {
     "sampler": SAMPLERS,
@@ -208,7 +208,7 @@ class XDLMGenerationConfig(GenerationConfig):
                 f"cache_refresh={self.cache_refresh} refreshes no cache; add use_cache='prefix' or 'dual'."
             )
         policy = self.refinement or ""
-        for name, needed_by in (("edit_threshold", ("threshold",)), ("remask_rate", _REMASKING_POLICIES)):
+        for name, needed_by in (("edit_threshold", ("threshold",)), ("remask_rate", REMASKING_POLICIES)):
             value = getattr(self, name)
             if value is None and policy in needed_by:
                 raise ValueError(f"refinement={policy!r} needs {name}, a number in (0, 1].")
@@ -216,8 +216,13 @@ class XDLMGenerationConfig(GenerationConfig):
                 raise ValueError(f"{name}={value} belongs to refinement={' or '.join(map(repr, needed_by))}.")
         if self.remasking == "random" and (self.confidence_threshold or self.confidence_factor):
             raise ValueError("remasking='random' chooses holes by chance, a confidence threshold or factor does not.")
-        if self.polish_steps and policy in ("none", *_REMASKING_POLICIES):
+        if self.polish_steps and policy in ("none", *REMASKING_POLICIES):
             raise ValueError(f"polish_steps={self.polish_steps} only edit, and refinement={policy!r} edits nothing.")
+
+    @property
+    def policy(self) -> str:
+        """The refinement in force: the one named, else XDLM's budget for k > 0."""
+        return self.refinement or ("budget" if self.mixing_ratio else "none")
 
     @property
     def end_of_text(self) -> list[int]:
