@@ -45,7 +45,7 @@ console = Console()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("--steps_scale", type=float, default=1.0, help="scales the training steps, e.g. 0.05 to try")
+    parser.add_argument("--steps_scale", type=float, default=1.0, help="scales the training steps, at least 20 a run")
     options = parser.parse_args()
     start = time.perf_counter()
     folder = fresh_folder(options.output_dir)
@@ -115,7 +115,7 @@ def train(config: str, model: Path, output: Path, steps_scale: float) -> None:
     command += ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [str(Path(__file__).with_name("llada_cpt.py")), "--config", str(CONFIGS / config)]
     command += ["--model_name_or_path", str(model), "--output_dir", str(output)]
-    command += ["--max_steps", str(max(2, round(steps * steps_scale)))]
+    command += ["--max_steps", str(max(20, round(steps * steps_scale)))]  # the loss is first logged at step 20
     # Waiting threads sleep: spinning ones would stall training tenfold on a machine that others use too.
     run(command, OMP_NUM_THREADS=str(os.cpu_count()), OMP_WAIT_POLICY="PASSIVE")
 
