@@ -258,6 +258,21 @@ def test_stop_strings_end_the_answer_early(client, server, model, tokenizer):
     assert server.metric("xdlm_steps_total") - before < 64  # the blocks after it were not generated
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"use_cache": "dual", "cache_refresh": 2, "mixing_ratio": 0.3},
+        {"confidence_threshold": 0.05},
+        {"refinement": "threshold", "edit_threshold": 0.01, "max_edits_per_token": 1, "polish_steps": 2},
+    ],
+    ids=str,
+)
+def test_options_of_generate_reach_it(client, model, tokenizer, extra):
+    _, text, _ = reference(model, tokenizer, "The lazy", **extra)
+    answer = client.completions.create(model=NAME, prompt="The lazy", max_tokens=16, extra_body=extra)
+    assert answer.choices[0].text == text
+
+
 def test_seeds_and_the_ancestral_sampler(client):
     def ask(seed, **extra):
         options = {"model": NAME, "prompt": "A fox", "max_tokens": 12, "seed": seed, "extra_body": extra}
@@ -324,6 +339,11 @@ def test_models_health_and_metrics(client, server):
         ({"sampler": "ancestral", "block_length": 8}, "sampler='ancestral' has no option block_length"),
         ({"sampler": "ancestral", "temperature": 0}, "temperature=0.0 must be positive for sampler='ancestral'"),
         ({"mixing_ratio": 2}, "mixing_ratio=2 must be a number from 0 to 1"),
+        ({"use_cache": "paged"}, "use_cache='paged' is not known; choose one of prefix, dual"),
+        ({"cache_refresh": 2}, "cache_refresh=2 refreshes no cache"),
+        ({"confidence_threshold": 2}, "confidence_threshold=2 must be a number from 1e-06 to 1"),
+        ({"refinement": "threshold"}, "refinement='threshold' needs edit_threshold"),
+        ({"mixing_ratio": 0, "max_edits_per_token": 2}, "max_edits_per_token=2 bounds a refinement"),  # by generate
     ],
 )
 def test_refusals_name_the_field_and_the_remedy(server, change, message):

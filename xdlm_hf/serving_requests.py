@@ -12,7 +12,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .generation_config import SAMPLERS, XDLMGenerationConfig
+from .cache import CACHES
+from .generation_config import REFINEMENTS, SAMPLERS, XDLMGenerationConfig
 from .samplers import check_blocks
 
 MAX_STOPS = 4  # as OpenAI has it
@@ -107,9 +108,11 @@ class Settings:
     temperature: float | None
     top_p: float | None
     seed: int | None
+    engine: tuple[tuple[str, Any], ...] = ()  # of `ENGINE`, by name
 
     def options(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        own = {name: value for name, value in asdict(self).items() if value is not None and name != "engine"}
+        return {**own, **dict(self.engine)}
 
     @property
     def shares_batches(self) -> bool:
@@ -229,7 +232,8 @@ def _settings(fields: Mapping[str, Any], max_tokens: int, limits: Limits, defaul
     if steps > most:
         raise RequestError(f"steps={steps} is above this server's {most}.", 400, "steps")
     own = [fields.get(name) for name in ("mixing_ratio", "sampler")]
-    settings = Settings(canvas, steps, block, *own, temperature, top_p, fields.get("seed"))
+    engine = tuple((name, fields[name]) for name in ENGINE if name in fields)
+    settings = Settings(canvas, steps, block, *own, temperature, top_p, fields.get("seed"), engine)
     try:
         XDLMGenerationConfig(**settings.options())
         if not ancestral:
@@ -409,6 +413,20 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+# Options of `generate` that a client passes as they are; what does not go together `generate` refuses.
+ENGINE: dict[str, Callable[[str, Any], Any]] = {
+    "confidence_threshold": _number(1e-6, 1),
+    "confidence_factor": _number(1e-6, 1e6),
+    "early_stop": _boolean,
+    "use_cache": _choice(*CACHES),
+    "cache_refresh": _integer(1),
+    "refinement": _choice(*REFINEMENTS),
+    "edit_threshold": _number(1e-6, 1),
+    "remask_rate": _number(1e-6, 1),
+    "max_edits_per_token": _integer(1),
+    "refinement_off_steps": _integer(1),
+    "polish_steps": _integer(1, 64),  # each is a forward pass beyond `steps`
+}
 COMMON: dict[str, Callable[[str, Any], Any]] = {
     "model": _string,
     "max_tokens": _integer(1),
@@ -424,6 +442,7 @@ COMMON: dict[str, Callable[[str, Any], Any]] = {
     "mixing_ratio": _number(0, 1),
     "block_length": _integer(1),
     "sampler": _choice(*SAMPLERS),
+    **ENGINE,
 }
 COMPLETION = {"prompt": _prompt}
 CHAT = {"messages": _messages, "max_completion_tokens": _integer(1)}
