@@ -85,9 +85,7 @@ class Network:
         self.num_forward_passes += 1
         inputs = {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
         if columns is not None:
-            places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-            places = places if self.position_ids is None else self.position_ids
-            inputs["position_ids"] = places.gather(1, columns)
+            inputs["position_ids"] = columns if self.position_ids is None else self.position_ids.gather(1, columns)
             ids = ids.gather(1, columns)
         if self.caches[stream] is not None:
             inputs["past_key_values"] = self.caches[stream].at(columns)
@@ -153,8 +151,6 @@ class Finished:
 
         About the whole batch, also when rows have left it: a criterion may know its rows by their place.
         """
-        if not self.criteria:
-            return torch.zeros_like(rows, dtype=torch.bool)
         if self.ends is None:
             self.ends = torch.full_like(self.answer[:, 0], ids.shape[1], dtype=torch.long)
         done = self.criteria(self.pad(ids)[:, :block_end], None).to(ids.device)[rows]
@@ -170,23 +166,24 @@ class Finished:
 
     def pad(self, ids: Tensor) -> Tensor:
         """(B, T) ids with padding after the block in which a criterion was met, and after the first end-of-text."""
-        pad = self.options.pad_token_id
-        if self.ends is not None:
-            ids = torch.where(torch.arange(ids.shape[1], device=ids.device) >= self.ends[:, None], pad, ids)
-        if not self.cuts:
-            return ids
-        is_eos = self._is_eos(ids, slice(None))
-        after = is_eos.cumsum(-1) - is_eos.long() > 0
-        return torch.where(after & self.answer, pad, ids)
+        after = self._after_end(ids)
+        return ids if after is None else torch.where(after, self.options.pad_token_id, ids)
 
     def num_tokens(self, holes: Tensor, ids: Tensor) -> Tensor:
         """(B,) int64, the holes (B, T) that were filled, up to the row's end."""
+        after = self._after_end(ids)
+        return (holes if after is None else holes & ~after).sum(-1)
+
+    def _after_end(self, ids: Tensor) -> Tensor | None:
+        """(B, T) bool, what follows the end of its row; None while no row can have one."""
+        after = None
         if self.ends is not None:
-            holes = holes & (torch.arange(ids.shape[1], device=ids.device) < self.ends[:, None])
+            after = torch.arange(ids.shape[1], device=ids.device) >= self.ends[:, None]
         if self.cuts:
             is_eos = self._is_eos(ids, slice(None))
-            holes = holes & (is_eos.cumsum(-1) - is_eos.long() == 0)
-        return holes.sum(-1)
+            behind = (is_eos.cumsum(-1) - is_eos.long() > 0) & self.answer
+            after = behind if after is None else after | behind
+        return after
 
     def _is_eos(self, ids: Tensor, rows: Tensor | slice) -> Tensor:
         eos = torch.tensor(self.options.end_of_text, device=ids.device)
@@ -272,13 +269,10 @@ def _done(
     i: int,
 ) -> Tensor | None:
     """(R,) bool, the rows that need no more steps; None where it was not asked."""
-    done = None
+    reasons = [sampler.settled_rows(before, after, i)]
     if block_end is not None and finished.criteria:
-        done = finished.after_block(progress.canvas.ids, progress.rows, block_end)
-    settled = sampler.settled_rows(before, after, i)
-    if settled is not None:
-        done = settled if done is None else done | settled
+        reasons.append(finished.after_block(progress.canvas.ids, progress.rows, block_end))
     if finished.leaves_at_end_of_text and (sampler.adaptive or i % _STEPS_BETWEEN_CHECKS == 0 or block_end is not None):
-        ended = finished.at_end_of_text(before, after, progress.rows)
-        done = ended if done is None else done | ended
-    return done
+        reasons.append(finished.at_end_of_text(before, after, progress.rows))
+    known = [reason for reason in reasons if reason is not None]
+    return torch.stack(known).any(0) if known else None

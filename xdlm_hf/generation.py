@@ -246,15 +246,16 @@ class XDLMGenerationMixin:
         generator = _make_generator(generator, options.seed)
         if isinstance(text, Tensor):
             ids, attention_mask = self._prepare_prompt(text, attention_mask, options, False)
-            everything = attention_mask.bool()
-            open_ = everything if editable is None else position_mask("editable", editable, attention_mask)
-            closed = ~everything if locked is None else position_mask("locked", locked, attention_mask)
-            if editable is not None and (open_ & closed).any():
+            open_ = None if editable is None else position_mask("editable", editable, attention_mask)
+            closed = None if locked is None else position_mask("locked", locked, attention_mask)
+            if open_ is not None and closed is not None and (open_ & closed).any():
                 row, column = (open_ & closed).nonzero()[0].tolist()
                 raise ValueError(f"editable and locked overlap at row {row} column {column}; take it out of one.")
         else:
             ids, attention_mask, open_, closed = self._tokenized(text, editable, locked, tokenizer, options)
-        task = _Task(ids, attention_mask, open_ & ~closed, torch.zeros_like(open_), 0, open_ended=False)
+        open_ = attention_mask.bool() if open_ is None else open_
+        open_ = open_ if closed is None else open_ & ~closed
+        task = _Task(ids, attention_mask, open_, torch.zeros_like(open_), 0, open_ended=False)
         polishing = copy.copy(options)
         polishing.steps, polishing.polish_steps = 0, options.steps or 8
         sampler = self._make_sampler(polishing, task, generator)
@@ -270,8 +271,8 @@ class XDLMGenerationMixin:
 
     def _tokenized(
         self, text: str | Sequence[str], editable: Any, locked: Any, tokenizer: Any, options: XDLMGenerationConfig
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Ids, attention mask, and which tokens the character spans open and close, (B, P) each."""
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Ids, attention mask, and which tokens the character spans, if any, open and close, (B, P) each."""
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError("revise() of a text needs tokenizer=..., a fast one: it finds tokens by their characters.")
         texts = [text] if isinstance(text, str) else list(text)
@@ -291,14 +292,10 @@ class XDLMGenerationMixin:
                 )
             ids[row, : len(tokens)], attention_mask[row, : len(tokens)] = torch.tensor(tokens), 1
         ids, attention_mask = self._prepare_prompt(ids, attention_mask, options, False)
-        spans = {"editable": editable, "locked": locked}
-        masks = {
-            name: None if given is None else character_mask(name, given, texts, encoding, attention_mask)
-            for name, given in spans.items()
-        }
-        everything = attention_mask.bool()
-        open_ = everything if masks["editable"] is None else masks["editable"]
-        closed = ~everything if masks["locked"] is None else masks["locked"]
+        open_, closed = (
+            None if given is None else character_mask(name, given, texts, encoding, attention_mask)
+            for name, given in (("editable", editable), ("locked", locked))
+        )
         return ids, attention_mask, open_, closed
 
     def _run(

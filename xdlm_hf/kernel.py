@@ -138,13 +138,18 @@ class NoiseKernel:
         return ids
 
 
-def uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Uniform numbers in [0, 1), float64: a float32 draw cannot resolve events rarer than 6e-8.
+def uniform(
+    shape: tuple[int, ...],
+    generator: torch.Generator | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Uniform numbers in [0, 1), by default float64: a float32 draw cannot resolve events rarer than 6e-8.
 
     Drawn where the generator lives and then moved, so that one CPU seed gives one result on every device.
     """
     source = generator.device if generator is not None else device
-    return torch.rand(shape, generator=generator, device=source, dtype=torch.float64).to(device)
+    return torch.rand(shape, generator=generator, device=source, dtype=dtype).to(device)
 
 
 def as_column(alpha: Tensor, ids: Tensor) -> Tensor:

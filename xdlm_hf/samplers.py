@@ -232,10 +232,10 @@ class ConfidenceSampler(Sampler):
             conf_predicted=conf_predicted,
             conf_current=conf_current,
             step=i,
-            done=i % self.steps_per_block if i < self.fill_steps else 0,
+            done=0 if self.polishing(i) else i % self.steps_per_block,
             steps_per_block=self.steps_per_block,
             fill_steps_left=max(self.fill_steps - i, 0),
-            polish_steps_left=self.steps - i if i >= self.fill_steps else 0,
+            polish_steps_left=self.steps - i if self.polishing(i) else 0,
             generator=self.generator,
         )
 
@@ -270,20 +270,20 @@ class ConfidenceSampler(Sampler):
         return draw_from_weights(tempered.exp_(), u)
 
     def block(self, i: int) -> tuple[int, int]:
-        if i >= self.fill_steps:
+        if self.polishing(i):
             return self.start, self.start + self.length
         first = self.start + i // self.steps_per_block * self.block_length
         return first, first + self.block_length
 
     def working_rows(self, canvas: Canvas, i: int) -> Tensor:
         """With blocks that may end early, the rows whose block has holes: a row must not depend on its neighbours'."""
-        if not self.adaptive or i >= self.fill_steps:
+        if not self.adaptive or self.polishing(i):
             return super().working_rows(canvas, i)
         first, end = self.block(i)
         return canvas.holes[:, first:end].any(-1)
 
     def next_step(self, before: Canvas, after: Canvas, i: int) -> int:
-        if i >= self.fill_steps:
+        if self.polishing(i):
             settled = self.settled_rows(before, after, i)
             return self.steps if settled is not None and bool(settled.all()) else i + 1
         if self.adaptive and self._is_full(after, i):
@@ -469,15 +469,11 @@ class ReferenceAncestralSampler(AncestralSampler):
         z_t = canvas.ids[canvas.generated][None]
         alpha_s, alpha_t = (rate.view(1) for rate in self._rates(request.i, canvas))
         probs = posterior(p, z_t, alpha_s, alpha_t, self.kernel)
-        noise = torch.rand(probs.shape, generator=self.generator, device=_device(self.generator, probs.device))
+        noise = uniform(probs.shape, self.generator, probs.device, torch.float32)
         # Gumbel-max without its logarithm: argmax of p / E, E exponential.
-        exponential = 1e-10 - (noise.to(probs.device) + 1e-10).log()
+        exponential = 1e-10 - (noise + 1e-10).log()
         drawn = (probs / exponential).argmax(-1)
         return self._moved(canvas, canvas.ids.masked_scatter(canvas.generated, drawn[0]))
-
-
-def _device(generator: torch.Generator | None, device: torch.device) -> torch.device:
-    return device if generator is None else generator.device
 
 
 def check_positive(**values: int) -> None:
