@@ -40,12 +40,12 @@ from xdlm_hf.adapters import load_adapter
 from xdlm_hf.data import check_tokenizer
 from xdlm_hf.evaluation.likelihood import Estimate, Pair, log_likelihoods, seeded_generator
 from xdlm_hf.generation_config import BEYOND_REFERENCE, XDLMGenerationConfig
+from xdlm_hf.loading import DTYPES
 from xdlm_hf.samplers import check_blocks
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 256
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO_BATCH_SIZE = {"cpu": 8, "other": 64}  # what `batch_size=auto` tries first; a CPU gains nothing from more
 # Arguments that are passed on to `generate`.
 GENERATION = (
