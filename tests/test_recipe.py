@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training import launch, tiny_model
+from training import flags, launch, logged, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xdlm_hf import LLaDAConfig
@@ -60,12 +60,7 @@ def options(base, output_dir, **changes):
         "output_dir": output_dir,
         **changes,
     }
-    return [str(part) for name, value in values.items() if value is not None for part in (f"--{name}", value)]
-
-
-def logged(output_dir, name="loss"):
-    history = json.loads((Path(output_dir) / "trainer_state.json").read_text())["log_history"]
-    return [entry[name] for entry in history if name in entry]
+    return flags(values)
 
 
 # --------------------------------------------------------------------------------------------------------------------

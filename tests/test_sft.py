@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import launch, tiny_model
+from training import flags, launch, logged, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xdlm_hf.adapters import load_adapter
@@ -53,12 +53,7 @@ def options(base, output_dir, **changes):
         "output_dir": output_dir,
         **changes,
     }
-    return [str(part) for name, value in values.items() if value is not None for part in (f"--{name}", value)]
-
-
-def logged(output_dir, name="loss"):
-    history = json.loads((Path(output_dir) / "trainer_state.json").read_text())["log_history"]
-    return [entry[name] for entry in history if name in entry]
+    return flags(values)
 
 
 def test_the_config_of_llada_8b():

@@ -22,6 +22,16 @@ from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
 VOCAB, MASK, LENGTH = 48, 5, 12
 
 
+def flags(values):
+    """Names and values as a command line; None leaves an option out."""
+    return [str(part) for name, value in values.items() if value is not None for part in (f"--{name}", value)]
+
+
+def logged(output_dir, name="loss"):
+    history = json.loads((pathlib.Path(output_dir) / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in history if name in entry]
+
+
 def tiny_model(**options):
     torch.manual_seed(0)
     config = LLaDAConfig(
