@@ -23,6 +23,7 @@ from xdlm_hf.evaluation import (
     adapter,  # which also registers the model
 )
 from xdlm_hf.evaluation import oracle as oracle  # registers its own
+from xdlm_hf.processes import leave_process_group
 
 
 def main() -> None:
@@ -37,6 +38,7 @@ def main() -> None:
     except (ValueError, TypeError, FileNotFoundError) as error:  # the last two: a --config that is none
         raise SystemExit(f"xdlm-eval: {error}") from error
     parser.execute(args)
+    leave_process_group()
 
 
 def asked(args: argparse.Namespace) -> dict[str, Any]:

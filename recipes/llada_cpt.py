@@ -45,6 +45,7 @@ from xdlm_hf.data import (
     load_documents,
     python_reference_documents,
 )
+from xdlm_hf.processes import leave_process_group
 from xdlm_hf.stream import PackedStream
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
 
@@ -141,3 +142,4 @@ def main(argv: list[str] | None = None) -> XDLMTrainer | None:
 
 if __name__ == "__main__":
     main()
+    leave_process_group()

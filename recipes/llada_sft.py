@@ -38,6 +38,7 @@ from xdlm_hf.conversations import (
     load_conversations,
     set_chat_template,
 )
+from xdlm_hf.processes import leave_process_group
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
 
 
@@ -99,3 +100,4 @@ def main(argv: list[str] | None = None) -> XDLMTrainer | None:
 
 if __name__ == "__main__":
     main()
+    leave_process_group()

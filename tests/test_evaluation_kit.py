@@ -18,6 +18,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
+from training import ENDS_CLEANLY
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.data import train_tokenizer
@@ -281,7 +282,7 @@ class TestProcesses:
         arguments = ",".join(f"{name}={value}" for name, value in settings.items())
         port = ["--main_process_port", free_port()] if launcher == "accelerate" else []
         done = subprocess.run(
-            [sys.executable, *LAUNCHERS[launcher], *port, "-m", "xdlm_hf.evaluation.cli", "run"]
+            [sys.executable, *LAUNCHERS[launcher], *port, ENDS_CLEANLY, "xdlm_hf.evaluation.cli", "run"]
             + ["--tasks", "xdlm_gsm8k,choice", "--include_path", str(tmp_path), "--num_fewshot", "0"]
             + ["--model_args", f"pretrained={checkpoint},{arguments}", "--batch_size", "3", "--device", "cpu"]
             + ["--metadata", json.dumps({"data": str(data)}), "--log_samples", "--output_path", str(tmp_path / "out")],
@@ -411,6 +412,26 @@ class TestTable16:
         (folder / "answers_rank0.db").rename(folder / "answers_rank5.db")
         monkeypatch.setattr(LLaDAForDiffusionLM, "generate", lambda *args, **kwargs: pytest.fail("done again"))
         table16.main(arguments)
+
+    @pytest.mark.slow
+    def test_two_processes_write_the_manifest_of_one(self, checkpoint, data, tmp_path):
+        run = subprocess.run(
+            [sys.executable, *LAUNCHERS["torchrun"], ENDS_CLEANLY, "eval.table16"]
+            + self.arguments(checkpoint, data, tmp_path / "two", "--batch_size", "1"),
+            cwd=ROOT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert "| 4 | llada-xdlm | 7 |" in run.stdout
+        table16.main(self.arguments(checkpoint, data, tmp_path / "one", "--batch_size", "1"))
+        two, one = (json.loads((tmp_path / n / "llada-xdlm-4" / "manifest.json").read_text()) for n in ("two", "one"))
+        kept = ("doc_id", "answer", "exact_match", "forward_passes")
+        for ours, theirs in zip(two["items"]["xdlm_gsm8k"], one["items"]["xdlm_gsm8k"], strict=True):
+            assert {name: ours[name] for name in kept} == {name: theirs[name] for name in kept}
+        assert two["scores"] == one["scores"]
 
     def test_retrained_checkpoint_does_not_get_the_former_ones_answers(self, checkpoint, data, tmp_path):
         mine = shutil.copytree(checkpoint, tmp_path / "checkpoint")

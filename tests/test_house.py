@@ -24,7 +24,7 @@ LAYERS = [
     ["cache", "spans"],
     ["generation_config", "denoising"],
     ["configuration_llada", "modeling_llada", "generation", "hub"],
-    ["adapters", "data", "checkpoints", "training_metrics", "planning", "display"],
+    ["adapters", "data", "checkpoints", "processes", "training_metrics", "planning", "display"],
     ["stream", "conversations", "streamers", "trace", "loading"],
     ["trainer", "serving_requests", "serving_answers"],
     ["serving_engine"],

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training import flags, launch, logged, tiny_model
+from training import ENDS_CLEANLY, flags, launch, logged, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xdlm_hf import LLaDAConfig
@@ -459,7 +459,7 @@ def partitioned(tmp_path, name):
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2"])
 def test_partitioned_run_takes_the_same_trajectory_and_resumes(base, one_process, tmp_path, name):
     script = RECIPE if name != "fsdp2" else Path(__file__).parent / "fsdp_on_cpu.py"
-    config = ("--config_file", str(partitioned(tmp_path, name)), "--num_processes", "2", str(script))
+    config = ("--config_file", str(partitioned(tmp_path, name)), "--num_processes", "2", ENDS_CLEANLY, str(script))
     changes = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 4}
     accelerate(*config, *options(base, tmp_path / "run", **changes))
     compare(tmp_path / "run", one_process)
@@ -538,7 +538,7 @@ def test_slurm_script_starts_two_machines(base, one_process, tmp_path):
 @pytest.mark.slow
 def test_stream_trains_over_two_processes(base, tmp_path):
     """One file is one shard: each rank packs its own half of the documents (test_data.py says which)."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(RECIPE))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ENDS_CLEANLY, str(RECIPE))
     run = options(base, tmp_path / "run", streaming="true", max_steps=4, validation_fraction=None)
     status, output = launch(*torchrun, *run)
     assert status == 0, output[-3000:]

@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.data import PackedDataset, train_tokenizer
+from xdlm_hf.processes import leave_process_group
 from xdlm_hf.stream import PackedStream
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
 
 VOCAB, MASK, LENGTH = 48, 5, 12
+ENDS_CLEANLY = str(pathlib.Path(__file__).parent / "ends_cleanly.py")  # goes before a script that is launched
 
 
 def flags(values):
@@ -191,3 +193,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    leave_process_group()
