@@ -19,6 +19,7 @@ from measure import interleaved_seconds, machine, peak_bytes
 from torch import Tensor
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, NoiseKernel, posterior, sample_posterior
+from xdlm_hf.denoising import chunk_slices
 from xdlm_hf.posterior import begin_step, finish_step
 from xdlm_hf.samplers import ConfidenceSampler, ReferenceAncestralSampler
 from xdlm_hf.schedules import LinearSchedule
@@ -81,7 +82,9 @@ def lazy_head_step(
 ) -> Tensor:
     """What `generate(sampler="ancestral")` does after the blocks: the head only where p decides."""
     draw = begin_step(z_t, alpha_s[:, None], alpha_t[:, None], kernel)
-    return finish_step(draw, hidden[draw.needs_p] @ head.T, kernel)
+    kept = hidden[draw.needs_p]
+    slices = chunk_slices(len(kept), len(head), kept.device)
+    return finish_step(draw, (kept[part] @ head.T for part in slices), kernel)
 
 
 def table(title: str, candidates: dict[str, Callable[[], object]], given: int, goal: str, repeats: int) -> None:
@@ -257,7 +260,7 @@ def gumbel(draws: int) -> None:
         released._rates = lambda i, canvas, rates=(alpha_s, alpha_t): tuple(x.view(1, 1).double() for x in rates)
         rounds = range(draws // rows)
         ours = sum(rare(sample_posterior(logits, z_t, alpha_s, alpha_t, kernel)) for _ in rounds)
-        theirs = sum(rare(released.step(canvas, logits[0], released.request(canvas, 0)).ids) for _ in rounds)
+        theirs = sum(rare(released.step(canvas, [logits[0]], released.request(canvas, 0)).ids) for _ in rounds)
         total = len(rounds) * rows
         error = (share * (1 - share) / total).sqrt()
         print(

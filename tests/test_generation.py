@@ -18,7 +18,15 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
-from xdlm_hf import LinearSchedule, LLaDAConfig, LLaDAForDiffusionLM, NoiseKernel, XDLMGenerationConfig, posterior
+from xdlm_hf import (
+    LinearSchedule,
+    LLaDAConfig,
+    LLaDAForDiffusionLM,
+    NoiseKernel,
+    XDLMGenerationConfig,
+    denoising,
+    posterior,
+)
 from xdlm_hf.samplers import AncestralSampler, ReferenceAncestralSampler
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "tiny-llada"
@@ -239,6 +247,21 @@ def test_ancestral_top_k_draws_only_from_the_top(model):
     assert (top == out.sequences[..., None]).any(-1).all()
 
 
+def test_ancestral_steps_run_the_output_layer_in_chunks(model, prompt, monkeypatch):
+    """The same tokens however the positions are cut, with all that changes logits on the way."""
+    options = {"cfg_scale": 1.5, "temperature": 0.8, "top_k": 50, "suppress_tokens": [7], "seed": 0}
+    options["logits_processor"] = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.5)])
+    chunks = []
+    watch = model.get_output_embeddings().register_forward_hook(lambda head, args, _: chunks.append(len(args[0])))
+    whole = model.generate(**prompt, sampler="ancestral", steps=4, max_new_tokens=32, **options)
+    assert max(chunks) > 3
+    chunks.clear()
+    monkeypatch.setitem(denoising._CHUNK_ELEMENTS, "cpu", 3 * model.config.embedding_size + 1)
+    assert model.generate(**prompt, sampler="ancestral", steps=4, max_new_tokens=32, **options).equal(whole)
+    watch.remove()
+    assert max(chunks) == 3
+
+
 def test_num_return_sequences(model, prompt):
     sequences = model.generate(**prompt, steps=4, max_new_tokens=8, temperature=1.0, num_return_sequences=3, seed=0)
     assert sequences.shape == (6, 17)
@@ -427,7 +450,7 @@ def test_the_released_ancestral_draw_starves_rare_tokens_and_ours_does_not():
         for part in z_t.split(1024, 1):
             canvas = replace(sampler.begin(part, torch.ones_like(part, dtype=torch.bool)), ids=part)
             request = sampler.request(canvas, steps // 2)
-            z_s = sampler.step(canvas, logits.expand(int(request.positions.sum()), -1), request).ids
+            z_s = sampler.step(canvas, [logits.expand(int(request.positions.sum()), -1)], request).ids
             counts[cls] += int(((z_s != 7) & (z_s != mask)).sum())
     assert abs(counts[AncestralSampler] - expected) < 4.4 * expected**0.5
     assert counts[ReferenceAncestralSampler] < expected / 2

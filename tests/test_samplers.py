@@ -28,7 +28,7 @@ def advance(sampler, canvas, i, logits=None):
         logits = torch.randn(len(canvas.ids), sampler.length, N) * 3
     whole = torch.nn.functional.pad(logits, (0, 0, sampler.start, 0))
     mask = request.positions.dtype == torch.bool
-    return sampler.step(canvas, whole[request.positions] if mask else whole[:, request.positions], request)
+    return sampler.step(canvas, whole[request.positions].split(2) if mask else whole[:, request.positions], request)
 
 
 def logits_for(tokens, confidences):

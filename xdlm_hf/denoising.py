@@ -5,7 +5,7 @@
 Shapes: B batch, R <= B rows still at work, T whole length (prompt and answer), N rows of the output layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,9 @@ from .samplers import Request, Sampler
 
 # A row at end-of-text is looked for every so many steps: looking waits for the device.
 _STEPS_BETWEEN_CHECKS = 4
+# Logits that one product of the output layer makes, where a step reads them a few positions at a time: enough for the
+# layer's weights to be read seldom, few enough to take little memory (12 MB in float32 on a CPU, 256 MB on a GPU).
+_CHUNK_ELEMENTS = {"cpu": 3 * 2**20, "other": 2**26}
 
 
 class Network:
@@ -56,16 +59,15 @@ class Network:
         # Guidance runs two streams, and each has its own keys and values.
         self.caches = [CanvasCache(model.config.n_layers) for _ in range(2)] if options.use_cache else [None, None]
 
-    def logits(self, ids: Tensor, request: Request, sampler: Sampler) -> tuple[Tensor, Request]:
+    def logits(self, ids: Tensor, request: Request, sampler: Sampler) -> tuple[Tensor | Iterator[Tensor], Request]:
         """What a step asked for, and for which positions it could be had: with a cache, those computed in this step.
 
-        Logits of columns are (R, C, N), of a mask (M, N), in the model's dtype; guided, processed or suppressed ones in
-        float32 or wider, unless `reference_compat` audits lower precision. A mask without a position costs no forward
-        pass.
+        Logits of columns are (R, C, N), those of a mask come in chunks (m, N), in the model's dtype; guided, processed
+        or suppressed ones in float32 or wider, unless `reference_compat` audits lower precision.
         """
         positions = request.positions
-        if positions.dtype == torch.bool and not positions.any():
-            return torch.empty(0, self.model.config.embedding_size, device=ids.device), request
+        if positions.dtype == torch.bool:
+            return self._chunks(ids, positions), request
         columns = None
         if self.plan is not None:
             i = request.i
@@ -74,14 +76,34 @@ class Network:
                 columns, valid, open_columns = planned
                 request = replace(request, positions=columns[:, :open_columns], valid=valid)
                 positions = torch.arange(open_columns, device=ids.device)
-        logits = self._forward(0, ids, positions, columns)
-        if self.options.cfg_scale:
-            hidden_prompt = torch.where(self.prompt, self.options.mask_token_id, ids)
-            unconditional = self._forward(1, hidden_prompt, positions, columns)
-            logits = unconditional + (self.options.cfg_scale + 1) * (logits - unconditional)
-        return self._processed(logits, ids, request.positions), request
+        streams = [
+            self.model(logits_to_keep=positions, **self._inputs(stream, text, columns)).logits
+            for stream, text in enumerate(self._texts(ids))
+        ]
+        return self._adjusted(streams, ids), request
 
-    def _forward(self, stream: int, ids: Tensor, positions: Tensor, columns: Tensor | None) -> Tensor:
+    def _chunks(self, ids: Tensor, positions: Tensor) -> Iterator[Tensor]:
+        """Logits of the positions (R, T) bool in row-major order, chunk by chunk; none cost no forward pass."""
+        if not positions.any():
+            return
+        body, head = self.model.base_model, self.model.get_output_embeddings()
+        streams = [
+            body(**self._inputs(stream, text, None)).last_hidden_state[positions]
+            for stream, text in enumerate(self._texts(ids))
+        ]
+        rows = positions.nonzero()[:, 0]
+        for part in chunk_slices(len(rows), self.model.config.embedding_size, ids.device):
+            # A model spread over devices has its output layer on another than its input.
+            yield self._adjusted([head(hidden[part]).to(ids.device) for hidden in streams], ids[rows[part]])
+
+    def _texts(self, ids: Tensor) -> Sequence[Tensor]:
+        """What the network reads, (R, T) each: the text, and under guidance the text with its prompt hidden."""
+        if not self.options.cfg_scale:
+            return (ids,)
+        return ids, torch.where(self.prompt, self.options.mask_token_id, ids)
+
+    def _inputs(self, stream: int, ids: Tensor, columns: Tensor | None) -> dict[str, Any]:
+        """Arguments of one forward pass, which is counted."""
         self.num_forward_passes += 1
         inputs = {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
         if columns is not None:
@@ -89,19 +111,23 @@ class Network:
             ids = ids.gather(1, columns)
         if self.caches[stream] is not None:
             inputs["past_key_values"] = self.caches[stream].at(columns)
-        given = {name: value for name, value in inputs.items() if value is not None}
-        logits = self.model(input_ids=ids, logits_to_keep=positions, **given).logits
-        adjusted = self.options.cfg_scale or self.processors is not None or self.options.suppress_tokens
-        if not adjusted or self.options.reference_compat or logits.dtype == torch.float64:
-            return logits
-        return logits.float()
+        return {"input_ids": ids, **{name: value for name, value in inputs.items() if value is not None}}
 
-    def _processed(self, logits: Tensor, ids: Tensor, positions: Tensor) -> Tensor:
+    def _adjusted(self, streams: Sequence[Tensor], ids: Tensor) -> Tensor:
+        """Guidance, the user's processors, suppressed tokens.
+
+        Args:
+            streams: Logits of each text, (R, C, N) or (m, N).
+            ids: The texts (R, T) that they are about, or (m, T).
+        """
+        adjusts = len(streams) > 1 or self.processors is not None or self.options.suppress_tokens
+        if adjusts and not self.options.reference_compat:
+            streams = [logits if logits.dtype == torch.float64 else logits.float() for logits in streams]
+        logits = streams[0]
+        if len(streams) > 1:
+            logits = streams[1] + (self.options.cfg_scale + 1) * (logits - streams[1])
         if self.processors is not None:
-            if positions.dtype == torch.bool:
-                rows = ids[positions.nonzero()[:, 0]]
-            else:
-                rows = ids.repeat_interleave(logits.shape[1], 0)
+            rows = ids if logits.ndim == 2 else ids.repeat_interleave(logits.shape[1], 0)
             logits = self.processors(rows, logits.view(-1, logits.shape[-1])).view(logits.shape)
         if self.options.suppress_tokens:
             logits = logits.index_fill(-1, torch.tensor(self.options.suppress_tokens, device=ids.device), -torch.inf)
@@ -119,6 +145,12 @@ class Network:
             for cache in self.caches:
                 if cache.get_seq_length():
                     cache.batch_select_indices(rows)
+
+
+def chunk_slices(m: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
+    """Slices of m positions, each of as many as the output layer is run on at a time."""
+    rows = max(1, _CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "other"] // vocab_size)
+    return (slice(start, min(start + rows, m)) for start in range(0, m, rows))
 
 
 class Finished:

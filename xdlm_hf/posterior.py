@@ -9,7 +9,7 @@ Shapes: B batch, L length, N vocabulary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -82,8 +82,9 @@ def sample_posterior(
     """
     alpha_s, alpha_t = check_step(logits, z_t, alpha_s, alpha_t, kernel)
     draw = begin_step(z_t.long(), alpha_s, alpha_t, kernel, generator)
-    rows = draw.needs_p.flatten().nonzero().squeeze(-1)
-    return finish_step(draw, logits.flatten(0, 1), kernel, generator, rows).to(z_t.dtype)
+    rows, logits = draw.needs_p.flatten().nonzero().squeeze(-1), logits.flatten(0, 1)
+    chunks = (logits[rows[part]] for part in row_blocks(len(rows), logits))
+    return finish_step(draw, chunks, kernel, generator).to(z_t.dtype)
 
 
 @dataclass(frozen=True)
@@ -121,23 +122,23 @@ def begin_step(
 
 def finish_step(
     draw: StepDraw,
-    logits: Tensor,
+    chunks: Iterable[Tensor],
     kernel: NoiseKernel,
     generator: torch.Generator | None = None,
-    rows: Tensor | None = None,
 ) -> Tensor:
     """z_s, (B, L), from the logits of the M positions in `draw.needs_p`, in row-major order.
 
-    They are the rows of `logits` (M, N), or those that `rows` (M,) picks. The token from p is drawn where it is needed:
-    p at z_t may still say that the position stays, or takes noise.
+    They come in chunks (m, N) of any lengths, so that the head's product need never exist whole; what is drawn does not
+    depend on how they are cut. The token from p is drawn where it is needed: p at z_t may still say that the position
+    stays, or takes noise.
     """
     z_s = torch.where(draw.choice < draw.most, draw.noise, draw.z_t)
     alpha_s, alpha_t = (rate.expand(draw.z_t.shape)[draw.needs_p] for rate in draw.rates)
     z_t, noise, choice = (x[draw.needs_p] for x in (draw.z_t, draw.noise, draw.choice))
     r_z = kernel._rate(z_t, torch.float64)
-    u = uniform((len(z_t), 1), generator, logits.device)
+    u = uniform((len(z_t), 1), generator, z_t.device)
     drawn = torch.empty_like(z_t)
-    for part, weights in _weight_blocks(logits, kernel, rows):
+    for part, weights in _chunk_blocks(chunks, kernel):
         p_z = (weights.gather(-1, z_t[part, None]) / weights.sum(-1, keepdim=True)).squeeze(-1).double()
         f_t = alpha_t[part] * p_z + (1 - alpha_t[part]) * r_z[part]
         leave = _b_ts(alpha_s[part], alpha_t[part]) * r_z[part] / f_t
@@ -249,12 +250,20 @@ def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return index, ((target - (cdf.gather(-1, index) - weight)) / weight).clamp(0, 1)
 
 
-def _weight_blocks(
-    logits: Tensor, kernel: NoiseKernel | None, rows: Tensor | None = None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (part, exp(logit - max)) of the rows (M,), a few at a time, absorbing tokens 0."""
-    for part in row_blocks(len(logits) if rows is None else len(rows), logits):
-        block = masked_logits(logits[part] if rows is None else logits[rows[part]], kernel)
+def _chunk_blocks(chunks: Iterable[Tensor], kernel: NoiseKernel) -> Iterator[tuple[slice, Tensor]]:
+    """`_weight_blocks` of logits that come in chunks; the slices count through all of them."""
+    start = 0
+    for chunk in chunks:
+        for part, weights in _weight_blocks(chunk, kernel):
+            yield slice(start + part.start, start + part.stop), weights
+        start += len(chunk)
+        del chunk  # before the next one is made
+
+
+def _weight_blocks(logits: Tensor, kernel: NoiseKernel | None) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (part, exp(logit - max)) of logits (M, N), a few rows at a time, absorbing tokens 0."""
+    for part in row_blocks(len(logits), logits):
+        block = masked_logits(logits[part], kernel)
         yield part, block.sub_(block.amax(-1, keepdim=True)).exp_()
 
 

@@ -10,7 +10,7 @@ vectorised over the batch: no step loops over rows or waits for the device becau
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from numbers import Integral
 
@@ -48,8 +48,8 @@ class Request:
     """What step `i` needs of the network."""
 
     i: int
-    # (C,) columns or (B, C) columns of each row, answered by logits (B, C, N); or (B, T) bool, answered by (M, N) in
-    # row-major order
+    # (C,) columns or (B, C) columns of each row, answered by logits (B, C, N); or (B, T) bool, answered by those M
+    # positions' logits in row-major order, in chunks (m, N)
     positions: Tensor
     draw: StepDraw | None = None  # what an ancestral step has drawn already
     valid: Tensor | None = None  # (B, C) bool, columns that count, where some only fill a row up
@@ -73,7 +73,7 @@ class Sampler(ABC):
         """First half of step `i`, from 0: where logits are needed."""
 
     @abstractmethod
-    def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
+    def step(self, canvas: Canvas, logits: Tensor | Iterable[Tensor], request: Request) -> Canvas:
         """Second half: the logits asked for in, the next canvas out."""
 
     @abstractmethod
@@ -428,9 +428,9 @@ class AncestralSampler(Sampler):
         )
         return Request(i, draw.needs_p, draw)
 
-    def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
+    def step(self, canvas: Canvas, logits: Iterable[Tensor], request: Request) -> Canvas:
         """One exact draw from q(z_s | z_t, p), s = t - 1 / steps, at the generated positions."""
-        z_s = finish_step(request.draw, self._tempered(logits), self.kernel, self.generator)
+        z_s = finish_step(request.draw, map(self._tempered, logits), self.kernel, self.generator)
         return self._moved(canvas, z_s)
 
     def _rates(self, i: int, canvas: Canvas) -> tuple[Tensor, Tensor]:
@@ -464,8 +464,9 @@ class ReferenceAncestralSampler(AncestralSampler):
         """Every position, as the released step reads them all."""
         return Request(i, canvas.generated)
 
-    def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
-        p = masked_logits(self._tempered(logits), self.kernel).float().softmax(-1)[None]
+    def step(self, canvas: Canvas, logits: Iterable[Tensor], request: Request) -> Canvas:
+        whole = torch.cat([self._tempered(chunk) for chunk in logits])
+        p = masked_logits(whole, self.kernel).float().softmax(-1)[None]
         z_t = canvas.ids[canvas.generated][None]
         alpha_s, alpha_t = (rate.view(1) for rate in self._rates(request.i, canvas))
         probs = posterior(p, z_t, alpha_s, alpha_t, self.kernel)
