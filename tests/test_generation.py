@@ -603,15 +603,28 @@ def test_numpy_integers_are_integers():
     assert small_model().generate(steps=np.int64(2), max_new_tokens=np.int64(4)).shape == (1, 4)
 
 
-def test_a_processor_that_excludes_everything_is_named():
+SAMPLINGS = [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}, {"confidence_threshold": 0.9}]
+SAMPLINGS += [{"sampler": "ancestral"}, {"reference_compat": True}, {"sampler": "ancestral", "reference_compat": True}]
+
+
+@pytest.mark.parametrize("options", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan])
+def test_a_processor_that_leaves_no_distribution_is_named(options, value):
     class Nothing(LogitsProcessor):
         def __call__(self, input_ids, scores):
-            return torch.full_like(scores, -torch.inf)
+            return torch.full_like(scores, value)
 
-    with pytest.raises(ValueError, match="cannot draw a token.*every token of a position is excluded"):
-        small_model().generate(
-            steps=2, max_new_tokens=4, temperature=1.0, logits_processor=LogitsProcessorList([Nothing()])
-        )
+    with pytest.raises(ValueError, match="cannot draw a token.*NaN, or every token of a position is excluded"):
+        small_model().generate(steps=2, max_new_tokens=4, logits_processor=LogitsProcessorList([Nothing()]), **options)
+
+
+def test_overflown_weights_of_one_row_are_named():
+    model = small_model()
+    model.get_input_embeddings().weight.data[3] = torch.nan
+    ids = torch.tensor([[1, 2], [3, 2]])
+    assert model.generate(ids[:1], steps=2, max_new_tokens=4).shape == (1, 6)
+    with pytest.raises(ValueError, match="some logits are NaN.*bfloat16 does not"):
+        model.generate(ids, steps=2, max_new_tokens=4)
 
 
 def test_unknown_option_in_the_config_class():

@@ -239,7 +239,7 @@ class Progress:
         self.canvas = replace(self.canvas, **merged)
 
 
-_PER_ROW = ("ids", "holes", "num_edits", "num_remasked")
+_PER_ROW = ("ids", "holes", "num_edits", "num_remasked", "undefined")
 
 
 def denoise(

@@ -32,6 +32,7 @@ from .generation_config import (
     unknown_options,
 )
 from .kernel import NoiseKernel, validate_ids
+from .posterior import refuse_undefined
 from .refinement import (
     BudgetRefinement,
     LoopGuard,
@@ -174,7 +175,8 @@ class XDLMGenerationMixin:
             tokens, or, with `return_dict_in_generate=True`, a [`DiffusionGenerateOutput`].
 
         Raises:
-            ValueError: For an unknown or unfit option, or inputs that do not fit; names the value and the remedy.
+            ValueError: For an unknown or unfit option, or inputs that do not fit; names the value and the remedy. After
+                the last step, if the network gave NaN where a token was drawn.
         """
         # 1.
         if holes is not None:
@@ -319,6 +321,7 @@ class XDLMGenerationMixin:
         progress = denoise(network, sampler, canvas, finished, watcher)
         sequences = finished.pad(progress.canvas.ids)
         watcher.end(sequences)
+        refuse_undefined(progress.canvas.undefined)
         if not options.return_dict_in_generate:
             return sequences
         return DiffusionGenerateOutput(

@@ -131,13 +131,16 @@ def finish_step(
     They come in chunks (m, N) of any lengths, so that the head's product need never exist whole; what is drawn does not
     depend on how they are cut. The token from p is drawn where it is needed: p at z_t may still say that the position
     stays, or takes noise.
+
+    Raises:
+        ValueError: As `refuse_undefined`.
     """
     z_s = torch.where(draw.choice < draw.most, draw.noise, draw.z_t)
     alpha_s, alpha_t = (rate.expand(draw.z_t.shape)[draw.needs_p] for rate in draw.rates)
     z_t, noise, choice = (x[draw.needs_p] for x in (draw.z_t, draw.noise, draw.choice))
     r_z = kernel._rate(z_t, torch.float64)
     u = uniform((len(z_t), 1), generator, z_t.device)
-    drawn = torch.empty_like(z_t)
+    drawn, undefined = torch.empty_like(z_t), torch.zeros_like(choice, dtype=torch.bool)
     for part, weights in _chunk_blocks(chunks, kernel):
         p_z = (weights.gather(-1, z_t[part, None]) / weights.sum(-1, keepdim=True)).squeeze(-1).double()
         f_t = alpha_t[part] * p_z + (1 - alpha_t[part]) * r_z[part]
@@ -145,6 +148,8 @@ def finish_step(
         otherwise = torch.where(choice[part] < leave, noise[part], z_t[part])
         from_p = choice[part] < leave * alpha_s[part]
         drawn[part] = torch.where(from_p, draw_from_weights(weights, u[part]), otherwise)
+        undefined[part] = p_z.isnan()
+    refuse_undefined(undefined)
     z_s[draw.needs_p] = drawn
     return z_s
 
@@ -203,10 +208,29 @@ def sample_categorical(
 
     Returns:
         Token ids, (M,).
+
+    Raises:
+        ValueError: As `refuse_undefined`.
     """
     u = uniform((logits.shape[0], 1), generator, logits.device)
-    draws = [draw_from_weights(weights, u[part]) for part, weights in _weight_blocks(logits, kernel)]
-    return torch.cat(draws) if draws else torch.empty(0, dtype=torch.long, device=logits.device)
+    drawn = torch.empty(len(u), dtype=torch.long, device=logits.device)
+    undefined = torch.zeros_like(drawn, dtype=torch.bool)
+    for part, weights in _weight_blocks(logits, kernel):
+        drawn[part], undefined[part] = draw_from_weights(weights, u[part]), weights.sum(-1).isnan()
+    refuse_undefined(undefined)
+    return drawn
+
+
+def refuse_undefined(undefined: Tensor) -> None:
+    """Raise ValueError if any of the positions has no distribution: logits that are NaN, or -inf throughout.
+
+    Waits for the device, so it is asked once, about as much as possible.
+    """
+    if undefined.any():
+        raise ValueError(
+            "cannot draw a token: some logits are NaN, or every token of a position is excluded (-inf). Weights in "
+            "float16 may overflow, bfloat16 does not; a logits processor may exclude too much."
+        )
 
 
 def draw_from_weights(weights: Tensor, u: Tensor) -> Tensor:
@@ -220,10 +244,8 @@ def draw_from_weights(weights: Tensor, u: Tensor) -> Tensor:
         u: (M, 1) float64 in [0, 1).
 
     Returns:
-        Token ids, (M,); never one of weight 0.
-
-    Raises:
-        ValueError: If a row has no positive sum, as exp(logits) of NaN or of -inf alone.
+        Token ids, (M,); never one of weight 0. Any id for a row whose sum is NaN: nothing waits for the device here,
+        see `refuse_undefined`.
     """
     n = weights.shape[-1]
     group = math.isqrt(n - 1) + 1
@@ -231,13 +253,11 @@ def draw_from_weights(weights: Tensor, u: Tensor) -> Tensor:
     sums = weights[:, :whole].unflatten(-1, (-1, group)).sum(-1)
     if whole < n:
         sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=-1)
-    if sums.isnan().any():
-        raise ValueError("cannot draw a token: some logits are NaN, or every token of a position is excluded (-inf).")
     chosen, rest = _invert(sums.double(), u)
     columns = chosen * group + torch.arange(group, device=weights.device)
     inside = torch.where(columns < n, weights.gather(-1, columns.clamp_max(n - 1)), 0.0)
     within, _ = _invert(inside.double(), rest)
-    return (chosen * group + within).squeeze(-1)
+    return (chosen * group + within).squeeze(-1).clamp_max(n - 1)  # beyond it where NaN
 
 
 def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,7 +265,7 @@ def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     cdf = weights.cumsum(-1)
     # Strictly below the total also after rounding, so that an index of weight 0 is never the answer.
     target = torch.minimum(u * cdf[:, -1:], torch.nextafter(cdf[:, -1:], torch.zeros_like(u)))
-    index = torch.searchsorted(cdf, target, right=True)
+    index = torch.searchsorted(cdf, target, right=True).clamp_max(weights.shape[-1] - 1)  # beyond it where NaN
     weight = weights.gather(-1, index)
     return index, ((target - (cdf.gather(-1, index) - weight)) / weight).clamp(0, 1)
 

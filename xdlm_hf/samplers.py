@@ -25,6 +25,7 @@ from .posterior import (
     finish_step,
     masked_logits,
     posterior,
+    refuse_undefined,
     row_blocks,
     sample_categorical,
 )
@@ -177,7 +178,7 @@ class ConfidenceSampler(Sampler):
     def begin(self, ids: Tensor, generated: Tensor, holes: Tensor | None = None) -> Canvas:
         holes = generated if holes is None else holes
         zeros = torch.zeros_like(ids[:, 0])
-        return Canvas(torch.where(holes, self.mask_token_id, ids), holes, generated, zeros, zeros)
+        return Canvas(torch.where(holes, self.mask_token_id, ids), holes, generated, zeros, zeros, zeros.bool())
 
     def request(self, canvas: Canvas, i: int) -> Request:
         """The current block, and with refinement everything before it in the answer: nothing else can change."""
@@ -210,6 +211,7 @@ class ConfidenceSampler(Sampler):
             holes=look.write(canvas.holes, (holes & ~fill) | remasked),
             num_edits=canvas.num_edits + edit.sum(-1),
             num_remasked=canvas.num_remasked + remasked.sum(-1),
+            undefined=canvas.undefined | (look.conf_predicted.isnan() & (look.holes | look.editable)).any(-1),
             memory=self.refinement.remember(look, fill, edit),
         )
 
@@ -414,7 +416,7 @@ class AncestralSampler(Sampler):
         prior = self.kernel.sample_prior(tuple(ids.shape), self.generator, ids.device)
         nothing = torch.zeros_like(generated)
         zeros = torch.zeros_like(ids[:, 0])
-        return Canvas(torch.where(generated, prior, ids), nothing, generated, zeros, zeros)
+        return Canvas(torch.where(generated, prior, ids), nothing, generated, zeros, zeros, zeros.bool())
 
     def request(self, canvas: Canvas, i: int) -> Request:
         """Draws all of the step that does not depend on p, and asks for the positions where p decides.
@@ -467,6 +469,7 @@ class ReferenceAncestralSampler(AncestralSampler):
     def step(self, canvas: Canvas, logits: Iterable[Tensor], request: Request) -> Canvas:
         whole = torch.cat([self._tempered(chunk) for chunk in logits])
         p = masked_logits(whole, self.kernel).float().softmax(-1)[None]
+        refuse_undefined(p[..., 0].isnan())  # one NaN makes a whole softmax NaN
         z_t = canvas.ids[canvas.generated][None]
         alpha_s, alpha_t = (rate.view(1) for rate in self._rates(request.i, canvas))
         probs = posterior(p, z_t, alpha_s, alpha_t, self.kernel)
