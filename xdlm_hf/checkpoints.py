@@ -154,12 +154,13 @@ def check_same_run(checkpoint: Path, run: Mapping[str, Any], reshards: bool) -> 
             f"{str(checkpoint)!r} is no checkpoint to resume from ({RUN_RECORD} is missing): it is incomplete or was "
             "written by another program. Its weights may serve as model_name_or_path of a new run."
         )
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = _read_record(checkpoint)
     if saved["weights_only"]:
         raise ValueError(
             f"{str(checkpoint)!r} holds no optimizer state (save_only_model=True): "
             "use its weights as model_name_or_path of a new run."
         )
+    _forgive_unknown_revision(saved.get("data") or {}, run["data"])
     for name, why in _REFUSED.items():
         if saved.get(name) != run[name]:
             raise ValueError(
@@ -175,6 +176,22 @@ def check_same_run(checkpoint: Path, run: Mapping[str, Any], reshards: bool) -> 
         before = saved.get(name, _BEFORE.get(name))
         if before != run[name]:
             logger.warning("%s has %s: %s.", checkpoint.name, _difference(name, before, run[name]), why)
+
+
+def _read_record(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / RUN_RECORD).read_text(encoding="utf-8"))
+
+
+def recorded_data(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint remembers of its data (`PackedStream.fingerprint`); nothing if it is no checkpoint."""
+    return _read_record(checkpoint).get("data") or {} if (checkpoint / RUN_RECORD).is_file() else {}
+
+
+def _forgive_unknown_revision(saved: dict[str, Any], ours: Mapping[str, Any]) -> None:
+    """Take a Hub dataset of unknown revision for the one that is read now: nothing says that it was another."""
+    before, now = saved.get("source"), ours.get("source")
+    if before and now and "revision" in now and not (before.get("revision") or {}).get("commit"):
+        before["revision"] = now["revision"]
 
 
 def _difference(name: str, saved: Any, ours: Any) -> str:
