@@ -31,10 +31,10 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from xdlm_hf.adapters import add_adapters, load_adapter, quantization_4bit
-from xdlm_hf.checkpoints import last_checkpoint, refuse_other_run
+from xdlm_hf.checkpoints import UNFINISHED, explained_failure, last_checkpoint, refuse_other_run, whole_model
 from xdlm_hf.data import check_tokenizer
 from xdlm_hf.planning import LAYOUTS, Run, check_fit, choices_table, count_parameters, memory_table, run_flops
-from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
+from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments, model_bytes
 
 logger = logging.getLogger("recipe")
 
@@ -310,19 +310,32 @@ def train(
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=resume)
-    if validation_rows is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
-    save(trainer, options)
+    metrics = None if validation_rows is None else trainer.evaluate()
+    save(trainer, options, metrics)
     return trainer
 
 
-def save(trainer: XDLMTrainer, options: ModelArguments) -> None:
-    """Final model, tokenizer and log. Every process must call this: the weights may be spread over them."""
-    output_dir, adapters = trainer.args.output_dir, bool(options.lora_rank)
-    trainer.save_model(f"{output_dir}/adapter" if adapters else output_dir)
-    trainer.save_state()
-    if not adapters:
-        return
+def save(trainer: XDLMTrainer, options: ModelArguments, metrics: dict[str, float] | None = None) -> None:
+    """Final model, tokenizer, log and, if given, evaluation. Every process must call this: the weights may be spread.
+
+    Raises:
+        OSError: If they cannot be written. What is there is whole, and the message says what that is.
+    """
+    output_dir, step = Path(trainer.args.output_dir), trainer.state.global_step
+    what, folder = ("adapter", output_dir / "adapter") if options.lora_rank else ("model", output_dir)
+    trainer.save_model(str(folder))
+    kept = f"the {what} in {str(folder)!r} is whole"
+    with explained_failure(step, output_dir / UNFINISHED, output_dir, False, "the log", also_kept=kept):
+        trainer.save_state()
+        if metrics is not None:
+            trainer.save_metrics("eval", metrics)
+    if options.lora_rank:
+        save_merged(trainer, options, folder, kept)
+
+
+def save_merged(trainer: XDLMTrainer, options: ModelArguments, adapter: Path, kept: str) -> None:
+    """The base with the trained adapters, saved in `adapter` before, merged into it, and the tokenizer."""
+    output_dir = adapter.parent
     model = trainer.accelerator.unwrap_model(trainer.model)
     whole = contextlib.nullcontext()
     if is_deepspeed_zero3_enabled():
@@ -330,9 +343,14 @@ def save(trainer: XDLMTrainer, options: ModelArguments) -> None:
 
         whole = deepspeed.zero.GatheredParameters(list(model.parameters()))
     with whole:
-        if trainer.is_world_process_zero():
-            if options.load_in_4bit:  # into the weights as they were, not into what 4 bits left of them
-                base = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=options.dtype)
-                model = load_adapter(base, f"{output_dir}/adapter")
-            model.merge_and_unload().save_pretrained(output_dir)
-            trainer.processing_class.save_pretrained(output_dir)
+        if not trainer.is_world_process_zero():
+            return
+        if options.load_in_4bit:  # into the weights as they were, not into what 4 bits left of them
+            base = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=options.dtype)
+            model = load_adapter(base, str(adapter))
+        merged, step = model.merge_and_unload(), trainer.state.global_step
+        with whole_model(
+            output_dir, output_dir, step, model_bytes(merged), what="the merged model", also_kept=kept
+        ) as unfinished:
+            merged.save_pretrained(unfinished)
+            trainer.processing_class.save_pretrained(unfinished)
