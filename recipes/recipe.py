@@ -29,11 +29,22 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.training_args import OptimizerNames
 
 from xdlm_hf.adapters import add_adapters, load_adapter, quantization_4bit
 from xdlm_hf.checkpoints import UNFINISHED, explained_failure, last_checkpoint, refuse_other_run, whole_model
 from xdlm_hf.data import check_tokenizer
-from xdlm_hf.planning import LAYOUTS, Run, check_fit, choices_table, count_parameters, memory_table, run_flops
+from xdlm_hf.planning import (
+    ADAMW,
+    LAYOUTS,
+    Run,
+    check_fit,
+    choices_table,
+    count_parameters,
+    memory_table,
+    optimizer_of,
+    run_flops,
+)
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments, model_bytes
 
 logger = logging.getLogger("recipe")
@@ -234,12 +245,15 @@ def show_plan(plan: PlanArguments, options: ModelArguments, args: XDLMTrainingAr
             model.tie_weights()
             if options.lora_rank:
                 model = add_adapters(model, options.lora_rank, options.lora_alpha)
+        optim = OptimizerNames(args.optim).value
+        optimizer = optimizer_of(optim, args.optim_args)
         run = Run(
             config=model.config,
             counts=count_parameters(model, options.load_in_4bit),
             rows=args.per_device_train_batch_size,
             length=sequence_length,
             gpus=plan.plan_gpus,
+            optimizer=optimizer or ADAMW,
             dtype=getattr(torch, options.dtype) if options.dtype != "auto" else config.dtype or torch.float32,
             bf16=bool(args.bf16),
             checkpointing=bool(args.activation_checkpointing),
@@ -249,6 +263,8 @@ def show_plan(plan: PlanArguments, options: ModelArguments, args: XDLMTrainingAr
         rows = _global_rows(args, plan)
         console = Console()
         console.print(_summary(model, run, rows, args.max_steps), highlight=False)
+        assumed = "" if optimizer else ": not known to the plan, which takes AdamW's 8 bytes a parameter"
+        console.print(f"optimizer   {optim}{assumed}", highlight=False)
         console.print(memory_table(run, plan.plan_gpu_memory))
         console.print(choices_table(run, plan.plan_layout or "zero2"))
         check_fit(run, plan.plan_layout, plan.plan_gpu_memory)

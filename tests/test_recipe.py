@@ -249,6 +249,22 @@ def test_a_plan_divides_the_batch_among_its_own_gpus(config_of_llada_8b, capsys)
     assert "16 GPUs x 4 rows x 8 passes" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("optim", "optimizer", "said"),
+    # 8 and 12 bytes a parameter on one GPU: 4 of DeepSpeed's float32 weights, and 4 or 8 of states.
+    [
+        ("lion_32bit", "59.7", " GiB of each"),
+        ("grokadamw", "89.6", ": not known to the plan, which takes AdamW's 8 bytes a"),
+    ],
+)
+def test_plan_of_other_optimizers(config_of_llada_8b, capsys, optim, optimizer, said):
+    options = ["--config", str(CONFIGS / "llada_8b_xdlm.yaml"), "--optim", optim, "--plan_gpus", "1"]
+    llada_cpt.main([*options, *config_of_llada_8b, "--plan_layout", "zero2", "--plan_gpu_memory", "200"])
+    text = capsys.readouterr().out
+    row = next(line for line in text.splitlines() if "zero2 " in line)
+    assert f" {optimizer}│" in row and f"optimizer {optim}{said}" in " ".join(text.split())
+
+
 def test_plan_of_adapters_in_4_bits(config_of_llada_8b, capsys):
     options = ["--config", str(CONFIGS / "llada_8b_mdlm.yaml"), "--lora_rank", "16", "--load_in_4bit", "true"]
     llada_cpt.main([*options, "--plan_gpus", "1", "--plan_gpu_memory", "24", *config_of_llada_8b])
