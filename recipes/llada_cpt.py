@@ -34,18 +34,22 @@ in 4 bits, and writes the merged model, and in `adapter/` the adapter alone, wit
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import recipe
 from recipe import ModelArguments, PlanArguments
 
+from xdlm_hf.checkpoints import last_checkpoint
 from xdlm_hf.data import (
     PackedDataset,
+    check_source,
     fingerprint_files,
     hold_out,
     load_documents,
     python_reference_documents,
 )
-from xdlm_hf.processes import leave_process_group
+from xdlm_hf.processes import found_by_the_first, leave_process_group
+from xdlm_hf.revisions import pin_revision, revision_to_read
 from xdlm_hf.stream import PackedStream
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
 
@@ -57,6 +61,10 @@ class DataArguments:
     )
     dataset_config: str | None = field(default="sample-10BT", metadata={"help": "Configuration of the Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of the Hub dataset."})
+    dataset_revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit of the Hub dataset; default: its default branch, as at the start."},
+    )
     data_files: list[str] | None = field(
         default=None, metadata={"help": "Local .jsonl, .parquet, .txt files or patterns, instead of a dataset."}
     )
@@ -72,8 +80,30 @@ class DataArguments:
     validation_fraction: float = field(default=0.0, metadata={"help": "Documents held out, chosen by a text hash."})
     validation_rows: int | None = field(default=None, metadata={"help": "At most so many rows for evaluation."})
 
+    @property
+    def from_hub(self) -> bool:
+        return self.data_files is None and self.dataset != "python-reference"
 
-def load_rows(options: DataArguments, tokenizer, args: XDLMTrainingArguments):
+
+def pinned_revision(options: DataArguments, resume: str | bool | None, output_dir: str) -> dict[str, str | None] | None:
+    """Revision of the Hub dataset that every process is to read; None for other data. Every process must call this.
+
+    Raises:
+        ValueError: As `pin_revision`, or if the data is not from the Hub and a revision is asked for.
+    """
+    if not options.from_hub:
+        if options.dataset_revision is not None:
+            raise ValueError(
+                f"dataset_revision={options.dataset_revision!r} is for a dataset of the Hub: leave it out with "
+                "data_files and with python-reference."
+            )
+        return None
+    check_source(options.dataset, None, options.skip_corrupted)
+    checkpoint = last_checkpoint(output_dir) if resume is True else Path(resume) if resume else None
+    return found_by_the_first(lambda: pin_revision(options.dataset, options.dataset_revision, checkpoint))
+
+
+def load_rows(options: DataArguments, tokenizer, args: XDLMTrainingArguments, revision: dict[str, str | None] | None):
     """Training rows and, if documents are held out, validation rows."""
     if options.data_files is not None:
         documents = load_documents(
@@ -88,9 +118,9 @@ def load_rows(options: DataArguments, tokenizer, args: XDLMTrainingArguments):
             options.dataset_split,
             text_column=options.text_column,
             skip_corrupted=options.skip_corrupted,
+            revision=revision_to_read(revision),
         )
-    from_hub = options.data_files is None and options.dataset != "python-reference"
-    streaming = from_hub if options.streaming is None else options.streaming
+    streaming = options.from_hub if options.streaming is None else options.streaming
     show = args.process_index == 0 and not args.disable_tqdm
     validation = None
     if options.validation_fraction:
@@ -110,17 +140,19 @@ def load_rows(options: DataArguments, tokenizer, args: XDLMTrainingArguments):
         world_size=args.world_size,
         shuffle_seed=args.seed,
         shuffle_buffer=options.shuffle_buffer,
-        source=source(options),
+        source=source(options, revision),
     )
     return stream, validation
 
 
-def source(options: DataArguments) -> dict:
+def source(options: DataArguments, revision: dict[str, str | None] | None) -> dict:
     """What a checkpoint remembers of a stream's data, to notice when it changed."""
     if options.data_files is not None:
         data = {"files": fingerprint_files(options.data_files)}
     else:
         data = {"dataset": [options.dataset, options.dataset_config, options.dataset_split]}
+        if revision is not None:
+            data["revision"] = revision
     return {**data, "text_column": options.text_column, "validation_fraction": options.validation_fraction}
 
 
@@ -134,9 +166,10 @@ def main(argv: list[str] | None = None) -> XDLMTrainer | None:
     if plan.plan:
         return recipe.show_plan(plan, model_options, args, data_options.sequence_length)
     resume = recipe.resume_point(args)
+    revision = pinned_revision(data_options, resume, args.output_dir)
     tokenizer = recipe.load_tokenizer(model_options)
     model = recipe.load_model(model_options, args, tokenizer, data_options.sequence_length)
-    train_rows, validation_rows = load_rows(data_options, tokenizer, args)
+    train_rows, validation_rows = load_rows(data_options, tokenizer, args, revision)
     return recipe.train(model, model_options, args, tokenizer, train_rows, validation_rows, resume)
 
 

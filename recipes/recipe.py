@@ -29,12 +29,23 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.training_args import OptimizerNames
 
 from xdlm_hf.adapters import add_adapters, load_adapter, quantization_4bit
-from xdlm_hf.checkpoints import last_checkpoint, refuse_other_run
+from xdlm_hf.checkpoints import UNFINISHED, explained_failure, last_checkpoint, refuse_other_run, whole_model
 from xdlm_hf.data import check_tokenizer
-from xdlm_hf.planning import LAYOUTS, Run, check_fit, choices_table, count_parameters, memory_table, run_flops
-from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
+from xdlm_hf.planning import (
+    ADAMW,
+    LAYOUTS,
+    Run,
+    check_fit,
+    choices_table,
+    count_parameters,
+    memory_table,
+    optimizer_of,
+    run_flops,
+)
+from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments, model_bytes
 
 logger = logging.getLogger("recipe")
 
@@ -234,12 +245,15 @@ def show_plan(plan: PlanArguments, options: ModelArguments, args: XDLMTrainingAr
             model.tie_weights()
             if options.lora_rank:
                 model = add_adapters(model, options.lora_rank, options.lora_alpha)
+        optim = OptimizerNames(args.optim).value
+        optimizer = optimizer_of(optim, args.optim_args)
         run = Run(
             config=model.config,
             counts=count_parameters(model, options.load_in_4bit),
             rows=args.per_device_train_batch_size,
             length=sequence_length,
             gpus=plan.plan_gpus,
+            optimizer=optimizer or ADAMW,
             dtype=getattr(torch, options.dtype) if options.dtype != "auto" else config.dtype or torch.float32,
             bf16=bool(args.bf16),
             checkpointing=bool(args.activation_checkpointing),
@@ -249,6 +263,8 @@ def show_plan(plan: PlanArguments, options: ModelArguments, args: XDLMTrainingAr
         rows = _global_rows(args, plan)
         console = Console()
         console.print(_summary(model, run, rows, args.max_steps), highlight=False)
+        assumed = "" if optimizer else ": not known to the plan, which takes AdamW's 8 bytes a parameter"
+        console.print(f"optimizer   {optim}{assumed}", highlight=False)
         console.print(memory_table(run, plan.plan_gpu_memory))
         console.print(choices_table(run, plan.plan_layout or "zero2"))
         check_fit(run, plan.plan_layout, plan.plan_gpu_memory)
@@ -310,19 +326,32 @@ def train(
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=resume)
-    if validation_rows is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
-    save(trainer, options)
+    metrics = None if validation_rows is None else trainer.evaluate()
+    save(trainer, options, metrics)
     return trainer
 
 
-def save(trainer: XDLMTrainer, options: ModelArguments) -> None:
-    """Final model, tokenizer and log. Every process must call this: the weights may be spread over them."""
-    output_dir, adapters = trainer.args.output_dir, bool(options.lora_rank)
-    trainer.save_model(f"{output_dir}/adapter" if adapters else output_dir)
-    trainer.save_state()
-    if not adapters:
-        return
+def save(trainer: XDLMTrainer, options: ModelArguments, metrics: dict[str, float] | None = None) -> None:
+    """Final model, tokenizer, log and, if given, evaluation. Every process must call this: the weights may be spread.
+
+    Raises:
+        OSError: If they cannot be written. What is there is whole, and the message says what that is.
+    """
+    output_dir, step = Path(trainer.args.output_dir), trainer.state.global_step
+    what, folder = ("adapter", output_dir / "adapter") if options.lora_rank else ("model", output_dir)
+    trainer.save_model(str(folder))
+    kept = f"the {what} in {str(folder)!r} is whole"
+    with explained_failure(step, output_dir / UNFINISHED, output_dir, False, "the log", also_kept=kept):
+        trainer.save_state()
+        if metrics is not None:
+            trainer.save_metrics("eval", metrics)
+    if options.lora_rank:
+        save_merged(trainer, options, folder, kept)
+
+
+def save_merged(trainer: XDLMTrainer, options: ModelArguments, adapter: Path, kept: str) -> None:
+    """The base with the trained adapters, saved in `adapter` before, merged into it, and the tokenizer."""
+    output_dir = adapter.parent
     model = trainer.accelerator.unwrap_model(trainer.model)
     whole = contextlib.nullcontext()
     if is_deepspeed_zero3_enabled():
@@ -330,9 +359,14 @@ def save(trainer: XDLMTrainer, options: ModelArguments) -> None:
 
         whole = deepspeed.zero.GatheredParameters(list(model.parameters()))
     with whole:
-        if trainer.is_world_process_zero():
-            if options.load_in_4bit:  # into the weights as they were, not into what 4 bits left of them
-                base = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=options.dtype)
-                model = load_adapter(base, f"{output_dir}/adapter")
-            model.merge_and_unload().save_pretrained(output_dir)
-            trainer.processing_class.save_pretrained(output_dir)
+        if not trainer.is_world_process_zero():
+            return
+        if options.load_in_4bit:  # into the weights as they were, not into what 4 bits left of them
+            base = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=options.dtype)
+            model = load_adapter(base, str(adapter))
+        merged, step = model.merge_and_unload(), trainer.state.global_step
+        with whole_model(
+            output_dir, output_dir, step, model_bytes(merged), what="the merged model", also_kept=kept
+        ) as unfinished:
+            merged.save_pretrained(unfinished)
+            trainer.processing_class.save_pretrained(unfinished)

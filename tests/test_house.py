@@ -25,7 +25,7 @@ LAYERS = [
     ["generation_config", "denoising"],
     ["configuration_llada", "modeling_llada", "generation", "hub"],
     ["adapters", "data", "checkpoints", "processes", "training_metrics", "planning", "display"],
-    ["stream", "conversations", "streamers", "trace", "loading"],
+    ["stream", "conversations", "revisions", "streamers", "trace", "loading"],
     ["trainer", "serving_requests", "serving_answers"],
     ["serving_engine"],
     ["serving", "chat"],

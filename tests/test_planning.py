@@ -1,13 +1,15 @@
 """The plan's arithmetic against models really built, steps really taken, and DeepSpeed's own estimators."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
-from training import tiny_model
+from training import arguments, tiny_model, trainer
+from transformers import Trainer
 
 from xdlm_hf.adapters import add_adapters
 from xdlm_hf.losses import diffusion_loss, fused_linear_diffusion_loss
@@ -15,6 +17,7 @@ from xdlm_hf.planning import (
     GIB,
     LAYOUTS,
     NF4_BYTES,
+    OPTIMIZERS,
     Run,
     activation_bytes,
     check_fit,
@@ -24,11 +27,13 @@ from xdlm_hf.planning import (
     loss_bytes,
     memory,
     memory_table,
+    optimizer_of,
     run_flops,
     state_bytes,
 )
 
 DDP = LAYOUTS["ddp"]
+CANNOT_OFFLOAD = ("adafactor", "lion_32bit", "paged_lion_32bit")
 LLADA_8B = {"d_model": 4096, "n_heads": 32, "n_layers": 32, "mlp_hidden_size": 12288, "vocab_size": 126464}
 LLADA_8B |= {"max_sequence_length": 4096, "mask_token_id": 126336}
 
@@ -106,6 +111,76 @@ def test_states_are_those_of_a_step(dtype, lora):
     assert moments == sum(x.nbytes for x in states)
     assert host == 0
     assert state_bytes(run_of(model, gpus=2), DDP)[1] == 2 * gradients  # DDP's buckets
+
+
+def needs_library(optim, monkeypatch):
+    if "8bit" not in optim and "32bit" not in optim:
+        return
+    library = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    # It remembers by their addresses which parameters stay in float32: those of earlier tests may come again.
+    monkeypatch.setattr(library.optim.GlobalOptimManager, "_instance", None)
+
+
+def bytes_after_a_step(optimizer):
+    """Of its states, each storage once; a few numbers for each tensor and bitsandbytes' tables of codes left out."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    left_out = ("step", "RMS", "qmap1", "qmap2")
+    states = [x for state in optimizer.state.values() for name, x in state.items() if name not in left_out]
+    return sum(x.nbytes for x in states)
+
+
+@pytest.mark.parametrize("lora", [0, 4, 80], ids=["whole", "small adapters", "adapters"])
+@pytest.mark.parametrize("optim", [*OPTIMIZERS, "sgd momentum=0.9"])
+def test_states_are_those_of_the_named_optimizer(tmp_path, monkeypatch, optim, lora):
+    """As the Trainer builds it. Matrices of 4096 elements, the least in 8 bits, and of 10304, no multiple of 256."""
+    needs_library(optim, monkeypatch)
+    optim, _, options = optim.partition(" ")
+    model = model_like(lora=lora, mlp_hidden_size=161)
+    optimizer = trainer(tmp_path, model=model, optim=optim, optim_args=options or None).create_optimizer()
+    run = run_of(model, optimizer=optimizer_of(optim, options))
+    assert state_bytes(run, DDP)[2] == bytes_after_a_step(optimizer)
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_states_of_a_flat_partition(tmp_path, monkeypatch, optim):
+    """What DeepSpeed gives its optimizer: float32 vectors, here of 8192 elements, without rows, columns or names."""
+    needs_library(optim, monkeypatch)
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim=optim))
+    kept = bytes_after_a_step(kind([torch.nn.Parameter(torch.ones(8192))], **options))
+    assert kept == 8192 * optimizer_of(optim).flat_bytes
+    model = model_like()
+    run = run_of(model, gpus=2, optimizer=optimizer_of(optim))
+    assert state_bytes(run, LAYOUTS["zero2"])[2] == run.counts.trainable / 2 * (4 + kept / 8192)
+
+
+def test_optimizers_of_llada_8b():
+    """GiB of one GPU without DeepSpeed, by hand: 8,015,581,184 parameters, of which 126464 x 4096 in the embedding."""
+    run = llada_8b()
+    elements, embedding, norms = 8_015_581_184, 126464 * 4096, 65 * 4096
+    with_adamw = {"adamw_torch": 8 * elements, "lion_32bit": 4 * elements, "sgd": 0}
+    # A norm has 4096 elements: the least that is kept in 8 bits.
+    with_adamw["adamw_8bit"] = 2 * (elements - embedding) * (1 + 4 / 256) + 8 * embedding
+    square, wide, head = 32 * 4 * (4096 + 4096), 32 * 3 * (4096 + 12288), 2 * (126464 + 4096)
+    with_adamw["adafactor"] = 4 * (square + wide + head + norms)
+    for name, expected in with_adamw.items():
+        assert state_bytes(replace(run, optimizer=optimizer_of(name)), DDP)[2] == expected, name
+    assert optimizer_of("grokadamw") is None
+
+
+def test_optimizers_that_cannot_be_offloaded_leave_these_layouts_out():
+    """What accelerate makes of them there fails; the others become CPU Adam, and need what AdamW does."""
+    for name, kind in OPTIMIZERS.items():
+        run = replace(llada_8b(), optimizer=kind)
+        left_out = {"zero2_offload", "zero3_offload"} if name in CANNOT_OFFLOAD else set()
+        assert set(LAYOUTS) - set(layouts(run)) == left_out, name
+        if left_out:
+            with pytest.raises(ValueError, match="plan_layout='zero2_offload' is not known for this run; choose one"):
+                check_fit(run, "zero2_offload", 80)
+        else:
+            assert memory(run, LAYOUTS["zero2_offload"]) == memory(llada_8b(), LAYOUTS["zero2_offload"])
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 8])

@@ -1,5 +1,6 @@
 """The continual-pretraining recipe: its config files, a small run from start to end, its refusals, its launchers."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from safetensors.torch import load_file
-from training import ENDS_CLEANLY, flags, launch, logged, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from training import ENDS_CLEANLY, disk_that_takes, flags, launch, logged, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from xdlm_hf import LLaDAConfig
 from xdlm_hf.adapters import load_adapter
+from xdlm_hf.checkpoints import UNFINISHED
 from xdlm_hf.data import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -246,6 +249,22 @@ def test_a_plan_divides_the_batch_among_its_own_gpus(config_of_llada_8b, capsys)
     assert "16 GPUs x 4 rows x 8 passes" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("optim", "optimizer", "said"),
+    # 8 and 12 bytes a parameter on one GPU: 4 of DeepSpeed's float32 weights, and 4 or 8 of states.
+    [
+        ("lion_32bit", "59.7", " GiB of each"),
+        ("grokadamw", "89.6", ": not known to the plan, which takes AdamW's 8 bytes a"),
+    ],
+)
+def test_plan_of_other_optimizers(config_of_llada_8b, capsys, optim, optimizer, said):
+    options = ["--config", str(CONFIGS / "llada_8b_xdlm.yaml"), "--optim", optim, "--plan_gpus", "1"]
+    llada_cpt.main([*options, *config_of_llada_8b, "--plan_layout", "zero2", "--plan_gpu_memory", "200"])
+    text = capsys.readouterr().out
+    row = next(line for line in text.splitlines() if "zero2 " in line)
+    assert f" {optimizer}│" in row and f"optimizer {optim}{said}" in " ".join(text.split())
+
+
 def test_plan_of_adapters_in_4_bits(config_of_llada_8b, capsys):
     options = ["--config", str(CONFIGS / "llada_8b_mdlm.yaml"), "--lora_rank", "16", "--load_in_4bit", "true"]
     llada_cpt.main([*options, "--plan_gpus", "1", "--plan_gpu_memory", "24", *config_of_llada_8b])
@@ -299,8 +318,6 @@ def test_second_run_is_refused_and_resume_continues(base, tmp_path):
 
 
 def test_lora_run_writes_the_merged_model_and_the_adapter(base, tmp_path):
-    from peft import PeftModel
-
     output = tmp_path / "run"
     llada_cpt.main(options(base, output, lora_rank=2))
     merged = AutoModelForCausalLM.from_pretrained(output)
@@ -349,6 +366,66 @@ def test_4_bit_run_trains_adapters_and_merges_them_into_whole_weights(base, tmp_
         gap = (trainer.model(ids).logits - merged(ids).logits).abs().max()
     assert 0 < gap < 0.5
     assert trainer.evaluate()["eval_loss"] == pytest.approx(logged(output, "eval_loss")[-1], abs=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A full disk at the end
+
+
+def fill_disk(patch, kind, folder):
+    """Let the disk be full while objects of this kind are written for `folder`."""
+    save = kind.save_pretrained
+
+    def save_on_full_disk(self, target, *args, **options):
+        full = Path(target) in (folder, folder / UNFINISHED)
+        with disk_that_takes(1_000) if full else contextlib.nullcontext():
+            return save(self, target, *args, **options)
+
+    patch.setattr(kind, "save_pretrained", save_on_full_disk)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora", "folder", "message"),
+    [
+        (PreTrainedModel, 0, "", r"the model could not be written to '.*/run': 0\.0 GiB needed, \d+\.\d GiB free"),
+        (PreTrainedTokenizerBase, 0, "", r"the model could not .*/run': .*\(Exception: .*os error"),
+        (PeftModel, 2, "adapter", r"the model could not .*/run/adapter': 0\.0 GiB needed"),
+        (PreTrainedModel, 2, "", r"the merged model could not .*/run': 0\.0 .*; the adapter in '.*/adapter' is whole"),
+        (PreTrainedTokenizerBase, 2, "", r"the merged model could not .*; the adapter in '.*/adapter' is whole"),
+    ],
+    ids=["weights", "tokenizer", "adapter", "merged weights", "merged tokenizer"],
+)
+def test_full_disk_at_the_end_leaves_no_half_model(base, tmp_path, monkeypatch, kind, lora, folder, message):
+    output = tmp_path / "run"
+    changes = {"lora_rank": lora, "save_strategy": "steps", "save_steps": 6, "resume_from_checkpoint": "auto"}
+    with monkeypatch.context() as patch:
+        fill_disk(patch, kind, output / folder)
+        with pytest.raises(OSError, match=f"step 6: {message}.*; checkpoint-6 is whole: make room and resume"):
+            llada_cpt.main(options(base, output, **changes))
+    left = {path.name for path in output.iterdir()} - {"trainer_state.json", "eval_results.json", "all_results.json"}
+    assert left == ({"checkpoint-6", "adapter"} if lora and not folder else {"checkpoint-6"})
+    with pytest.raises(ValueError, match="Unrecognized model"):
+        AutoModelForCausalLM.from_pretrained(output)
+    llada_cpt.main(options(base, output, **changes))
+    AutoModelForCausalLM.from_pretrained(output)
+    AutoTokenizer.from_pretrained(output)
+    assert not (output / UNFINISHED).exists() and not (output / "adapter" / UNFINISHED).exists()
+    if lora:
+        load_adapter(AutoModelForCausalLM.from_pretrained(base / "model"), output / "adapter")
+
+
+def test_full_disk_while_the_log_is_written_is_explained(base, tmp_path, monkeypatch):
+    write = TrainerState.save_to_json
+
+    def write_on_full_disk(self, path):
+        with disk_that_takes(100):
+            write(self, path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", write_on_full_disk)
+    message = r"the log could not be written to '.*/run': \d+\.\d GiB free .*; the model in '.*/run' is whole"
+    with pytest.raises(OSError, match=message):
+        llada_cpt.main(options(base, tmp_path / "run"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
 
 
 # --------------------------------------------------------------------------------------------------------------------

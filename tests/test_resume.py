@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import math
-import resource
 import shutil
 import signal
 from pathlib import Path
@@ -21,6 +20,7 @@ from training import (
     LENGTH,
     RecordingTrainer,
     arguments,
+    disk_that_takes,
     launch,
     losses,
     parameter_gap,
@@ -269,22 +269,10 @@ def test_shuffling_by_datasets_is_refused(tokenizer):
 # Whole or absent
 
 
-@contextlib.contextmanager
-def disk_that_takes(size):
-    """No file may grow beyond `size` bytes: writing fails in the middle, as on a full disk."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize(
     ("size", "step", "kept"),
     [
-        (1_000, 3, "there is no earlier one"),
+        (1_000, 3, "there is no earlier checkpoint"),
         (1_000, 6, "checkpoint-3 is whole: make room and resume from it"),
         (100_000, 6, "checkpoint-3 is whole: make room and resume from it"),
     ],
@@ -319,10 +307,31 @@ def test_full_disk_at_the_end_keeps_the_checkpoints(tmp_path):
     )
     with disk_that_takes(1_000), pytest.raises(OSError, match=message):
         run.save_model()
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
     resumed = trainer(tmp_path, **SAVES)
     resumed.train(resume_from_checkpoint=True)
     resumed.save_model()
     assert parameter_gap(run.model, load_file(tmp_path / "model.safetensors")) == 0
+
+
+def test_a_model_is_replaced_by_a_whole_one_or_stays(tmp_path):
+    run = trainer(tmp_path, **SAVES)
+    run.save_model(tmp_path / "model")
+    before = state(run.model)
+    with torch.no_grad():
+        run.model.get_output_embeddings().weight.add_(1)
+    (tmp_path / "model" / UNFINISHED).mkdir()
+    (tmp_path / "model" / UNFINISHED / "model.safetensors").write_bytes(b"half")  # of a killed process
+    files = names(tmp_path / "model")
+    with disk_that_takes(1_000), pytest.raises(OSError, match="the model could not be written to '.*/model': 0.0 GiB"):
+        run.save_model(tmp_path / "model")
+    assert names(tmp_path / "model") == [name for name in files if name != UNFINISHED]
+    assert parameter_gap(LLaDAForDiffusionLM.from_pretrained(tmp_path / "model"), before) == 0
+    with disk_that_takes(1_000), pytest.raises(OSError, match="could not be written to '.*/new'"):
+        run.save_model(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    run.save_model(tmp_path / "model")
+    assert parameter_gap(run.model, state(LLaDAForDiffusionLM.from_pretrained(tmp_path / "model"))) == 0
 
 
 def test_checkpoints_are_rotated_replaced_and_the_best_is_found(tmp_path):

@@ -3,9 +3,11 @@
 torchrun --standalone --nproc_per_node 2 tests/training.py '{"output_dir": "...", "per_device_train_batch_size": 2}'
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -154,6 +156,18 @@ def parameter_gap(model, end):
 
 def state(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@contextlib.contextmanager
+def disk_that_takes(size):
+    """No file may grow beyond `size` bytes: writing fails in the middle, as on a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def launch(*command, timeout=300, **environment):

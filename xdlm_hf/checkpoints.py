@@ -1,7 +1,8 @@
 """What a checkpoint promises: it is whole, it says which run it belongs to, and that run goes on exactly from it.
 
 A checkpoint is written under `_unfinished/`, flushed to the disk, and then renamed: a folder called `checkpoint-N` is
-complete, whenever the process was killed. Beside what Transformers' Trainer writes, it holds
+complete, whenever the process was killed. So is the model at the end: its files are moved out of `_unfinished/`, and
+the config, without which nothing loads them, is the last. Beside what Transformers' Trainer writes, it holds
 
     xdlm_run.json          what the run is, compared on resuming (`check_same_run`)
     stream_state_R.json    for a stream: where each reader of rank R stands
@@ -88,33 +89,104 @@ def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
 
 @contextlib.contextmanager
 def explained_failure(
-    step: int, unfinished: Path, output_dir: Path, writes: bool, what: str = "the checkpoint"
+    step: int,
+    unfinished: Path,
+    run_dir: Path,
+    writes: bool,
+    what: str = "the checkpoint",
+    needs: int | None = None,
+    also_kept: str = "",
 ) -> Iterator[None]:
     """Turn a failure to write into an error that says what is left, and clear what was written to `unfinished`.
 
+    Args:
+        step: Of the run, for the message.
+        unfinished: What is written, in the folder where it is to appear.
+        run_dir: Where the checkpoints are.
+        writes: Whether this process writes, and so clears.
+        what: Is being written.
+        needs: Bytes that it takes, if they are known.
+        also_kept: What is left beside the checkpoints, as a sentence.
+
     Raises:
-        OSError: For any error of the disk inside the block, naming step, free space and the last whole checkpoint.
+        OSError: For any error of the disk inside the block, naming step, folder, free space and what is left.
     """
     try:
         yield
-    # torch reports a full disk as RuntimeError, safetensors with an error of its own.
-    except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(output_dir).free / 2**30 if output_dir.is_dir() else 0.0
+    except Exception as error:
+        if not _is_of_the_disk(error):
+            raise
+        folder = unfinished.parent
         if writes:
             shutil.rmtree(unfinished, ignore_errors=True)
-        last = last_checkpoint(output_dir)
-        kept = "there is no earlier one" if last is None else f"{last.name} is whole: make room and resume from it"
+        free = shutil.disk_usage(folder).free / 2**30 if folder.is_dir() else 0.0
+        last = last_checkpoint(run_dir)
+        kept = f"{last.name} is whole: make room and resume from it" if last else "there is no earlier checkpoint"
+        size = "" if needs is None else f"{needs / 2**30:.1f} GiB needed, "
         raise OSError(
-            f"step {step}: {what} could not be written to {str(output_dir)!r}, {free:.1f} GiB free "
-            f"({type(error).__name__}: {error}); {kept}."
+            f"step {step}: {what} could not be written to {str(folder)!r}: {size}{free:.1f} GiB free "
+            f"({type(error).__name__}: {error}); {also_kept + '; ' if also_kept else ''}{kept}."
         ) from error
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    # torch reports a full disk as RuntimeError, safetensors with an error of its own, tokenizers as a bare Exception.
+    return isinstance(error, (OSError, RuntimeError, SafetensorError)) or type(error) is Exception
+
+
+@contextlib.contextmanager
+def whole_model(
+    folder: Path,
+    run_dir: Path,
+    step: int,
+    needs: int,
+    writes: bool = True,
+    what: str = "the model",
+    also_kept: str = "",
+) -> Iterator[Path]:
+    """Where to write a model; its files appear in `folder` when all of them are written, or not at all.
+
+    Args:
+        folder: Where the model is to appear, beside whatever is there; files of the same names are replaced.
+        run_dir, step, needs, writes, what, also_kept: As in `explained_failure`.
+
+    Raises:
+        OSError: As `explained_failure`; `folder` is as before.
+    """
+    unfinished, is_new = folder / UNFINISHED, not folder.exists()
+    try:
+        with explained_failure(step, unfinished, run_dir, writes, what, needs, also_kept):
+            if writes:
+                shutil.rmtree(unfinished, ignore_errors=True)  # what a killed process left
+                unfinished.mkdir(parents=True)
+            yield unfinished
+            if writes:
+                _move_out(unfinished, folder)
+    except OSError:
+        if writes and is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _move_out(unfinished: Path, folder: Path) -> None:
+    """Move files to the folder above, once every byte of them has reached the disk; those without which nothing loads
+    the others are the last, and an outdated one goes first."""
+    _flush_all(unfinished)
+    configs = [name for name in ("config.json", "adapter_config.json") if (unfinished / name).exists()]
+    for name in configs:
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted(unfinished.iterdir(), key=lambda path: path.name in configs):
+        if path.is_dir():
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        path.replace(folder / path.name)
+    unfinished.rmdir()
+    _flush(folder)
 
 
 def publish(unfinished: Path, target: Path) -> None:
     """Give a written checkpoint its name, after every byte of it has reached the disk."""
-    for folder, _, files in os.walk(unfinished):
-        for path in [*(os.path.join(folder, file) for file in files), folder]:
-            _flush(path)
+    _flush_all(unfinished)
     if target.exists():  # left by an earlier attempt that got further than the checkpoint this run resumed
         outdated = unfinished.with_name(f"outdated-{target.name}")
         target.rename(outdated)
@@ -123,6 +195,12 @@ def publish(unfinished: Path, target: Path) -> None:
     else:
         unfinished.rename(target)
     _flush(target.parent)
+
+
+def _flush_all(top: Path) -> None:
+    for folder, _, files in os.walk(top):
+        for path in [*(os.path.join(folder, file) for file in files), folder]:
+            _flush(path)
 
 
 def _flush(path: str | Path) -> None:
@@ -154,12 +232,13 @@ def check_same_run(checkpoint: Path, run: Mapping[str, Any], reshards: bool) -> 
             f"{str(checkpoint)!r} is no checkpoint to resume from ({RUN_RECORD} is missing): it is incomplete or was "
             "written by another program. Its weights may serve as model_name_or_path of a new run."
         )
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = _read_record(checkpoint)
     if saved["weights_only"]:
         raise ValueError(
             f"{str(checkpoint)!r} holds no optimizer state (save_only_model=True): "
             "use its weights as model_name_or_path of a new run."
         )
+    _forgive_unknown_revision(saved.get("data") or {}, run["data"])
     for name, why in _REFUSED.items():
         if saved.get(name) != run[name]:
             raise ValueError(
@@ -175,6 +254,22 @@ def check_same_run(checkpoint: Path, run: Mapping[str, Any], reshards: bool) -> 
         before = saved.get(name, _BEFORE.get(name))
         if before != run[name]:
             logger.warning("%s has %s: %s.", checkpoint.name, _difference(name, before, run[name]), why)
+
+
+def _read_record(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / RUN_RECORD).read_text(encoding="utf-8"))
+
+
+def recorded_data(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint remembers of its data (`PackedStream.fingerprint`); nothing if it is no checkpoint."""
+    return _read_record(checkpoint).get("data") or {} if (checkpoint / RUN_RECORD).is_file() else {}
+
+
+def _forgive_unknown_revision(saved: dict[str, Any], ours: Mapping[str, Any]) -> None:
+    """Take a Hub dataset of unknown revision for the one that is read now: nothing says that it was another."""
+    before, now = saved.get("source"), ours.get("source")
+    if before and now and "revision" in now and not (before.get("revision") or {}).get("commit"):
+        before["revision"] = now["revision"]
 
 
 def _difference(name: str, saved: Any, ours: Any) -> str:

@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .data import CHAT_TEMPLATE, check_length, checksum, expand_files, parse_object, read_lines
+from .data import CHAT_TEMPLATE, check_length, check_source, checksum, expand_files, parse_object, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,7 @@ def load_conversations(
         ValueError: If not exactly one source is given, a pattern matches no file, or a suffix is another. While
             reading: a damaged file or line, naming it.
     """
-    if (dataset is None) == (data_files is None):
-        raise ValueError(f"give either dataset={dataset!r} or data_files={data_files!r}, one of the two.")
+    check_source(dataset, data_files)
     if data_files is None:
         import datasets
 

@@ -75,6 +75,7 @@ def load_documents(
     data_files: Sequence[str] | None = None,
     text_column: str = "text",
     skip_corrupted: bool = False,
+    revision: str | None = None,
 ) -> "datasets.IterableDataset":
     """Stream of documents `{"text": str}` from a Hub dataset or from local files.
 
@@ -88,6 +89,7 @@ def load_documents(
         skip_corrupted: Leave out lines of local JSONL files that are not JSON objects with text in that field; they
             are counted and their numbers logged, at the 1st, 10th, 100th ... of a file and at its end. By default such
             a line is an error.
+        revision: Branch, tag or commit of the dataset; `revisions.pin_revision` finds a commit.
 
     Raises:
         ValueError: If not exactly one source is given, a pattern matches no file, a suffix is unknown, or there is no
@@ -95,21 +97,26 @@ def load_documents(
     """
     import datasets
 
-    if (dataset is None) == (data_files is None):
-        raise ValueError(f"give either dataset={dataset!r} or data_files={data_files!r}, one of the two.")
-    if skip_corrupted and data_files is None:
-        raise ValueError("skip_corrupted=True is for the lines of local JSONL files: give data_files.")
+    check_source(dataset, data_files, skip_corrupted)
     if data_files is not None:
         files = expand_files(data_files)
         return datasets.IterableDataset.from_generator(
             _read_files,
             gen_kwargs={"files": files, "columns": [text_column] * len(files), "skip_corrupted": skip_corrupted},
         )
-    documents = datasets.load_dataset(dataset, config, split=split, streaming=True)
+    documents = datasets.load_dataset(dataset, config, split=split, revision=revision, streaming=True)
     names = documents.column_names or list(next(iter(documents)))
     check_column(text_column, names, f"dataset {dataset!r}")
     documents = documents.select_columns([text_column])
     return documents if text_column == "text" else documents.rename_column(text_column, "text")
+
+
+def check_source(dataset: str | None, data_files: Sequence[str] | None, skip_corrupted: bool = False) -> None:
+    """Refuse options of `load_documents` that do not go together, before the Hub or a file is asked."""
+    if (dataset is None) == (data_files is None):
+        raise ValueError(f"give either dataset={dataset!r} or data_files={data_files!r}, one of the two.")
+    if skip_corrupted and data_files is None:
+        raise ValueError("skip_corrupted=True is for the lines of local JSONL files: give data_files.")
 
 
 def expand_files(patterns: Sequence[str]) -> list[str]:

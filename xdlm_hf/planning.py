@@ -15,7 +15,8 @@ layer, W GPUs.
 Precision: w bytes of a weight, c bytes of a matrix product's input (2 in bfloat16, 4 in float32).
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ RESERVED = 0.08
 _REDUCE_BUCKET = 500_000_000
 # Bytes a weight in NF4 with double quantization: 4 bits, and for each 64 weights one byte of scale, itself scaled.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# bitsandbytes' optimizers in 8 bits: numbers that share a float32 scale, and the smallest tensor that is not float32.
+_STATE_BLOCK, _SMALLEST_8_BIT_STATE = 256, 4096
 
 
 class Layout(NamedTuple):
@@ -53,6 +56,72 @@ LAYOUTS = {
 }
 
 
+class Optimizer(NamedTuple):
+    """What an optimizer keeps of the trained tensors.
+
+    Args:
+        states: Numbers for each element.
+        in_8_bits: As bitsandbytes does: a byte for each number and a float32 scale for each block of them. Tensors of
+            fewer than 4096 elements stay in float32, and so do embeddings, for which Transformers asks.
+        factored: One number for each row and each column of a matrix instead.
+        offloads: Whether it can be in main memory. accelerate puts DeepSpeed's CPU Adam in the optimizer's place then,
+            whichever it is; that fails for Adafactor, on its pair of eps, and for Lion in 32 bits, whose CPU Lion
+            accelerate gives an argument that it does not take (accelerate 1.15, DeepSpeed 0.19).
+    """
+
+    states: int
+    in_8_bits: bool = False
+    factored: bool = False
+    offloads: bool = True
+
+    @property
+    def flat_bytes(self) -> float:
+        """Bytes of an element in DeepSpeed's partitions: long vectors, in which there are neither small tensors nor
+        embeddings, nor rows and columns."""
+        return self.states * (1 + 4 / _STATE_BLOCK if self.in_8_bits else 4)
+
+    def tensor_bytes(self, shape: Sequence[int], embedding: bool = False) -> int:
+        """Bytes for a tensor of its own; a few for its step and its norm, and 2 KiB for all, are left out."""
+        elements = math.prod(shape)
+        if self.factored and len(shape) > 1:
+            return 4 * (elements // shape[-1] + elements // shape[-2])
+        if self.in_8_bits and not embedding and elements >= _SMALLEST_8_BIT_STATE:
+            return self.states * (elements + 4 * math.ceil(elements / _STATE_BLOCK))
+        return self.states * 4 * elements
+
+
+ADAMW, _LION = Optimizer(2), Optimizer(1, offloads=False)
+_ADAMW_8BIT, _LION_8BIT = Optimizer(2, in_8_bits=True), Optimizer(1, in_8_bits=True)
+# By Transformers' names. Paged states count in full: they leave a GPU when it has no room for them, at a price in time.
+OPTIMIZERS = {
+    "adamw_torch": ADAMW,
+    "adamw_torch_fused": ADAMW,
+    "paged_adamw_32bit": ADAMW,
+    "adamw_8bit": _ADAMW_8BIT,
+    "adamw_bnb_8bit": _ADAMW_8BIT,
+    "paged_adamw_8bit": _ADAMW_8BIT,
+    "lion_32bit": _LION,
+    "paged_lion_32bit": _LION,
+    "lion_8bit": _LION_8BIT,
+    "paged_lion_8bit": _LION_8BIT,
+    "adafactor": Optimizer(1, factored=True, offloads=False),
+    "sgd": Optimizer(0),
+}
+
+
+def optimizer_of(name: str, options: str | None = None) -> Optimizer | None:
+    """What the optimizer of this name keeps; None if that is not known here.
+
+    Args:
+        name: Transformers' `optim`.
+        options: Its `optim_args`, e.g. `momentum=0.9`: with momentum, SGD keeps a number for each element.
+    """
+    given = dict(option.split("=") for option in (options or "").replace(" ", "").split(",") if option)
+    if name == "sgd" and float(given.get("momentum", 0)):
+        return Optimizer(1)
+    return OPTIMIZERS.get(name)
+
+
 @dataclass(frozen=True)
 class Counts:
     """Parameters of a model.
@@ -63,6 +132,7 @@ class Counts:
         largest: Of the module that holds most by itself, which ZeRO-3 gathers at once.
         block_matrices: In the blocks' matrices, adapters included.
         head_trained: Whether the output layer is among the trained.
+        trained_tensors: Shape of each trained tensor, and whether it belongs to an embedding.
     """
 
     total: int
@@ -71,6 +141,7 @@ class Counts:
     largest: int
     block_matrices: int
     head_trained: bool
+    trained_tensors: tuple[tuple[torch.Size, bool], ...]
 
 
 def count_parameters(model: nn.Module, load_in_4bit: bool = False) -> Counts:
@@ -82,6 +153,7 @@ def count_parameters(model: nn.Module, load_in_4bit: bool = False) -> Counts:
     """
     parameters = dict(model.named_parameters())
     blocks = {name: p for name, p in parameters.items() if ".blocks." in name and p.ndim == 2}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return Counts(
         total=sum(p.numel() for p in parameters.values()),
         trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
@@ -89,6 +161,7 @@ def count_parameters(model: nn.Module, load_in_4bit: bool = False) -> Counts:
         largest=max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()),
         block_matrices=sum(p.numel() for p in blocks.values()),
         head_trained=model.get_output_embeddings().weight.requires_grad,
+        trained_tensors=tuple((p.shape, id(p) in embeddings) for p in parameters.values() if p.requires_grad),
     )
 
 
@@ -102,6 +175,7 @@ class Run:
         rows: B, rows of one pass on one GPU.
         length: L, tokens per row.
         gpus: W.
+        optimizer: What it keeps.
         dtype: Of the weights as loaded.
         bf16: Whether the passes run in bfloat16 (`--bf16 true`).
         checkpointing: Whether activations are recomputed block by block (`--activation_checkpointing true`).
@@ -118,6 +192,7 @@ class Run:
     rows: int
     length: int
     gpus: int = 1
+    optimizer: Optimizer = ADAMW
     dtype: torch.dtype = torch.bfloat16
     bf16: bool = True
     checkpointing: bool = False
@@ -175,22 +250,23 @@ def memory(run: Run, layout: Layout) -> Memory:
 
 
 def state_bytes(run: Run, layout: Layout) -> tuple[float, float, float, float, float]:
-    """Parameters, gradients, optimizer, buffers (all of one GPU), and main memory; AdamW.
+    """Parameters, gradients, optimizer, buffers (all of one GPU), and main memory.
 
-    With P trained and Z frozen parameters (those in 4 bits count `NF4_BYTES` each, the others w):
+    With P trained and Z frozen parameters (those in 4 bits count `NF4_BYTES` each, the others w), and s bytes of an
+    element's states (8 for AdamW, `Optimizer.flat_bytes`; under ddp as `Optimizer.tensor_bytes` adds them up):
 
-        ddp             4 P + w Z            4 P, twice for W > 1    8 P                copies of P for autocast
-        zero1           w (P + Z)            w P + 4 P / W           12 P / W           a bucket to reduce gradients
-        zero2           w (P + Z)            (w + 4) P / W           12 P / W           the same
-        zero3           w (P + Z) / W        (w + 4) P / W           12 P / W           the largest layer, twice
+        ddp             4 P + w Z            4 P, twice for W > 1    s P                copies of P for autocast
+        zero1           w (P + Z)            w P + 4 P / W           (4 + s) P / W      a bucket to reduce gradients
+        zero2           w (P + Z)            (w + 4) P / W           (4 + s) P / W      the same
+        zero3           w (P + Z) / W        (w + 4) P / W           (4 + s) P / W      the largest layer, twice
         zero2_offload   w (P + Z)            0                       0                  as zero2
         zero3_offload   0                    0                       0                  as zero3
 
-    Under ddp gradients and both moments have the dtype of the trained weights, float32, and DDP keeps its
-    own copy of the gradients. DeepSpeed keeps float32 weights and moments, 12 bytes, and makes float32
-    gradients of its share at the step. In bfloat16 these are the totals of DeepSpeed's own estimators, which know
-    neither frozen parameters nor parts (and leave the 16-bit parameters out under ZeRO-3), and so is main memory, with
-    half of it again for buffers.
+    Under ddp gradients and states have the dtype of the trained weights, float32, and DDP keeps its
+    own copy of the gradients. DeepSpeed keeps float32 weights, 4 bytes, beside the states, and makes float32
+    gradients of its share at the step. With AdamW in bfloat16 these are the totals of DeepSpeed's own estimators, which
+    know neither frozen parameters nor parts (and leave the 16-bit parameters out under ZeRO-3), and so is main memory,
+    with half of it again for buffers; there every optimizer is CPU Adam.
     """
     counts, stage = run.counts, layout.stage
     trained, frozen = counts.trainable, counts.total - counts.trainable - counts.quantized
@@ -199,10 +275,11 @@ def state_bytes(run: Run, layout: Layout) -> tuple[float, float, float, float, f
     if not stage:
         parameters = 4 * trained + width * frozen + NF4_BYTES * counts.quantized
         copies = compute * trained if compute < 4 else 0
-        return parameters, 4 * trained * (2 if run.gpus > 1 else 1), 8 * trained, copies, 0.0
+        states = sum(run.optimizer.tensor_bytes(*tensor) for tensor in counts.trained_tensors)
+        return parameters, 4 * trained * (2 if run.gpus > 1 else 1), states, copies, 0.0
     parameters = (width * (trained + frozen) + NF4_BYTES * counts.quantized) / shards
     gradients = 4 * trained / run.gpus + width * trained / (run.gpus if stage > 1 else 1)
-    optimizer = 12 * trained / run.gpus
+    optimizer = (4 + run.optimizer.flat_bytes) * trained / run.gpus
     buffers = 2.0 * width * counts.largest if stage == 3 else width * float(min(_REDUCE_BUCKET, trained))
     if not layout.optimizer_on_host:
         return parameters, gradients, optimizer, buffers, 0.0
@@ -270,8 +347,13 @@ def run_flops(model: nn.Module, counts: Counts, length: int, tokens: int, checkp
 
 
 def layouts(run: Run) -> dict[str, Layout]:
-    """The layouts that a run can take: ZeRO-3 would cut weights that are packed into 4 bits."""
-    return {name: layout for name, layout in LAYOUTS.items() if layout.stage < 3 or not run.counts.quantized}
+    """The layouts that a run can take: ZeRO-3 would cut weights that are packed into 4 bits, and not every optimizer
+    can be in main memory."""
+    return {
+        name: layout
+        for name, layout in LAYOUTS.items()
+        if not (layout.stage == 3 and run.counts.quantized) and (run.optimizer.offloads or not layout.optimizer_on_host)
+    }
 
 
 def layout_of(run: Run, name: str) -> Layout:

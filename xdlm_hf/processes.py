@@ -1,6 +1,32 @@
-"""How a script that several processes run together comes to its end."""
+"""What processes that run one script do together: agree on what only one of them should find out, and end."""
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+Found = TypeVar("Found")
+
+
+def found_by_the_first(find: Callable[[], Found]) -> Found:
+    """Result of `find()`, which the first process alone calls; every process must call this.
+
+    Raises:
+        ValueError: In every process, if `find` raises one: the others would wait for a result that never comes.
+    """
+    outcome = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = find()
+        except ValueError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    found, refused = outcome
+    if refused is not None:
+        raise ValueError(refused)
+    return found
 
 
 def leave_process_group() -> None:

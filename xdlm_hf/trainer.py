@@ -49,6 +49,7 @@ from .checkpoints import (
     publish,
     refuse_other_run,
     tokenizer_checksum,
+    whole_model,
 )
 from .data import DiffusionCollator, PackedDataset, check_tokenizer
 from .losses import diffusion_loss, fused_linear_diffusion_loss
@@ -669,22 +670,30 @@ class XDLMTrainer(Trainer):
         """As in `Trainer`; one whole safetensors model under FSDP too, whose checkpoints hold a part per process.
 
         Raises:
-            OSError: If it cannot be written; checkpoints stay as they are.
+            OSError: If it cannot be written; the folder and the checkpoints stay as they are.
         """
-        if _internal_call:  # part of a checkpoint
+        if self._saving:  # part of a checkpoint
             return super().save_model(output_dir, _internal_call)
         run_dir = Path(self.args.output_dir)
-        with explained_failure(self.state.global_step, run_dir / UNFINISHED, run_dir, False, "the model"):
-            self._save_whole_model(output_dir)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        needs = model_bytes(model, trained_only=hasattr(model, "peft_config"))
+        with whole_model(
+            Path(output_dir or run_dir), run_dir, self.state.global_step, needs, self.args.should_save
+        ) as unfinished:
+            self.accelerator.wait_for_everyone()
+            self._save_whole_model(str(unfinished))
+            self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _save_whole_model(self, output_dir: str | None) -> None:
+    def _save_whole_model(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
-            return super().save_model(output_dir)
+            return super().save_model(output_dir, _internal_call=True)
         plugin = self.accelerator.state.fsdp_plugin
         before = plugin.state_dict_type
         plugin.set_state_dict_type("FULL_STATE_DICT")
         try:
-            super().save_model(output_dir)
+            super().save_model(output_dir, _internal_call=True)
         finally:
             plugin.set_state_dict_type(before)
 
@@ -788,6 +797,15 @@ def nelbo_metrics(prediction: EvalPrediction) -> dict[str, float]:
         metrics["loss_standard_error"] = float(error)
         metrics["perplexity_standard_error"] = float(perplexity * error)
     return metrics
+
+
+def model_bytes(model: nn.Module, trained_only: bool = False) -> int:
+    """Bytes of a model's parameters, also where ZeRO-3 keeps only a part of each in this process."""
+    return sum(
+        getattr(p, "ds_numel", p.numel()) * p.element_size()
+        for p in model.parameters()
+        if p.requires_grad or not trained_only
+    )
 
 
 def _van_der_corput(index: int) -> float:
