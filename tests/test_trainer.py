@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -541,6 +542,24 @@ def test_arguments_survive_a_round_trip(tmp_path):
     args = arguments(tmp_path, global_batch_size=8, time_sampling="antithetic")
     assert args.gradient_accumulation_steps == 2 and args.time_sampling == "stratified"
     assert type(args)(**{**args.to_dict(), "accelerator_config": None}).gradient_accumulation_steps == 2
+
+
+def offloading(args, **more):
+    """The arguments as under DeepSpeed with its optimizer in main memory."""
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, **more}
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config=config)
+    return args
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw_8bit", "adafactor", "lion_32bit", "rmsprop"])
+def test_an_offloaded_optimizer_that_would_become_another_is_refused(tmp_path, name):
+    message = f"optim='{name}' with offload_optimizer to cpu: .* CPU Adam in its place. Use optim='adamw_torch'"
+    args = arguments(tmp_path, optim=name)
+    with pytest.raises(ValueError, match=message):
+        XDLMTrainer(model=tiny_model(), args=offloading(args))
+    XDLMTrainer._check_offload(offloading(args, zero_force_ds_cpu_optimizer=False))
+    XDLMTrainer._check_offload(offloading(args, optimizer={"type": "Lion"}))
+    XDLMTrainer._check_offload(offloading(arguments(tmp_path, optim="adamw_torch_fused")))
 
 
 @pytest.mark.parametrize(

@@ -65,14 +65,13 @@ class Optimizer(NamedTuple):
             fewer than 4096 elements stay in float32, and so do embeddings, for which Transformers asks.
         factored: One number for each row and each column of a matrix instead.
         offloads: Whether it can be in main memory. accelerate puts DeepSpeed's CPU Adam in the optimizer's place then,
-            whichever it is; that fails for Adafactor, on its pair of eps, and for Lion in 32 bits, whose CPU Lion
-            accelerate gives an argument that it does not take (accelerate 1.15, DeepSpeed 0.19).
+            whichever it is, and only AdamW in 32 bits is still itself (accelerate 1.15, DeepSpeed 0.19).
     """
 
     states: int
     in_8_bits: bool = False
     factored: bool = False
-    offloads: bool = True
+    offloads: bool = False
 
     @property
     def flat_bytes(self) -> float:
@@ -90,7 +89,7 @@ class Optimizer(NamedTuple):
         return self.states * 4 * elements
 
 
-ADAMW, _LION = Optimizer(2), Optimizer(1, offloads=False)
+ADAMW, _LION = Optimizer(2, offloads=True), Optimizer(1)
 _ADAMW_8BIT, _LION_8BIT = Optimizer(2, in_8_bits=True), Optimizer(1, in_8_bits=True)
 # By Transformers' names. Paged states count in full: they leave a GPU when it has no room for them, at a price in time.
 OPTIMIZERS = {
@@ -104,7 +103,7 @@ OPTIMIZERS = {
     "paged_lion_32bit": _LION,
     "lion_8bit": _LION_8BIT,
     "paged_lion_8bit": _LION_8BIT,
-    "adafactor": Optimizer(1, factored=True, offloads=False),
+    "adafactor": Optimizer(1, factored=True),
     "sgd": Optimizer(0),
 }
 
@@ -347,8 +346,8 @@ def run_flops(model: nn.Module, counts: Counts, length: int, tokens: int, checkp
 
 
 def layouts(run: Run) -> dict[str, Layout]:
-    """The layouts that a run can take: ZeRO-3 would cut weights that are packed into 4 bits, and not every optimizer
-    can be in main memory."""
+    """The layouts that a run can take: ZeRO-3 would cut weights that are packed into 4 bits, and only AdamW can
+    be in main memory."""
     return {
         name: layout
         for name, layout in LAYOUTS.items()

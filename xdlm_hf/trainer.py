@@ -53,6 +53,7 @@ from .checkpoints import (
 )
 from .data import DiffusionCollator, PackedDataset, check_tokenizer
 from .losses import diffusion_loss, fused_linear_diffusion_loss
+from .planning import OPTIMIZERS
 from .schedules import get_schedule
 from .stream import PackedStream, StreamPosition, stream_loader
 from .training_metrics import TrainingMetrics, flops_per_token, peak_tflops
@@ -225,8 +226,8 @@ class XDLMTrainer(Trainer):
 
     Raises:
         ValueError: If k < 1 and the model has no mask token, the tokenizer does not belong to the model, several GPUs
-            are visible to one process, a data-loading option would move rows to other places, or the fused loss is
-            asked for where it cannot be used.
+            are visible to one process, a data-loading option would move rows to other places, an optimizer other than
+            AdamW is to be in main memory, or the fused loss is asked for where it cannot be used.
     """
 
     def __init__(
@@ -248,6 +249,8 @@ class XDLMTrainer(Trainer):
         if processing_class is not None:
             check_tokenizer(processing_class, model.config)
         self._check_layout(args, train_dataset)
+        if optimizers[0] is None:
+            self._check_offload(args)
         self._fused = self._use_fused_loss(model, args)
         if data_collator is None:
             # With k = 1 no token absorbs, and none is special.
@@ -279,6 +282,19 @@ class XDLMTrainer(Trainer):
             lambda length: fixed + per_length * length, None if peak is None else peak * 1e12, args.device
         )
         self.add_callback(_Bookkeeping(self.metrics, isinstance(train_dataset, PackedStream)))
+
+    @staticmethod
+    def _check_offload(args: XDLMTrainingArguments) -> None:
+        """Refuse an optimizer in main memory that is not AdamW: accelerate would quietly train with another one."""
+        config = args.deepspeed_plugin.deepspeed_config if args.deepspeed_plugin is not None else {}
+        device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") or "none"
+        replaced = device != "none" and "optimizer" not in config and config.get("zero_force_ds_cpu_optimizer", True)
+        known = OPTIMIZERS.get(args.optim)
+        if replaced and not (known and known.offloads):
+            raise ValueError(
+                f"optim={args.optim.value!r} with offload_optimizer to {device}: accelerate would train with "
+                "DeepSpeed's CPU Adam in its place. Use optim='adamw_torch', or a configuration that does not offload."
+            )
 
     @staticmethod
     def _check_layout(args: XDLMTrainingArguments, train_dataset: Dataset | None) -> None:
