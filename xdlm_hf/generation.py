@@ -320,8 +320,8 @@ class XDLMGenerationMixin:
         watcher.begin(canvas.ids)
         progress = denoise(network, sampler, canvas, finished, watcher)
         sequences = finished.pad(progress.canvas.ids)
-        watcher.end(sequences)
         refuse_undefined(progress.canvas.undefined)
+        watcher.end(sequences)
         if not options.return_dict_in_generate:
             return sequences
         return DiffusionGenerateOutput(
