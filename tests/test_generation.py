@@ -618,6 +618,18 @@ def test_a_processor_that_leaves_no_distribution_is_named(options, value):
         small_model().generate(steps=2, max_new_tokens=4, logits_processor=LogitsProcessorList([Nothing()]), **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"refinement": "remask_cap", "remask_rate": 0.5}], ids=str)
+def test_a_filled_position_that_cannot_be_edited_may_have_no_distribution(options):
+    class HolesOnly(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            holes = input_ids.diagonal() == 20  # a row of scores for each column
+            return scores.masked_fill(~holes[:, None], -torch.inf)
+
+    model, processors = small_model(), LogitsProcessorList([HolesOnly()])
+    options = {"steps": 4, "max_new_tokens": 8, "mixing_ratio": 0.0, "seed": 0, **options}
+    assert model.generate(logits_processor=processors, **options).equal(model.generate(**options))
+
+
 def test_overflown_weights_of_one_row_are_named():
     model = small_model()
     model.get_input_embeddings().weight.data[3] = torch.nan

@@ -1,6 +1,7 @@
 """The plan's arithmetic against models really built, steps really taken, and DeepSpeed's own estimators."""
 
 import contextlib
+import re
 from dataclasses import replace
 
 import pytest
@@ -168,6 +169,13 @@ def test_optimizers_of_llada_8b():
     for name, expected in with_adamw.items():
         assert state_bytes(replace(run, optimizer=optimizer_of(name)), DDP)[2] == expected, name
     assert optimizer_of("grokadamw") is None
+
+
+@pytest.mark.parametrize("options", ["momentum", "momentum=much", "betas=(0.9,0.95)", "momentum=0.9=1"])
+def test_optim_args_that_cannot_be_read_are_named(options):
+    message = f"optim_args={options!r} cannot be read: give names and numbers as 'momentum=0.9,nesterov=True'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimizer_of("sgd", options)
 
 
 def test_optimizers_that_cannot_be_offloaded_leave_these_layouts_out():

@@ -334,6 +334,28 @@ def test_a_model_is_replaced_by_a_whole_one_or_stays(tmp_path):
     assert parameter_gap(run.model, state(LLaDAForDiffusionLM.from_pretrained(tmp_path / "model"))) == 0
 
 
+def test_weights_of_a_replaced_model_do_not_stay_beside_those_of_the_new_one(tmp_path, monkeypatch):
+    """`from_pretrained` would take one old file before new parts; an adapter beside them is not theirs."""
+    run, folder, save = trainer(tmp_path, **SAVES), tmp_path / "model", LLaDAForDiffusionLM.save_pretrained
+    run.save_model(folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"another's")
+    with torch.no_grad():
+        run.model.get_output_embeddings().weight.add_(1)
+
+    def in_parts(*args, **options):
+        save(*args, max_shard_size="10KB", **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LLaDAForDiffusionLM, "save_pretrained", in_parts)
+        run.save_model(folder)
+    weights = {path.name for path in folder.glob("*safetensors*")}
+    assert "model.safetensors" not in weights and {"model.safetensors.index.json"} < weights
+    (folder / "adapter_model.safetensors").unlink()
+    assert parameter_gap(run.model, state(LLaDAForDiffusionLM.from_pretrained(folder))) == 0
+    run.save_model(folder)
+    assert [path.name for path in folder.glob("*safetensors*")] == ["model.safetensors"]
+
+
 def test_checkpoints_are_rotated_replaced_and_the_best_is_found(tmp_path):
     options = {**SAVES, "save_steps": 2, "save_total_limit": 2, "eval_rows": 4, "eval_strategy": "steps"}
     options |= {"eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 1e-4}

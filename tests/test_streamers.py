@@ -7,7 +7,13 @@ import pytest
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
-from transformers.generation import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 from transformers.generation.streamers import BaseStreamer, TextDiffusionStreamer
 
 from xdlm_hf.data import train_tokenizer
@@ -138,6 +144,18 @@ def test_an_exception_does_not_end_the_stream(model):
     with pytest.raises(InterruptedError, match="enough"):
         model.generate(**PROMPT, steps=4, max_new_tokens=8, streamer=failing)
     assert failing.names == ["put", "draft"]
+
+
+@pytest.mark.parametrize("sampler", ["confidence", "ancestral"])
+def test_nan_does_not_end_the_stream(model, sampler):
+    class Overflown(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return torch.full_like(scores, torch.nan)
+
+    spy, processors = Spy(), LogitsProcessorList([Overflown()])
+    with pytest.raises(ValueError, match="some logits are NaN"):
+        model.generate(**PROMPT, steps=4, max_new_tokens=8, sampler=sampler, logits_processor=processors, streamer=spy)
+    assert spy.names == ["put"] + ["draft"] * (4 if sampler == "confidence" else 0)
 
 
 class TakesLogits(Spy):

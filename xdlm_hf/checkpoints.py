@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 UNFINISHED = "_unfinished"  # the leading underscore keeps it out of uploads to the Hub
 RUN_RECORD = "xdlm_run.json"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # as `save_pretrained` names them
 
 _NEW_RUN = "start a new run from the checkpoint's weights (model_name_or_path) to change it"
 # What may not differ between a checkpoint and the run that resumes it, and why.
@@ -147,7 +149,8 @@ def whole_model(
     """Where to write a model; its files appear in `folder` when all of them are written, or not at all.
 
     Args:
-        folder: Where the model is to appear, beside whatever is there; files of the same names are replaced.
+        folder: Where the model is to appear, beside whatever is there; files of the same names are replaced, and
+            weights as a whole, in however many files they are.
         run_dir, step, needs, writes, what, also_kept: As in `explained_failure`.
 
     Raises:
@@ -176,6 +179,11 @@ def _move_out(unfinished: Path, folder: Path) -> None:
     configs = [name for name in ("config.json", "adapter_config.json") if (unfinished / name).exists()]
     for name in configs:
         (folder / name).unlink(missing_ok=True)
+    if any(_WEIGHTS.fullmatch(path.name) for path in unfinished.iterdir()):
+        # One old file would be loaded instead of new parts.
+        for path in folder.iterdir():
+            if _WEIGHTS.fullmatch(path.name):
+                path.unlink()
     for path in sorted(unfinished.iterdir(), key=lambda path: path.name in configs):
         if path.is_dir():
             shutil.rmtree(folder / path.name, ignore_errors=True)

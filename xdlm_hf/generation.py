@@ -156,7 +156,7 @@ class XDLMGenerationMixin:
             attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): 0 at padding.
             logits_processor (`LogitsProcessorList`, *optional*):
                 Called with `(M, T)` current ids and `(M, N)` float32 logits, a row for each of the M positions that
-                the sampler asks about, before the softmax.
+                the sampler asks about, before the softmax; in an ancestral step for some of them at a time.
             stopping_criteria (`StoppingCriteriaList`, *optional*):
                 Called after each block with the `(B, n)` ids up to its end and `scores=None`.
             generator (`torch.Generator`, *optional*): Source of randomness; instead of `seed`.
@@ -320,8 +320,8 @@ class XDLMGenerationMixin:
         watcher.begin(canvas.ids)
         progress = denoise(network, sampler, canvas, finished, watcher)
         sequences = finished.pad(progress.canvas.ids)
-        watcher.end(sequences)
         refuse_undefined(progress.canvas.undefined)
+        watcher.end(sequences)
         if not options.return_dict_in_generate:
             return sequences
         return DiffusionGenerateOutput(

@@ -114,9 +114,18 @@ def optimizer_of(name: str, options: str | None = None) -> Optimizer | None:
     Args:
         name: Transformers' `optim`.
         options: Its `optim_args`, e.g. `momentum=0.9`: with momentum, SGD keeps a number for each element.
+
+    Raises:
+        ValueError: If `options` cannot be read.
     """
-    given = dict(option.split("=") for option in (options or "").replace(" ", "").split(",") if option)
-    if name == "sgd" and float(given.get("momentum", 0)):
+    try:
+        given = dict(option.split("=") for option in (options or "").replace(" ", "").split(",") if option)
+        has_momentum = name == "sgd" and float(given.get("momentum", 0)) != 0
+    except ValueError as error:
+        raise ValueError(
+            f"optim_args={options!r} cannot be read: give names and numbers as 'momentum=0.9,nesterov=True'."
+        ) from error
+    if has_momentum:
         return Optimizer(1)
     return OPTIMIZERS.get(name)
 
