@@ -258,8 +258,32 @@ def test_ancestral_steps_run_the_output_layer_in_chunks(model, prompt, monkeypat
     chunks.clear()
     monkeypatch.setitem(denoising._CHUNK_ELEMENTS, "cpu", 3 * model.config.embedding_size + 1)
     assert model.generate(**prompt, sampler="ancestral", steps=4, max_new_tokens=32, **options).equal(whole)
-    watch.remove()
     assert max(chunks) == 3
+    # What stands around forward is called, not passed by.
+    chunks.clear()
+    calls, forward = [], model.forward
+    model.forward = lambda **inputs: calls.append(1) or forward(**inputs)
+    assert model.generate(**prompt, sampler="ancestral", steps=4, max_new_tokens=32, **options).equal(whole)
+    assert len(calls) == len(chunks) == 8 and max(chunks) > 3
+    del model.forward
+    watch.remove()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: model.register_forward_pre_hook(lambda module, args: None),
+        lambda model: model.register_forward_hook(lambda module, args, output: None),
+        lambda model: model.compile(backend="eager"),
+        lambda model: setattr(model, "forward", model.forward),
+    ],
+    ids=["pre-hook", "hook", "compiled", "replaced"],
+)
+def test_a_model_with_something_around_its_forward_is_called_whole(wrap):
+    model = small_model()
+    assert denoising.is_unwrapped(model)
+    wrap(model)
+    assert not denoising.is_unwrapped(model)
 
 
 def test_num_return_sequences(model, prompt):
@@ -614,7 +638,7 @@ def test_a_processor_that_leaves_no_distribution_is_named(options, value):
         def __call__(self, input_ids, scores):
             return torch.full_like(scores, value)
 
-    with pytest.raises(ValueError, match="cannot draw a token.*NaN, or every token of a position is excluded"):
+    with pytest.raises(ValueError, match="cannot draw a token.*NaN or inf, or every token of a position is excluded"):
         small_model().generate(steps=2, max_new_tokens=4, logits_processor=LogitsProcessorList([Nothing()]), **options)
 
 
@@ -635,7 +659,7 @@ def test_overflown_weights_of_one_row_are_named():
     model.get_input_embeddings().weight.data[3] = torch.nan
     ids = torch.tensor([[1, 2], [3, 2]])
     assert model.generate(ids[:1], steps=2, max_new_tokens=4).shape == (1, 6)
-    with pytest.raises(ValueError, match="some logits are NaN.*bfloat16 does not"):
+    with pytest.raises(ValueError, match="some logits are NaN or inf.*bfloat16 does not"):
         model.generate(ids, steps=2, max_new_tokens=4)
 
 

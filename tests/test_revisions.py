@@ -148,6 +148,15 @@ def test_offline_runs_go_on_with_a_warning(hub, base, tmp_path, caplog):
     assert len(logged(tmp_path / "run")) == 6
 
 
+def test_a_revision_asked_for_offline_is_pinned_when_the_hub_is_there_again(hub, base, tmp_path):
+    hub.offline = True
+    run(base, tmp_path / "run", max_steps=3, dataset_revision="v2")
+    assert revision_of(tmp_path / "run" / "checkpoint-3") == {"commit": None, "asked": "v2"}
+    hub.offline = False
+    run(base, tmp_path / "run")
+    assert revision_of(tmp_path / "run" / "checkpoint-6") == {"commit": NEW, "asked": "v2"}
+
+
 def test_a_pinned_run_that_is_resumed_offline_keeps_its_revision(hub, base, tmp_path, caplog):
     run(base, tmp_path / "run", max_steps=3)
     assert "not pinned" not in caplog.text

@@ -154,7 +154,7 @@ def whole_model(
         run_dir, step, needs, writes, what, also_kept: As in `explained_failure`.
 
     Raises:
-        OSError: As `explained_failure`; `folder` is as before.
+        OSError: As `explained_failure`; `folder` is as before, if it was not moving the files that failed.
     """
     unfinished, is_new = folder / UNFINISHED, not folder.exists()
     try:

@@ -86,15 +86,16 @@ class Network:
         """Logits of the positions (R, T) bool in row-major order, chunk by chunk; none cost no forward pass."""
         if not positions.any():
             return
+        texts, rows = enumerate(self._texts(ids)), positions.nonzero()[:, 0]
+        if not is_unwrapped(self.model):
+            keep = {"logits_to_keep": positions}
+            streams = [self.model(**self._inputs(stream, text, None), **keep).logits for stream, text in texts]
+            yield self._adjusted(streams, ids[rows])
+            return
         body, head = self.model.base_model, self.model.get_output_embeddings()
-        streams = [
-            body(**self._inputs(stream, text, None)).last_hidden_state[positions]
-            for stream, text in enumerate(self._texts(ids))
-        ]
-        rows = positions.nonzero()[:, 0]
+        streams = [body(**self._inputs(stream, text, None)).last_hidden_state[positions] for stream, text in texts]
         for part in chunk_slices(len(rows), self.model.config.embedding_size, ids.device):
-            # A model spread over devices has its output layer on another than its input.
-            yield self._adjusted([head(hidden[part]).to(ids.device) for hidden in streams], ids[rows[part]])
+            yield self._adjusted([head(hidden[part]) for hidden in streams], ids[rows[part]])
 
     def _texts(self, ids: Tensor) -> Sequence[Tensor]:
         """What the network reads, (R, T) each: the text, and under guidance the text with its prompt hidden."""
@@ -145,6 +146,13 @@ class Network:
             for cache in self.caches:
                 if cache.get_seq_length():
                     cache.batch_select_indices(rows)
+
+
+def is_unwrapped(model: torch.nn.Module) -> bool:
+    """Whether calling the model runs its class's `forward` and nothing else. FSDP, accelerate (autocast, models spread
+    over devices) and torch.compile put themselves around it, and then parts of the model must not be called alone."""
+    around = model._forward_pre_hooks or model._forward_hooks or model._compiled_call_impl
+    return not around and "forward" not in vars(model)
 
 
 def chunk_slices(m: int, vocab_size: int, device: torch.device) -> Iterator[slice]:

@@ -222,14 +222,14 @@ def sample_categorical(
 
 
 def refuse_undefined(undefined: Tensor) -> None:
-    """Raise ValueError if any of the positions has no distribution: logits that are NaN, or -inf throughout.
+    """Raise ValueError if any of the positions has no distribution: logits that are NaN or inf, or -inf throughout.
 
     Waits for the device, so it is asked once, about as much as possible.
     """
     if undefined.any():
         raise ValueError(
-            "cannot draw a token: some logits are NaN, or every token of a position is excluded (-inf). Weights in "
-            "float16 may overflow, bfloat16 does not; a logits processor may exclude too much."
+            "cannot draw a token: some logits are NaN or inf, or every token of a position is excluded (-inf). "
+            "Weights in float16 may overflow, bfloat16 does not; a logits processor may exclude too much."
         )
 
 

@@ -27,7 +27,7 @@ class Canvas:
     generated: Tensor  # (B, T) bool, positions that generation owns: never prompt, padding or fixed text
     num_edits: Tensor  # (B,) int64, filled tokens that were replaced by another token
     num_remasked: Tensor | None = None  # (B,) int64, filled tokens that became holes again; None without a policy
-    undefined: Tensor | None = None  # (B,) bool, rows where a position to fill or edit had NaN confidence
+    undefined: Tensor | None = None  # (B,) bool, rows where a token was written whose confidence is NaN
     memory: dict[str, Tensor] = field(default_factory=dict)  # (B, T) each, what a policy remembers
 
     def select(self, rows: Tensor) -> "Canvas":

@@ -25,8 +25,8 @@ def pin_revision(dataset: str, asked: str | None = None, checkpoint: Path | None
     Args:
         dataset: Name on the Hub, or a local folder, which has no revisions.
         asked: Branch, tag or commit; None for the Hub's default branch, on resuming for what the checkpoint names.
-        checkpoint: Folder of the checkpoint that is resumed. One without a revision, as written before there were
-            any or where the Hub could not be asked, leaves the run as free as a new one.
+        checkpoint: Folder of the checkpoint that is resumed. One without a commit, as written before there were any or
+            where the Hub could not be asked, leaves the run as free as a new one, with the name it asked for.
 
     Returns:
         `commit` and `asked`, for the checkpoints; `revision_to_read` makes of it what `load_dataset` takes.
@@ -39,9 +39,10 @@ def pin_revision(dataset: str, asked: str | None = None, checkpoint: Path | None
             raise ValueError(f"dataset_revision={asked!r}: dataset {dataset!r} is a local folder, which has none.")
         return {"commit": None, "asked": None}
     recorded = _recorded(dataset, checkpoint)
-    if recorded is None:
+    if recorded["commit"] is None:
         if checkpoint is not None:
             logger.warning("%s does not say which revision of %s it read.", checkpoint.name, dataset)
+        asked = recorded["asked"] if asked is None else asked
         return {"commit": _commit(dataset, asked), "asked": asked}
     commit = recorded["commit"]
     if asked not in (None, commit, recorded["asked"]):
@@ -61,13 +62,12 @@ def revision_to_read(revision: Mapping[str, str | None]) -> str | None:
     return revision["commit"] or revision["asked"]
 
 
-def _recorded(dataset: str, checkpoint: Path | None) -> dict[str, Any] | None:
-    """Revision that a checkpoint of this dataset names; None if it names none."""
+def _recorded(dataset: str, checkpoint: Path | None) -> dict[str, Any]:
+    """Revision that a checkpoint of this dataset names, as far as it does."""
     source = recorded_data(checkpoint).get("source") if checkpoint is not None else None
     if not source or source.get("dataset", [None])[0] != dataset:  # resuming is going to refuse another dataset
-        return None
-    revision = source.get("revision")
-    return revision if revision and revision["commit"] else None
+        source = {}
+    return source.get("revision") or {"commit": None, "asked": None}
 
 
 def _commit(dataset: str, revision: str | None) -> str | None:

@@ -205,14 +205,13 @@ class ConfidenceSampler(Sampler):
         tokens = torch.where(fill | edit, look.predicted, torch.where(remasked, self.mask_token_id, look.ids))
         # 5.
         holes = canvas.holes.gather(1, look.columns)
-        asked = look.holes | look.editable if self.may_edit else look.holes
         return replace(
             canvas,
             ids=look.write(canvas.ids, tokens),
             holes=look.write(canvas.holes, (holes & ~fill) | remasked),
             num_edits=canvas.num_edits + edit.sum(-1),
             num_remasked=canvas.num_remasked + remasked.sum(-1),
-            undefined=canvas.undefined | (look.conf_predicted.isnan() & asked).any(-1),
+            undefined=canvas.undefined | (look.conf_predicted.isnan() & (fill | edit)).any(-1),
             memory=self.refinement.remember(look, fill, edit),
         )
 
