@@ -1,0 +1,186 @@
+"""What fewer steps, thresholds and caches cost in right answers, where an answer can be checked.
+
+    python benchmarks/decoding_quality.py [--output_dir outputs/walks]     (20 minutes on 2 cores)
+
+A small model learns one task until it masters it, at k = 0.1. There are four secret cycles through 64 letters. Of the
+32 tokens given one names a cycle, the others are random letters; the answer is 64 steps along that cycle, begun
+anywhere (64 right answers). Where to begin is a free choice, so the first passes are unsure and tokens chosen in
+parallel contradict each other; once one stands, its neighbours follow from it and from the given token with near
+certainty. A fixed number of steps wastes passes on that, a threshold does not; and a cache that is stale where it
+matters shows as wrong answers. Weights are kept in the output folder and used again.
+
+"blocks" are of 16 letters, "every 4" is `cache_refresh`. Per setting: answers that are wholly right with their standard error, tokens that follow from their left neighbour,
+forward passes of a row, and time as a ratio to the first line (medians of interleaved rounds).
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from measure import interleaved_seconds, machine
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
+from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
+
+LETTERS, CYCLES, GIVEN, ANSWER, BLOCK, K = 64, 4, 32, 64, 16, 0.1
+MASK, EOS = LETTERS + CYCLES, LETTERS + CYCLES + 1  # after the letters come the names of the cycles
+VOCAB, CONTEXT = EOS + 1, GIVEN + ANSWER
+
+IN_BLOCKS = {"steps": 64, "block_length": BLOCK}
+DUAL = {**IN_BLOCKS, "use_cache": "dual"}
+SETTINGS = {
+    "64 steps": {"steps": 64},
+    "16 steps": {"steps": 16},
+    "8 steps": {"steps": 8},
+    "4 steps": {"steps": 4},
+    "64 steps, k = 0": {"steps": 64, "mixing_ratio": 0.0},
+    "16 steps, k = 0": {"steps": 16, "mixing_ratio": 0.0},
+    "8 steps, k = 0": {"steps": 8, "mixing_ratio": 0.0},
+    "threshold 0.9": {"steps": 64, "confidence_threshold": 0.9},
+    "factor 1": {"steps": 64, "confidence_factor": 1.0},
+    "prefix": {"steps": 64, "use_cache": "prefix"},
+    "prefix, threshold 0.9": {"steps": 64, "use_cache": "prefix", "confidence_threshold": 0.9},
+    "blocks": IN_BLOCKS,
+    "blocks, k = 0": {**IN_BLOCKS, "mixing_ratio": 0.0},
+    "blocks, threshold 0.9": {**IN_BLOCKS, "confidence_threshold": 0.9},
+    "blocks, dual": DUAL,
+    "blocks, dual, k = 0": {**DUAL, "mixing_ratio": 0.0},
+    "blocks, dual, every 4": {**DUAL, "cache_refresh": 4},
+    "blocks, dual, every 2": {**DUAL, "cache_refresh": 2},
+    "blocks, dual, threshold 0.9": {**DUAL, "confidence_threshold": 0.9},
+    "blocks, dual, every 4, threshold 0.9": {**DUAL, "cache_refresh": 4, "confidence_threshold": 0.9},
+}
+
+
+def successors() -> Tensor:
+    """(CYCLES, LETTERS): the letter after each on each cycle."""
+    orders = torch.rand(CYCLES, LETTERS, generator=torch.Generator().manual_seed(0)).argsort(-1)
+    return torch.empty_like(orders).scatter_(1, orders, orders.roll(-1, 1))
+
+
+SUCCESSORS = successors()
+
+
+def walks(number: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Prompts (number, GIVEN) and one right answer each, (number, ANSWER)."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(LETTERS, (number, GIVEN), generator=generator)
+    cycle = torch.randint(CYCLES, (number,), generator=generator)
+    prompts[torch.arange(number), torch.randint(GIVEN, (number,), generator=generator)] = LETTERS + cycle
+    letters = [torch.randint(LETTERS, (number,), generator=generator)]
+    for _ in range(ANSWER - 1):
+        letters.append(SUCCESSORS[cycle, letters[-1]])
+    return prompts, torch.stack(letters, 1)
+
+
+class Walks(Dataset):
+    """Training rows; row i is drawn from the seed 1000 + i, so none is one of the problems."""
+
+    prompt_mask = torch.arange(CONTEXT) < GIVEN
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.cat(walks(1, 1000 + index), 1)[0], "prompt_mask": self.prompt_mask}
+
+
+def follows(prompts: Tensor, answers: Tensor) -> Tensor:
+    """(B, ANSWER) bool: the first token is a letter, each other the successor of the one before on the cycle named."""
+    cycle = prompts.max(-1).values - LETTERS
+    known = answers.clamp_max(LETTERS - 1)
+    expected = SUCCESSORS[cycle[:, None], known[:, :-1]]
+    return (answers < LETTERS) & torch.cat([known[:, :1] >= 0, known[:, 1:] == expected], 1)
+
+
+def build() -> LLaDAForDiffusionLM:
+    torch.manual_seed(0)
+    config = LLaDAConfig(
+        vocab_size=VOCAB,
+        embedding_size=VOCAB,
+        d_model=128,
+        n_heads=4,
+        n_kv_heads=4,
+        n_layers=4,
+        mlp_hidden_size=256,
+        max_sequence_length=CONTEXT,
+        mask_token_id=MASK,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+        mixing_ratio=K,
+    )
+    return LLaDAForDiffusionLM(config)
+
+
+def trained(folder: Path, steps: int) -> LLaDAForDiffusionLM:
+    if not (folder / "model.safetensors").exists():
+        rows = 64
+        arguments = XDLMTrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=rows,
+            learning_rate=2e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=steps // 20,
+            mixing_ratio=K,
+            logging_steps=50,
+            save_strategy="no",
+            report_to="none",
+        )
+        trainer = XDLMTrainer(model=build(), args=arguments, train_dataset=Walks(steps * rows))
+        trainer.train()
+        trainer.save_model()
+    return LLaDAForDiffusionLM.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def measure(model: LLaDAForDiffusionLM, problems: int, repeats: int) -> None:
+    prompts, _ = walks(problems, seed=1)
+    common = {"max_new_tokens": ANSWER, "eos_token_id": [], "return_dict_in_generate": True}
+    outputs = {}
+
+    def run(name: str) -> None:
+        outputs[name] = model.generate(prompts, **{**common, **SETTINGS[name]})
+        bar.update()
+
+    with tqdm(desc="generating", total=len(SETTINGS) * (repeats + 1)) as bar:
+        seconds = interleaved_seconds({name: partial(run, name) for name in SETTINGS}, repeats)
+    base = next(iter(SETTINGS))
+    table = Table(title=f"walks: {problems} problems, k = {K} unless said, {machine()}")
+    for column in ("decoding", "right, %", "+-", "tokens that follow, %", "passes of a row", "time"):
+        table.add_column(column, justify="left" if column == "decoding" else "right")
+    for name, output in outputs.items():
+        fits = follows(prompts, output.sequences[:, GIVEN:])
+        right = fits.all(-1).double()
+        table.add_row(
+            name,
+            f"{100 * right.mean():.1f}",
+            f"{100 * right.std() / problems**0.5:.1f}",
+            f"{100 * fits.double().mean():.2f}",
+            f"{output.row_forward_passes.double().mean():.1f}",
+            f"{seconds[name] / seconds[base]:.3f}",
+        )
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/walks"))
+    parser.add_argument("--steps", type=int, default=2500, help="optimizer steps of the training")
+    parser.add_argument("--problems", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=1, help="rounds of timing after a warm-up; the median counts")
+    options = parser.parse_args()
+    measure(trained(options.output_dir, options.steps), options.problems, options.repeats)
+
+
+if __name__ == "__main__":
+    main()
