@@ -9,8 +9,9 @@ parallel contradict each other; once one stands, its neighbours follow from it a
 certainty. A fixed number of steps wastes passes on that, a threshold does not; and a cache that is stale where it
 matters shows as wrong answers. Weights are kept in the output folder and used again.
 
-"blocks" are of 16 letters, "every 4" is `cache_refresh`. Per setting: answers that are wholly right with their standard error, tokens that follow from their left neighbour,
-forward passes of a row, and time as a ratio to the first line (medians of interleaved rounds).
+"blocks" are of 16 letters, "every 4" is `cache_refresh`. Per setting: answers that are wholly right with their standard
+error, tokens that follow from their left neighbour, forward passes of a row, and time as a ratio to the first line
+(medians of interleaved rounds).
 """
 
 import argparse
