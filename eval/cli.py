@@ -23,11 +23,12 @@ from xdlm_hf.evaluation import (
     adapter,  # which also registers the model
 )
 from xdlm_hf.evaluation import oracle as oracle  # registers its own
-from xdlm_hf.processes import leave_process_group
+from xdlm_hf.processes import end_script
 
 
 def main() -> None:
-    """Parses `sys.argv` as lm-eval does, fills in the two defaults, and runs the command."""
+    """Parses `sys.argv` as lm-eval does, fills in the two defaults, and runs the command. One of several processes does
+    not return: see `end_script`."""
     setup_logging()
     parser = HarnessCLI()
     args = parser.parse_args()
@@ -38,7 +39,7 @@ def main() -> None:
     except (ValueError, TypeError, FileNotFoundError) as error:  # the last two: a --config that is none
         raise SystemExit(f"xdlm-eval: {error}") from error
     parser.execute(args)
-    leave_process_group()
+    end_script()
 
 
 def asked(args: argparse.Namespace) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from xdlm_hf.evaluation import TASKS
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
 from xdlm_hf.evaluation.cli import check_run
 from xdlm_hf.evaluation.published import BENCHMARKS, PUBLISHED, markdown_table
-from xdlm_hf.processes import leave_process_group
+from xdlm_hf.processes import end_script
 
 BASE = "GSAI-ML/LLaDA-8B-Base"
 # Checkpoint (None: --checkpoint must name it, since none is public) and sampler settings of each row.
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"table16: {error}") from error
     for count in steps:
         run_cell(options, count, tasks)
-    leave_process_group()
+    end_script()
 
 
 def check_options(options: argparse.Namespace) -> tuple[list[int], list[str]]:

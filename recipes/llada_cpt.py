@@ -48,7 +48,7 @@ from xdlm_hf.data import (
     load_documents,
     python_reference_documents,
 )
-from xdlm_hf.processes import found_by_the_first, leave_process_group
+from xdlm_hf.processes import end_script, found_by_the_first
 from xdlm_hf.revisions import pin_revision, revision_to_read
 from xdlm_hf.stream import PackedStream
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
@@ -175,4 +175,4 @@ def main(argv: list[str] | None = None) -> XDLMTrainer | None:
 
 if __name__ == "__main__":
     main()
-    leave_process_group()
+    end_script()

@@ -17,4 +17,4 @@ if __name__ == "__main__":
     else:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     if torch.distributed.is_initialized():
-        raise SystemExit(f"{sys.argv[0]} ended with its process group open: call leave_process_group() last")
+        raise SystemExit(f"{sys.argv[0]} ended with its process group open: call end_script() last")

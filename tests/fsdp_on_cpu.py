@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 
 import llada_cpt  # noqa: E402
 
-from xdlm_hf.processes import leave_process_group  # noqa: E402
+from xdlm_hf.processes import end_script  # noqa: E402
 from xdlm_hf.trainer import XDLMTrainingArguments  # noqa: E402
 
 
@@ -28,4 +28,4 @@ def main():
 
 if __name__ == "__main__":
     main()
-    leave_process_group()
+    end_script()

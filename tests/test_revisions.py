@@ -202,7 +202,7 @@ def test_a_local_folder_has_no_revision(hub, tmp_path, caplog):
 TWO = """
 import torch
 from accelerate import PartialState
-from xdlm_hf.processes import found_by_the_first, leave_process_group
+from xdlm_hf.processes import found_by_the_first, end_script
 
 def refuse():
     raise ValueError(f"refused by {rank}")
@@ -213,7 +213,7 @@ try:
     found_by_the_first(refuse)
 except ValueError as error:
     print(f"{rank}: {found}, {error}", flush=True)
-leave_process_group()
+end_script()
 """
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.data import PackedDataset, train_tokenizer
-from xdlm_hf.processes import leave_process_group
+from xdlm_hf.processes import end_script
 from xdlm_hf.stream import PackedStream
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
 
@@ -207,4 +207,4 @@ def main():
 
 if __name__ == "__main__":
     main()
-    leave_process_group()
+    end_script()
