@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from .cache import CanvasCache, RefreshPlan
+from .posterior import row_slices
 from .refinement import Canvas
 from .samplers import Request, Sampler
 
@@ -157,8 +158,7 @@ def is_unwrapped(model: torch.nn.Module) -> bool:
 
 def chunk_slices(m: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
     """Slices of m positions, each of as many as the output layer is run on at a time."""
-    rows = max(1, _CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "other"] // vocab_size)
-    return (slice(start, min(start + rows, m)) for start in range(0, m, rows))
+    return row_slices(m, vocab_size, device, _CHUNK_ELEMENTS)
 
 
 class Finished:

@@ -9,7 +9,7 @@ Shapes: B batch, L length, N vocabulary.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -289,8 +289,12 @@ def _weight_blocks(logits: Tensor, kernel: NoiseKernel | None) -> Iterator[tuple
 
 def row_blocks(m: int, logits: Tensor) -> Iterator[slice]:
     """Slices of m rows, each of as many rows of `logits` (..., N) as are read at a time."""
-    elements = _BLOCK_ELEMENTS["cpu" if logits.device.type == "cpu" else "other"]
-    rows = max(1, elements // logits.shape[-1])
+    return row_slices(m, logits.shape[-1], logits.device, _BLOCK_ELEMENTS)
+
+
+def row_slices(m: int, vocab_size: int, device: torch.device, elements: Mapping[str, int]) -> Iterator[slice]:
+    """Slices of m rows of N numbers, each of about `elements["cpu"]` or, on any other device, `elements["other"]`."""
+    rows = max(1, elements["cpu" if device.type == "cpu" else "other"] // vocab_size)
     return (slice(start, min(start + rows, m)) for start in range(0, m, rows))
 
 
