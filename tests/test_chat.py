@@ -102,12 +102,30 @@ def test_settings(loaded, monkeypatch):
         ("/k 2", "mixing_ratio=2.0 must lie in [0, 1]"),
         ("/save", "/save needs a file name"),
         ("/save x.html", "there is no answer to save yet"),
+        ("caf\udce9", "this line holds bytes that are not UTF-8; enter it again without them."),
         ("word " * 600, "do not fit the model's 512; shorten it, or the answer with /length."),
     ],
 )
 def test_what_cannot_be_done_is_said_and_the_chat_goes_on(loaded, monkeypatch, line, message):
     chat, status, printed = talk(loaded, line, "Hello", monkeypatch=monkeypatch)
     assert message in " ".join(printed.split()) and status == 0 and len(chat.messages) == 2
+
+
+def test_a_message_too_long_is_tokenized_once(loaded, monkeypatch):
+    """And not once for every turn before it."""
+    counted, encode = [], Chat._encode
+    monkeypatch.setattr(Chat, "_encode", lambda self, messages: (counted.append(messages), encode(self, messages))[1])
+    _, _, printed = talk(loaded, "Hello", "Hello", "word " * 600, monkeypatch=monkeypatch)
+    assert "do not fit the model's 512" in printed
+    assert sum("word" in messages[-1]["content"] for messages in counted) == 1
+
+
+def test_input_that_is_not_utf8_does_not_end_the_chat(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n/history\n"), encoding="utf-8"))
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["--model", str(checkpoint), "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert "this line holds bytes that are not UTF-8" in printed and "Nothing was said yet." in printed
 
 
 def test_history_clear_and_save(loaded, monkeypatch, tmp_path):

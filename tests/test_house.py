@@ -26,8 +26,11 @@ LAYERS = [
     ["configuration_llada", "modeling_llada", "generation", "hub"],
     ["adapters", "data", "checkpoints", "processes", "training_metrics", "planning", "display"],
     ["stream", "conversations", "revisions", "streamers", "trace", "loading"],
-    ["trainer", "serving_requests", "serving_answers"],
+    ["trainer", "serving_fields", "serving_answers"],
+    ["serving_prompts"],
+    ["serving_requests"],
     ["serving_engine"],
+    ["serving_app"],
     ["serving", "chat"],
 ]
 CORE = [module for layer in LAYERS[:3] for module in layer]

@@ -1,14 +1,23 @@
 """xdlm-serve over a real socket, with OpenAI's client: answers, refusals, batches, disconnects, load with faults."""
 
 import asyncio
+import copy
 import json
+import os
+import random
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 
 import pytest
 import torch
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
 pytest.importorskip("prometheus_client", reason="serving needs the extra `serve`")
@@ -17,10 +26,13 @@ openai = pytest.importorskip("openai", reason="the tests of the server use OpenA
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, XDLMGenerationConfig, serving  # noqa: E402
 from xdlm_hf.data import train_tokenizer  # noqa: E402
-from xdlm_hf.serving import ServerSettings, main  # noqa: E402
+from xdlm_hf.serving import main  # noqa: E402
 from xdlm_hf.serving_answers import Answer  # noqa: E402
+from xdlm_hf.serving_app import ServerSettings  # noqa: E402
 from xdlm_hf.serving_engine import Engine, Job  # noqa: E402
-from xdlm_hf.serving_requests import Defaults, Limits, RequestError, parse  # noqa: E402
+from xdlm_hf.serving_fields import NEUTRAL, RequestError, read_fields  # noqa: E402
+from xdlm_hf.serving_prompts import PromptReader, TokenFloor  # noqa: E402
+from xdlm_hf.serving_requests import Defaults, Limits, parse  # noqa: E402
 
 NAME = "tiny"
 
@@ -293,6 +305,7 @@ def test_lengths_that_are_no_whole_blocks(client, model, tokenizer):
 def test_models_health_and_metrics(client, server):
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).object == "model"
+    assert client.models.retrieve(NAME).max_model_len == 256
     with pytest.raises(openai.NotFoundError, match="model 'other' is not served here"):
         client.models.retrieve("other")
     with urllib.request.urlopen(server.url + "/health") as answer:
@@ -314,7 +327,18 @@ def test_models_health_and_metrics(client, server):
         ({"guided_grammar": "root ::= x"}, "guided_grammar is not supported: answers cannot be bound"),
         ({"logprobs": 3}, "logprobs is not supported: log-prob"),
         ({"echo": True}, "echo is not supported"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty is not supported: tokens are filled in no fixed order"),
+        ({"top_k": 40}, "top_k is not supported: use top_p and a temperature above 0; leave it out or send -1"),
+        ({"min_p": 0.1}, "min_p is not supported: use top_p"),
+        ({"repetition_penalty": 1.1}, "temperature and top_p; leave it out or send 1."),
+        ({"best_of": 3}, "best_of is not supported: without log-probabilities no answer is the best; use n"),
+        ({"use_beam_search": True}, "use_beam_search is not supported: use n; leave it out or send false"),
+        ({"top_logprobs": False}, "top_logprobs is not supported"),  # false is not 0
+        ({"add_special_tokens": False}, "add_special_tokens is not supported"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "continuous_usage_stats is not supported",
+        ),
         ({"max_tokens": 129}, "max_tokens=129 is above this server's 128"),
         ({"max_tokens": 0}, "max_tokens=0 must be an integer from 1"),
         ({"max_tokens": True}, "max_tokens=True must be an integer"),
@@ -328,7 +352,7 @@ def test_models_health_and_metrics(client, server):
         ({"prompt": [1, 999999]}, "prompt holds 999999, which is no token id"),
         ({"prompt": []}, "prompt is an empty list"),
         ({"prompt": [["a"]]}, "prompt must be a string, token ids, or a list of either"),
-        ({"prompt": "\ud800"}, "prompt holds half of a surrogate pair"),
+        ({"prompt": ["The"] * 9}, "9 prompts with n=1 are 9 answers"),
         ({"prompt": {"a": 1}}, "prompt must be a string"),
         ({"prompt": None}, "prompt is missing"),
         ({"prompt": [7] * 241}, "a prompt of 241 tokens is too long: with 16 tokens for the answer, 240 are left"),
@@ -367,12 +391,52 @@ def test_chat_refusals(server, messages, message):
     assert status == 400 and message in body["error"]["message"]
 
 
-def test_values_that_ask_for_nothing_are_accepted(client):
-    options = {"frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": None, "user": "me", "top_p": 1}
-    assert client.completions.create(model=NAME, prompt="The", max_tokens=8, **options).choices
-    options = {"response_format": {"type": "text"}, "tools": [], "n": None}
-    messages = [{"role": "user", "content": "x"}]
-    assert client.chat.completions.create(model=NAME, messages=messages, max_tokens=8, extra_body=options).choices
+@pytest.mark.parametrize("chat", [False, True])
+def test_values_that_ask_for_nothing_are_accepted(server, chat):
+    """All at once, null where a field has no other; then every further value by itself."""
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    body = {"model": NAME, "max_tokens": 8, "top_p": 1, "user": "me", "n": None, "stop": [], "safety_identifier": "me"}
+    body |= {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "The"}
+    neutral = {name: values[0] if values else None for name, values in NEUTRAL.items()}
+    status, answer = server.raw(body | neutral | {"add_special_tokens": not chat}, path)
+    assert status == 200, answer
+    for name, value in [(name, value) for name, values in NEUTRAL.items() for value in values[1:]]:
+        assert read_fields(body | {name: value}, chat) == read_fields(body, chat)
+    for change in ({"repetition_penalty": 1.0, "min_p": 0.0}, {"top_k": -1.0}, {"stop": None, "logprobs": None}):
+        assert read_fields(body | change, chat)["max_tokens"] == 8
+    options = {"include_usage": False, "include_obfuscation": False, "continuous_usage_stats": None}
+    assert read_fields(body | {"stream": True, "stream_options": options}, chat)["stream"]
+
+
+LONE = "\ud800"
+
+
+@pytest.mark.parametrize(
+    "change, field",
+    [
+        ({"prompt": f"The {LONE}"}, "prompt"),
+        ({"prompt": ["The", LONE]}, "prompt"),
+        ({"messages": [{"role": "user", "content": "\udfff"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": LONE}]}]}, "messages"),
+        ({"messages": [{"role": LONE, "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x", LONE: 1}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x", "name": LONE}]}, "messages"),
+        ({"stop": [LONE]}, "stop"),
+        ({"user": LONE}, "user"),
+        ({"model": LONE}, "model"),
+        ({"metadata": {"a": [[{LONE: None}]]}}, "metadata"),
+        ({LONE: 1}, "a field's name"),
+        ({"stream": True, "stream_options": {LONE: True}}, "stream_options"),
+    ],
+    ids=ascii,
+)
+def test_half_a_surrogate_pair_is_refused_wherever_text_comes_in(server, change, field):
+    chat = "messages" in change
+    body = {"model": NAME, "max_tokens": 8} | ({} if chat else {"prompt": "The"}) | change
+    status, answer = server.raw(body, "/v1/chat/completions" if chat else "/v1/completions")
+    assert status == 400 and answer["error"]["message"].startswith(f"{field} holds half of a surrogate pair")
+    whole = json.dumps(body).replace("\\ud800", "\\ud83d\\ude00").replace("\\udfff", "\\ud83d\\ude00")
+    assert "surrogate" not in str(server.raw(whole.encode(), "/v1/chat/completions" if chat else "/v1/completions"))
 
 
 @pytest.mark.parametrize(
@@ -381,6 +445,7 @@ def test_values_that_ask_for_nothing_are_accepted(client):
         (b"{", (), 400, "the body is not JSON"),
         (b"[1]", (), 400, "the body must be a JSON object"),
         (b"\xff\xfe", (), 400, "the body is not JSON"),
+        (b'{"prompt": "\xed\xa0\x80"}', (), 400, "the body is not JSON"),  # a surrogate in UTF-8
         (b"[" * 200_000, (), 400, "the body is not JSON"),
         (b"{}", ("Content-Type: text/plain",), 415, "Content-Type: application/json"),
         (b"{}", (), 404, "model=None is not served here; use 'tiny'"),
@@ -456,21 +521,25 @@ def slow(model, seconds=0.01):
     return model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
 
 
-def test_requests_with_equal_settings_share_a_batch(server, client, model, tokenizer):
+@pytest.mark.parametrize("seeds", [(None,) * 4, (1, 2, 3, 3)], ids=["without", "with"])
+def test_requests_with_equal_settings_share_a_batch(server, client, model, tokenizer, seeds):
+    """Those with seeds too: at temperature 0 nothing is drawn."""
     handle = slow(model)
     prompts = ["The", "The quick brown fox", "A lazy dog jumps over", "naïve"]
     texts = [reference(model, tokenizer, prompt)[1] for prompt in prompts]
     rows, batches = server.metric("xdlm_batch_rows_sum"), server.metric("xdlm_batch_rows_count")
     answers = {}
 
-    def ask(name, prompt, length):
-        answers[name] = client.completions.create(model=NAME, prompt=prompt, max_tokens=length).choices[0].text
+    def ask(name, prompt, length, seed=None):
+        options = {"model": NAME, "prompt": prompt, "max_tokens": length, "temperature": 0}
+        answers[name] = client.completions.create(**options, seed=seed).choices[0].text
 
     try:
         threads = [threading.Thread(target=ask, args=("first", "The", 24))]  # holds the engine while others gather
         threads[0].start()
         wait_until(lambda: server.metric("xdlm_running_rows") == 1)
-        threads += [threading.Thread(target=ask, args=(prompt, prompt, 16)) for prompt in prompts]
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            threads += [threading.Thread(target=ask, args=(prompt, prompt, 16, seed))]
         threads += [threading.Thread(target=ask, args=("other", "The", 32))]
         for thread in threads[1:]:
             thread.start()
@@ -487,10 +556,9 @@ def test_what_goes_into_one_batch(model, tokenizer):
     """Oldest first, equal settings only, as many rows as fit, and requests with a seed alone."""
     engine = Engine(model, tokenizer, max_batch_rows=4)
 
-    def job(rows=1, **change):
+    def job(rows=1, defaults=Defaults(), **change):  # noqa: B008
         body = {"model": NAME, "prompt": "The", "n": rows, "max_tokens": 8} | change
-        arguments = (body, False, NAME, tokenizer, model.config, Limits(), Defaults())
-        return Job(parse(*arguments), [], None)
+        return Job(parse(body, False, NAME, tokenizer, model.config, Limits(), defaults), [], None)
 
     def batch(*jobs):
         engine._waiting.clear()
@@ -500,8 +568,14 @@ def test_what_goes_into_one_batch(model, tokenizer):
     assert batch(job(), job(temperature=1.0), job(), job(max_tokens=16), job()) == [0, 2, 4]
     assert batch(job(2), job(3), job(2), job()) == [0, 2]
     assert batch(job(6), job()) == [0]  # too large for any batch, so a batch of its own
-    assert batch(job(seed=1), job(seed=1), job()) == [0]
-    assert batch(job(), job(seed=1), job(user="other"), job(stop="x")) == [0, 2, 3]
+    assert batch(job(), job(seed=1), job(seed=2), job(user="other"), job(stop="x")) == [0, 1, 2, 3]
+    remask = {"refinement": "remask_cap", "remask_rate": 0.1, "mixing_ratio": 0.1}
+    for draws in ({"temperature": 0.5}, {"sampler": "ancestral"}, remask):
+        assert batch(job(seed=1, **draws), job(seed=1, **draws), job(**draws)) == [0]
+        assert batch(job(**draws), job(seed=1, **draws), job(**draws)) == [0, 2]
+    for stored in ({"temperature": 0.5}, {"remasking": "random"}, {"sampler": "ancestral"}):
+        defaults = Defaults.of(XDLMGenerationConfig(**stored), 16, None, 1)
+        assert batch(job(seed=1, defaults=defaults), job(seed=1, defaults=defaults)) == [0]
 
 
 def test_what_fits_a_request_depends_on_what_the_checkpoint_stores(model, tokenizer, monkeypatch):
@@ -572,7 +646,8 @@ def test_a_client_that_left_before_the_answer_began(server, model, stream):
 
 
 def test_shutdown_ends_what_runs_and_what_waits(model, tokenizer):
-    server = Server(model, tokenizer, ServerSettings(NAME), max_batch_rows=1)
+    """When the time for what is in progress is over."""
+    server = Server(model, tokenizer, ServerSettings(NAME, drain_timeout=0), max_batch_rows=1)
     handle = slow(model, 0.05)
     errors = []
 
@@ -593,6 +668,192 @@ def test_shutdown_ends_what_runs_and_what_waits(model, tokenizer):
         assert len(errors) == 2 and all("the server is shutting down" in error for error in errors)
     finally:
         handle.remove()
+
+
+def test_what_runs_and_what_waits_finishes_before_the_end(model, tokenizer):
+    server = Server(model, tokenizer, ServerSettings(NAME, defaults=Defaults(block_length=8)), max_batch_rows=1)
+    handle = slow(model, 0.02)
+    options = {"model": NAME, "prompt": "The", "max_tokens": 32}
+    texts, ended = {}, threading.Event()
+
+    def ask():
+        texts["whole"] = server.client().completions.create(**options).choices[0].text
+        assert not ended.is_set()
+
+    try:
+        stream = iter(server.client().completions.create(**options, stream=True))
+        texts["stream"] = next(stream).choices[0].text
+        waiting = threading.Thread(target=ask)
+        waiting.start()
+        wait_until(lambda: server.engine.queue_length == 1)
+        server.server.should_exit = True
+        wait_until(lambda: refuses(server.address))
+        texts["stream"] += "".join(chunk.choices[0].text for chunk in stream)
+        waiting.join(20)
+        server.stop()
+        ended.set()
+    finally:
+        handle.remove()
+    assert texts["stream"] == texts["whole"] == reference(model, tokenizer, "The", 32)[1]
+
+
+def refuses(address):
+    try:
+        socket.create_connection(address, timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Length
+
+
+def test_the_floor_is_never_above_the_tokens(tokenizer):
+    floor, draw = TokenFloor.of(tokenizer), random.Random(0)
+    vocabulary = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    longest = max(vocabulary, key=len)
+    assert floor("") == 0 and floor(longest * 1000) >= 1000 * len(longest) / max(map(len, vocabulary))
+    for length in (1, 3, 10, 300):
+        for pieces in (
+            vocabulary,
+            ["  ", "\n", "naïve", "漢", "\0", "\u0301", "😀"],
+            [longest],
+            [" fox", "<|mdm_mask|>"],
+        ):
+            for _ in range(20):
+                text = "".join(draw.choice(pieces) for _ in range(length))
+                count = len(tokenizer(text)["input_ids"])
+                assert floor(text) <= count
+                assert count <= 12 * floor(text)  # and it says something
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda backend: setattr(backend, "normalizer", normalizers.Strip()),
+        lambda backend: setattr(
+            backend,
+            "pre_tokenizer",
+            pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), backend.pre_tokenizer]),
+        ),
+        lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.Whitespace()),
+        lambda backend: setattr(backend, "pre_tokenizer", None),
+        lambda backend: backend.add_tokens([AddedToken("<x>", lstrip=True)]),
+    ],
+    ids=["normalizer", "removed", "whitespace", "none", "lstrip"],
+)
+def test_no_floor_where_text_may_be_dropped(tokenizer, change):
+    """Each of these tokenizers makes few tokens of many blanks, or may do so."""
+    tokenizer = copy.deepcopy(tokenizer)
+    change(tokenizer.backend_tokenizer)
+    assert TokenFloor.of(tokenizer) is None
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_prompt_far_too_long_is_refused_without_tokenizing_it(model, tokenizer, monkeypatch, chat):
+    floor, limits = TokenFloor.of(tokenizer), Limits()
+
+    def ask(text, max_tokens=16, n=1):
+        body = {"model": NAME, "max_tokens": max_tokens, "n": n}
+        body |= {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+        return parse(body, chat, NAME, tokenizer, model.config, limits, Defaults(), floor)
+
+    def unwanted(*_, **__):
+        raise AssertionError("tokenized")
+
+    repeated = "fox" + " fox" * (240 - ask("fox").prompt_tokens)
+    fits = ask(repeated)  # as many tokens as there is room for
+    with pytest.raises(RequestError, match="a prompt of 241 tokens is too long: with 16 .* 240 are left"):
+        ask(repeated + " fox")
+    assert fits.prompt_tokens == 240
+    monkeypatch.setattr(type(tokenizer), "_encode_plus", unwanted)
+    with pytest.raises(AssertionError, match="tokenized"):
+        ask("fox")
+    with pytest.raises(RequestError, match="a prompt of at least .* tokens is too long: with 16 tokens") as refusal:
+        ask("x" * 900_000)
+    assert refusal.value.code == "context_length_exceeded"
+    with pytest.raises(RequestError, match="n=9 are 9 answers"):
+        ask("fox", n=9)
+
+
+def test_a_long_prompt_holds_up_no_short_one(server, client, monkeypatch):
+    """Neither the event loop nor other requests wait until it is tokenized."""
+    begun, gate, original = threading.Event(), threading.Event(), PromptReader._tokenize
+
+    def blocked(self, text, *args, **options):
+        if len(text) > 1000:
+            begun.set()
+            assert gate.wait(20)
+        return original(self, text, *args, **options)
+
+    monkeypatch.setattr(PromptReader, "_tokenize", blocked)
+    answers = []
+    body = {"model": NAME, "prompt": "x" * 900_000, "max_tokens": 8}
+    thread = threading.Thread(target=lambda: answers.append(server.raw(body)))
+    thread.start()
+    try:
+        assert begun.wait(20)
+        assert client.completions.create(model=NAME, prompt="The", max_tokens=8).choices and not answers
+    finally:
+        gate.set()
+        thread.join(20)
+    assert answers[0][0] == 400 and answers[0][1]["error"]["code"] == "context_length_exceeded"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Connections
+
+
+@pytest.mark.parametrize("before", ["", "GET /health HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["first", "second"])
+def test_a_head_that_does_not_end_is_given_up(model, tokenizer, before):
+    server = Server(model, tokenizer, ServerSettings(NAME, header_timeout=0.3))
+    handle = slow(model, 0.05)
+    try:
+        silent = socket.create_connection(server.address, timeout=20)
+        slowly = socket.create_connection(server.address, timeout=20)
+        slowly.sendall(before.encode() + b"GET /health HTTP/1.1\r\n")
+        sending = iter(range(1000))
+        with pytest.raises(ConnectionError):
+            for i in sending:  # byte by byte, so that it is never idle for long
+                slowly.sendall(b"X-Header: %d\r\n" % i)
+                time.sleep(0.02)
+        assert not silent.recv(1)
+        # An answer that takes longer than that is not cut off.
+        options = {"model": NAME, "prompt": "The", "max_tokens": 16}
+        assert server.client().completions.create(**options).choices[0].finish_reason
+    finally:
+        handle.remove()
+        server.stop()
+
+
+def test_cors_lets_the_pages_named_in(model, tokenizer):
+    mine, other = "http://localhost:3000", "http://example.org"
+    server = Server(model, tokenizer, ServerSettings(NAME, cors=(mine,), api_key="secret"))
+
+    def preflight(origin):
+        headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        headers["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-lang"
+        request = urllib.request.Request(server.url + "/v1/completions", method="OPTIONS", headers=headers)
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return answer.status, dict(answer.headers)
+        except urllib.error.HTTPError as error:
+            return error.code, dict(error.headers)
+
+    try:
+        status, headers = preflight(mine)
+        assert status == 200 and headers["access-control-allow-origin"] == mine
+        assert "x-stainless-lang" in headers["access-control-allow-headers"]
+        assert "access-control-allow-credentials" not in headers
+        status, headers = preflight(other)
+        assert status == 400 and "access-control-allow-origin" not in headers
+        request = urllib.request.Request(server.url + "/v1/models", headers={"Origin": mine})
+        with pytest.raises(urllib.error.HTTPError, match="401") as refused:  # the page may read why
+            urllib.request.urlopen(request)
+        assert refused.value.headers["access-control-allow-origin"] == mine
+    finally:
+        server.stop()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -707,6 +968,64 @@ def test_two_hundred_concurrent_requests_with_faults(model, tokenizer, record_pr
 )
 def test_command_line_refusals(arguments, message):
     with pytest.raises(SystemExit, match=f"xdlm-serve: {message}"):
-        main(arguments)
+        main([*arguments, "--port", "0"])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--max_queue", "0"], "--max_queue 0 must be positive"),
+        (["--port", "65536"], "--port 65536 must be from 0 to 65535"),
+        (["--drain_timeout", "-1"], "--drain_timeout -1.0 must be 0 or more seconds"),
+        (["--drain_timeout", "nan"], "--drain_timeout nan must be 0 or more seconds"),
+        (["--cors", "*"], "--cors * lets every web page use this server; name the origins, or set --api_key"),
+        (["--cors", "localhost:3000"], "--cors localhost:3000 is no origin"),
+        (["--cors", "http://localhost:3000/"], "--cors http://localhost:3000/ is no origin"),
+        (["--api_key", "clé"], "--api_key must be ASCII"),
+    ],
+)
+def test_options_that_are_not_possible(arguments, message, capsys, monkeypatch):
+    monkeypatch.delenv("XDLM_API_KEY", raising=False)
     with pytest.raises(SystemExit):
-        main(["--model", "x", "--max_queue", "0"])
+        main(["--model", "/nowhere/at/all", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_busy_port_is_named_before_the_model_is_read():
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        message = f"cannot listen on --host 127.0.0.1 --port {port}: Address already in use.*; choose another port"
+        with pytest.raises(SystemExit, match=message):
+            main(["--model", "/nowhere/at/all", "--port", str(port)])
+
+
+def test_sigterm_lets_a_stream_finish_and_exits_with_0(model, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = copy.deepcopy(model.config)
+    config.mlp_hidden_size = 1024  # slow enough to be at work for a while
+    LLaDAForDiffusionLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    command = [sys.executable, "-m", "xdlm_hf.serving", "--model", str(tmp_path), "--served_name", NAME, "--port", "0"]
+    command += ["--drain_timeout", "300"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            log = ""
+            while "Application startup complete" not in log:
+                line = process.stderr.readline()
+                assert line, f"the server ended: {log}"
+                log += line
+            url = re.search(r"serving tiny on (http://127.0.0.1:\d+/v1)", log)[1]
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
+            options = {"prompt": "The", "max_tokens": 240, "stream": True, "extra_body": {"block_length": 4}}
+            chunks = iter(client.completions.create(model=NAME, **options))
+            read = [next(chunks)]
+            process.send_signal(signal.SIGTERM)
+            read += chunks
+            assert read[-1].choices[0].finish_reason in ("stop", "length")
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    with pytest.raises(openai.APIConnectionError):
+        client.models.list()

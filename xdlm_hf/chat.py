@@ -8,8 +8,10 @@ leaves where there is none. Needs the extra `watch`.
 
 import argparse
 import contextlib
+import io
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -114,9 +116,13 @@ class Chat:
         """One line: a command or a message.
 
         Raises:
-            ValueError: If there is no such command, or its value is not possible.
+            ValueError: If it is not UTF-8, there is no such command, or its value is not possible.
             KeyboardInterrupt: On the second Ctrl-C during an answer.
         """
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:  # bytes that could not be decoded arrive as lone surrogates
+            raise ValueError("this line holds bytes that are not UTF-8; enter it again without them.") from error
         command, _, value = line.partition(" ")
         value = value.strip()
         if not line:
@@ -168,16 +174,19 @@ class Chat:
             ValueError: If the last message alone is too long.
         """
         room = self.model.config.max_sequence_length - self._length
+        ids = self._encode(messages[-1:])  # first, because a long message takes long, and longer with every turn before
+        if ids.shape[1] > room:
+            raise ValueError(
+                f"this message of {ids.shape[1]} tokens and an answer of {self._length} do not fit the model's "
+                f"{self.model.config.max_sequence_length}; shorten it, or the answer with /length."
+            )
         for first in range(0, len(messages), 2):
             ids = self._encode(messages[first:])
             if ids.shape[1] <= room:
-                if first:
-                    self._say(f"The first {first // 2} turns no longer fit and are left out.")
-                return ids.to(self.model.device)
-        raise ValueError(
-            f"this message of {ids.shape[1]} tokens and an answer of {self._length} do not fit the model's "
-            f"{self.model.config.max_sequence_length}; shorten it, or the answer with /length."
-        )
+                break
+        if first:
+            self._say(f"The first {first // 2} turns no longer fit and are left out.")
+        return ids.to(self.model.device)
 
     def _encode(self, messages: list[dict[str, str]]) -> Tensor:
         if self.tokenizer.chat_template:
@@ -270,6 +279,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=kind, help="as in XDLMGenerationConfig")
     options = vars(parser.parse_args(argv))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # an undecodable line is refused, and does not end the chat
     try:
         model, tokenizer = load(options.pop("model"), options.pop("dtype"), options.pop("device"))
         chat = Chat(model, tokenizer, options)

@@ -23,7 +23,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from .loading import end_ids, end_of_turn_ids
 from .serving_answers import Answer
-from .serving_requests import GenerationRequest, RequestError
+from .serving_fields import RequestError
+from .serving_requests import GenerationRequest
 
 logger = logging.getLogger(__name__)
 
