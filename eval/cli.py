@@ -18,11 +18,10 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"xdlm-eval: {error}; install the extra: pip install 'xdlm_hf[eval]'") from error
 
-from xdlm_hf.evaluation import (
-    TASKS,
-    adapter,  # which also registers the model
-)
+from xdlm_hf.evaluation import TASKS
+from xdlm_hf.evaluation import adapter as adapter  # registers the model
 from xdlm_hf.evaluation import oracle as oracle  # registers its own
+from xdlm_hf.evaluation.arguments import DEFAULT_MAX_NEW_TOKENS, Arguments, check_checkpoint, check_settings
 from xdlm_hf.processes import end_script
 
 
@@ -59,7 +58,7 @@ def check_run(options: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: As `check` and `check_limit`, and for the model `xdlm` as `Arguments` and `check_checkpoint` of
-            adapter.py.
+            arguments.py.
     """
     names, settings = options.get("tasks") or [], {}
     names = names.split(",") if isinstance(names, str) else names
@@ -69,12 +68,12 @@ def check_run(options: Mapping[str, Any]) -> None:
     if ours:
         settings = _as_dict(options.get("model_args"))
         flags = {name: options[name] for name in ("batch_size", "max_batch_size", "device") if name in options}
-        arguments = adapter.Arguments.of({**flags, **settings})
+        arguments = Arguments.of({**flags, **settings})
     confirmed = bool(options.get("confirm_run_unsafe_code"))
     check(names, options["include_path"], _as_dict(options.get("metadata")), confirmed, settings)
     check_limit(options.get("limit"))
     if ours:
-        tokenizer = adapter.check_checkpoint(arguments)
+        tokenizer = check_checkpoint(arguments.pinned())
         if options.get("apply_chat_template") and not tokenizer.chat_template:
             raise ValueError(f"--apply_chat_template: the tokenizer of {arguments.pretrained} has none; leave it out")
 
@@ -115,8 +114,8 @@ def check(
     for name, task in manager.load(own)["tasks"].items() if own else ():
         if getattr(task, "UNSAFE_CODE", False) and not confirmed:
             raise ValueError(f"{name} runs code written by the model: pass --confirm_run_unsafe_code")
-        length = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", adapter.DEFAULT_MAX_NEW_TOKENS)
-        adapter.check_settings({"max_new_tokens": length, **settings})
+        length = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", DEFAULT_MAX_NEW_TOKENS)
+        check_settings({"max_new_tokens": length, **settings})
 
 
 def with_defaults(args: argparse.Namespace) -> argparse.Namespace:

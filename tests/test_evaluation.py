@@ -170,7 +170,7 @@ class TestTask:
         monkeypatch.setattr(datasets, "load_dataset", no_hub)
         with pytest.raises(ValueError, match="cannot read openai/gsm8k from the Hub .*--metadata data=PATH or"):
             gsm8k.load()
-        assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
+        assert asked == [(("openai/gsm8k", "main"), {"split": "test", "revision": None})]
         with pytest.raises(ValueError, match=r"no such file: .*gsm8k.test\.jsonl"):
             gsm8k.load(data=str(tmp_path))
 
