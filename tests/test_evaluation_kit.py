@@ -22,7 +22,7 @@ from training import ENDS_CLEANLY
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.data import train_tokenizer
-from xdlm_hf.evaluation import TASKS, published, table16
+from xdlm_hf.evaluation import TASKS, cli, published, table16
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
 from xdlm_hf.evaluation.likelihood import Estimate
 
@@ -245,6 +245,35 @@ class TestLikelihoodThroughTheHarness:
             model, tokenizer=tokenizer, mc_samples=8
         ).loglikelihood_rolling([likelihood("What")])
 
+    def test_logged_samples_hold_standard_errors(self, model, tokenizer, data, tmp_path):
+        write_choice_task(tmp_path)
+        manager = TaskManager(
+            include_path=[str(TASKS), str(tmp_path)], include_defaults=False, metadata={"data": str(data)}
+        )
+
+        def logged(mc_samples):
+            lm = XDLMEvalModel(model, tokenizer=tokenizer, mc_samples=mc_samples, **SETTINGS)
+            tracker = cli.Tracker(output_path=str(tmp_path / str(mc_samples)))
+            results = lm_eval.simple_evaluate(
+                lm, tasks=["choice", "xdlm_gsm8k"], task_manager=manager, num_fewshot=0, evaluation_tracker=tracker
+            )
+            samples = results.pop("samples")
+            expected = [[[one.standard_error for one, _ in part] for part in row["resps"]] for row in samples["choice"]]
+            tracker.save_results_aggregated(results=results, samples=samples)
+            rows = {}
+            for task in samples:
+                tracker.save_results_samples(task_name=task, samples=samples[task])
+                (path,) = (tmp_path / str(mc_samples)).rglob(f"samples_{task}_*.jsonl")
+                rows[task] = [json.loads(line) for line in path.read_text().splitlines()]
+            return rows, expected
+
+        rows, expected = logged(8)
+        assert [row["standard_errors"] for row in rows["choice"]] == expected
+        assert all(error > 0 for row in expected for ((error,), _) in [row])
+        assert not any("standard_errors" in row for row in rows["xdlm_gsm8k"])
+        # One draw has no standard error, and no NaN gets into the file.
+        assert not any("standard_errors" in row for row in logged(1)[0]["choice"])
+
     def test_greedy(self, model, tokenizer):
         lm = XDLMEvalModel(model, tokenizer=tokenizer, mc_samples=2)
         prompt = "What is"
@@ -344,6 +373,8 @@ class TestProcesses:
                 got, want = ([pair for row in part for (pair,) in row["resps"]] for part in (rows, expected))
                 assert [float(value) for value, _ in got] == pytest.approx([value for value, _ in want], abs=1e-4)
                 assert [greedy for _, greedy in got] == [str(greedy) for _, greedy in want]
+                errors = [error for row in rows for (error,) in row["standard_errors"]]
+                assert errors == pytest.approx([value.standard_error for value, _ in want], abs=1e-4)
             else:
                 assert [row["resps"][0][0] for row in rows] == [row["resps"][0][0] for row in expected]
                 assert len({row["resps"][0][0] for row in rows}) > 1
