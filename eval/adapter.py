@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,10 +22,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
@@ -39,7 +36,9 @@ from xdlm_hf.adapters import load_adapter
 from xdlm_hf.evaluation.arguments import DEFAULT_MAX_NEW_TOKENS, Arguments, at, check_checkpoint, check_room
 from xdlm_hf.evaluation.likelihood import Estimate, Pair, log_likelihoods, seeded_generator
 from xdlm_hf.evaluation.manifest import hardware, sandbox_layers
+from xdlm_hf.evaluation.processes import ProcessesLM
 from xdlm_hf.evaluation.rows import READ
+from xdlm_hf.loading import end_ids
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ AUTO_BATCH_SIZE = {"cpu": 8, "other": 64}  # what `batch_size=auto` tries first;
 
 
 @register_model("xdlm")
-class XDLMEvalModel(TemplateLM):
+class XDLMEvalModel(ProcessesLM):
     """A LLaDA or LLaDA-XDLM checkpoint behind lm-eval's interface.
 
     Args:
@@ -84,34 +83,6 @@ class XDLMEvalModel(TemplateLM):
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Self:
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
-
-    def _join(self, device: torch.device) -> torch.device:
-        """Joins the other processes, if there are any; the device of this one."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return device
-        state = PartialState(cpu=device.type == "cpu")
-        self._rank, self._world_size = state.process_index, state.num_processes
-        return state.device
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """(world size,) values of a scalar, in the order of the processes."""
-        if self.world_size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor.reshape(-1)) for _ in range(self.world_size)]
-        torch.distributed.all_gather(parts, tensor.reshape(-1))
-        return torch.cat(parts)
-
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """Every process's object on `dst`, None on the others."""
-        if self.world_size == 1:
-            return [obj]
-        parts = [None] * self.world_size if self.rank == dst else None
-        torch.distributed.gather_object(obj, parts, dst=dst)
-        return parts and _in_order(parts)
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            torch.distributed.barrier()
 
     @property
     def seed(self) -> int:
@@ -412,19 +383,12 @@ class XDLMEvalModel(TemplateLM):
         """Text of an answer up to its end-of-text token or the first stop string, whichever comes first."""
         # A stop string that is itself a special token would be gone from the decoded text: look for its id.
         special = {stop for stop in stops if stop in self.tokenizer.all_special_tokens}
-        ends = self._end_ids | set(self.tokenizer.convert_tokens_to_ids(sorted(special)))
+        ends = end_ids(self.model, self.tokenizer) | set(self.tokenizer.convert_tokens_to_ids(sorted(special)))
         ids = list(itertools.takewhile(lambda token_id: token_id not in ends, ids))
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for stop in filter(None, stops):
             text = text.split(stop)[0]
         return text
-
-    @property
-    def _end_ids(self) -> set[int]:
-        """End-of-text ids: the tokenizer's and, where there are more, the model's."""
-        theirs = self.model.generation_config.eos_token_id
-        theirs = self.model.config.eos_token_id if theirs is None else theirs
-        return {self.eot_token_id, *([theirs] if isinstance(theirs, int) else theirs or [])}
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -441,18 +405,6 @@ def _load(arguments: Arguments, device: torch.device) -> PreTrainedModel:
         # Its layers go into `model` itself, its noise into the config.
         load_adapter(model, arguments.peft, **at(arguments.peft_revision))
     return model.to(device).eval()
-
-
-def _in_order(parts: list[Any]) -> list[Any]:
-    """Logged samples, which lm-eval strings together process by process, in the order of their rows; others as is."""
-    groups = [group for part in parts if isinstance(part, dict) for group in part.values()]
-    rows = [row for group in groups if isinstance(group, list) for row in group]
-    if not rows or not all(isinstance(row, dict) and "doc_id" in row for row in rows):
-        return parts
-    merged = {
-        task: sorted((row for part in parts for row in part[task]), key=lambda row: row["doc_id"]) for task in parts[0]
-    }
-    return [merged, *({task: [] for task in parts[0]} for _ in parts[1:])]
 
 
 def _given(**settings: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.data import train_tokenizer
 from xdlm_hf.evaluation import TASKS, manifest, rows, table16
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
+from xdlm_hf.evaluation.tasks import bbh, competition_math
 
 OLD, NEW, ADAPTER = "a" * 40, "b" * 40, "c" * 40
 NAME, LORA = "someone/model", "someone/lora"
@@ -230,6 +231,19 @@ class TestRevisionsOfRows:
         assert self.read(setting) == (2 if commit == NEW else 3)
         assert dataset.loaded == [commit]
         assert rows.READ["openai/gsm8k main test"]["commit"] == commit
+
+    def test_tasks_of_several_files(self, dataset, monkeypatch):
+        rows_of = {"SaylorTwift/bbh": {"input": "a", "target": "b"}}
+        problem = {"problem": "What is $1 + 1$?", "solution": "It is $\\boxed{2}$."}
+
+        def load_dataset(name, config, split, revision):
+            dataset.loaded.append(revision)
+            return [rows_of.get(name, problem)]
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        assert len(competition_math.load(data="hub@v2")["test"]) == 7
+        assert len(bbh.load("snarks", data="hub@v2")["test"]) == 1
+        assert dataset.loaded == [NEW] * 8
 
     def test_a_branch_that_moves_between_check_and_run(self, dataset):
         assert self.read("hub@v2") == 2
