@@ -69,6 +69,8 @@ class XDLMEvalModel(ProcessesLM):
         self.automatic = self.arguments.batch_size == "auto"
         first = self.arguments.max_batch_size or AUTO_BATCH_SIZE["cpu" if self._device.type == "cpu" else "other"]
         self.batch_size = first if self.automatic else self.arguments.batch_size
+        # Before loading: the folder may hold other weights at the end. The first process alone writes results.
+        self.shas = self.arguments.shas() if self.rank == 0 else {}
         self.model = _load(self.arguments, self._device)
         self.max_length = self.arguments.max_length or self.model.config.max_sequence_length
         self.num_forward_passes = 0
@@ -103,7 +105,7 @@ class XDLMEvalModel(ProcessesLM):
             "model_source": str(getattr(self.model, "name_or_path", self.arguments.pretrained)),
             "model_revision": self.revision,
             "peft": self.arguments.peft,
-            **self.arguments.shas(),
+            **self.shas,
             "data": dict(READ),
             "hardware": hardware(self._device),
             "sandbox_layers": sandbox_layers(),

@@ -184,6 +184,13 @@ class TestHashes:
         model.config.save_pretrained(tmp_path)
         assert len({first, second, third, manifest.content_sha(str(tmp_path), None)}) == 4
 
+    def test_of_a_folder_are_those_of_the_weights_that_were_loaded(self, tokenizer, tmp_path):
+        save_model(tmp_path, tokenizer, 0)
+        before = manifest.content_sha(str(tmp_path), None)
+        lm = XDLMEvalModel(str(tmp_path), **SETTINGS)
+        save_model(tmp_path, tokenizer, 1)
+        assert lm.get_model_info()["model_sha"] == before != manifest.content_sha(str(tmp_path), None)
+
     def test_layers_of_the_sandbox(self, monkeypatch):
         monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
         assert "limits" in manifest.sandbox_layers()
