@@ -130,7 +130,8 @@ def check_places(options: Mapping[str, Any]) -> None:
             with tempfile.TemporaryFile(dir=nearest):
                 pass
         except OSError as error:
-            raise ValueError(f"{name}={options[name]} cannot be written ({error}): name another place") from error
+            why = f"cannot be written ({error.strerror})"
+            raise ValueError(f"{name}={options[name]} {why}: name another place") from error
 
 
 def _as_dict(value: str | dict[str, Any] | None) -> dict[str, Any]:
