@@ -15,164 +15,38 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import xdlm_hf
 from xdlm_hf.adapters import load_adapter
-from xdlm_hf.data import check_tokenizer
+from xdlm_hf.evaluation.arguments import DEFAULT_MAX_NEW_TOKENS, Arguments, at, check_checkpoint, check_room
 from xdlm_hf.evaluation.likelihood import Estimate, Pair, log_likelihoods, seeded_generator
-from xdlm_hf.generation_config import BEYOND_REFERENCE, XDLMGenerationConfig
-from xdlm_hf.loading import DTYPES
-from xdlm_hf.samplers import check_blocks
+from xdlm_hf.evaluation.manifest import hardware, sandbox_layers
+from xdlm_hf.evaluation.processes import ProcessesLM
+from xdlm_hf.evaluation.rows import READ
+from xdlm_hf.loading import end_ids
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MAX_NEW_TOKENS = 256
 AUTO_BATCH_SIZE = {"cpu": 8, "other": 64}  # what `batch_size=auto` tries first; a CPU gains nothing from more
-# Arguments that are passed on to `generate`.
-GENERATION = (
-    "steps",
-    "max_new_tokens",
-    "block_length",
-    "mixing_ratio",
-    "sampler",
-    "temperature",
-    "cfg_scale",
-    "remasking",
-    "reference_compat",
-    *BEYOND_REFERENCE,
-)
-
-
-@dataclass
-class Arguments:
-    """Arguments of `XDLMEvalModel`, checked without loading anything.
-
-    What the run asks for wins over what the task asks for, and that over the checkpoint's generation_config.json: a
-    sampler argument left at None is not set here. Where run and task disagree, a warning says so once.
-
-    Args:
-        pretrained: Folder or Hub name of a checkpoint, or a loaded model.
-        tokenizer: Folder, Hub name or tokenizer; by default the one saved with `pretrained`.
-        peft: Folder or Hub name of a LoRA adapter to put on the model; brings the k it was trained with.
-        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16"; a loaded model keeps its own.
-        device: Device of the model; lm-eval's default is "cuda:0", and without a GPU that means the CPU.
-        batch_size: Rows per forward pass, or "auto": as many as fit, found by halving. No result depends on it but by
-            the rounding of the device's arithmetic, unless `batch_all` is set.
-        max_batch_size: What "auto" tries first; 8 on a CPU, 64 elsewhere.
-        max_length: Longest prompt and answer together, in tokens; by default the checkpoint's max_sequence_length.
-            Longer prompts lose their beginning, with one warning.
-        steps: Denoising steps, that is forward passes per batch.
-        max_new_tokens: Length of an answer; 256 if neither the run nor the task says.
-        block_length, mixing_ratio, sampler, remasking, temperature, cfg_scale, reference_compat: As in
-            `XDLMGenerationConfig`.
-        confidence_threshold, confidence_factor, early_stop, use_cache, cache_refresh, refinement, edit_threshold,
-            remask_rate, max_edits_per_token, refinement_off_steps, polish_steps: Likewise.
-        mc_samples: Draws per likelihood, each one row of a forward pass.
-        check_greedy: Whether likelihoods also say if greedy decoding gives the continuation, which takes one forward
-            pass per token of it (LAMBADA's accuracy needs that).
-        batch_all: Whether also those answers share batches that then depend on them, which is faster: answers that
-            are drawn, and all of `reference_compat`, whose sampler edits padding too. By default each of these has
-            forward passes of its own, and noise seeded with `seed`, its prompt and how often the request came before.
-        item_log: JSONL file to which every answer's seconds and forward passes are added, for the kit.
-        seed: Seed of everything that is drawn.
-
-    Raises:
-        ValueError: On an impossible value.
-    """
-
-    pretrained: str | PreTrainedModel
-    tokenizer: str | PreTrainedTokenizerBase | None = None
-    peft: str | None = None
-    dtype: str = "auto"
-    device: str | torch.device | None = None
-    batch_size: int | str = 1
-    max_batch_size: int | None = None
-    max_length: int | None = None
-    steps: int | None = None
-    max_new_tokens: int | None = None
-    block_length: int | None = None
-    mixing_ratio: float | None = None
-    sampler: str | None = None
-    temperature: float | None = None
-    cfg_scale: float | None = None
-    remasking: str | None = None
-    reference_compat: bool | None = None
-    confidence_threshold: float | None = None
-    confidence_factor: float | None = None
-    early_stop: bool | None = None
-    use_cache: str | None = None
-    cache_refresh: int | None = None
-    refinement: str | None = None
-    edit_threshold: float | None = None
-    remask_rate: float | None = None
-    max_edits_per_token: int | None = None
-    refinement_off_steps: int | None = None
-    polish_steps: int | None = None
-    mc_samples: int = 128
-    check_greedy: bool = True
-    batch_all: bool = False
-    item_log: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_settings(self.settings)
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is not known: choose one of {', '.join(DTYPES)}")
-        for name in ("mc_samples", "max_length", "max_batch_size", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and not (name == "batch_size" and value == "auto"):
-                setattr(self, name, _positive(name, value))
-        for name in ("check_greedy", "batch_all"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed={self.seed!r} must be an integer")
-        self.device = _choose_device(self.device)
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> Self:
-        """From names and values, refusing unknown names.
-
-        Raises:
-            ValueError: As the class, and if a name is unknown or `pretrained` is missing.
-        """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(arguments) - set(known))
-        if "trust_remote_code" in unknown:
-            raise ValueError("trust_remote_code is neither needed nor accepted: xdlm_hf brings the model's code itself")
-        if unknown:
-            raise ValueError(f"unknown model arguments {unknown}: xdlm knows {', '.join(known)}")
-        if not arguments.get("pretrained"):
-            raise ValueError("no checkpoint is named: pass --model_args pretrained=FOLDER_OR_HUB_NAME")
-        return cls(**arguments)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Those for `generate` that the run asks for."""
-        return {name: getattr(self, name) for name in GENERATION if getattr(self, name) is not None}
 
 
 @register_model("xdlm")
-class XDLMEvalModel(TemplateLM):
+class XDLMEvalModel(ProcessesLM):
     """A LLaDA or LLaDA-XDLM checkpoint behind lm-eval's interface.
 
     Args:
@@ -186,14 +60,17 @@ class XDLMEvalModel(TemplateLM):
 
     def __init__(self, pretrained: str | PreTrainedModel, **arguments: Any) -> None:
         super().__init__()
-        self.arguments = Arguments.of({"pretrained": pretrained, **arguments})
-        self.settings, self.seed = self.arguments.settings, self.arguments.seed
+        asked = Arguments.of({"pretrained": pretrained, **arguments})
+        self.arguments, self.revision = asked.pinned(), asked.revision
+        self.settings = self.arguments.settings
         self.item_log = None if self.arguments.item_log is None else Path(self.arguments.item_log)
         self.tokenizer = check_checkpoint(self.arguments)
         self._device = self._join(self.arguments.device)
         self.automatic = self.arguments.batch_size == "auto"
         first = self.arguments.max_batch_size or AUTO_BATCH_SIZE["cpu" if self._device.type == "cpu" else "other"]
         self.batch_size = first if self.automatic else self.arguments.batch_size
+        # Before loading: the folder may hold other weights at the end. The first process alone writes results.
+        self.shas = self.arguments.shas() if self.rank == 0 else {}
         self.model = _load(self.arguments, self._device)
         self.max_length = self.arguments.max_length or self.model.config.max_sequence_length
         self.num_forward_passes = 0
@@ -209,33 +86,10 @@ class XDLMEvalModel(TemplateLM):
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Self:
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
-    def _join(self, device: torch.device) -> torch.device:
-        """Joins the other processes, if there are any; the device of this one."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return device
-        state = PartialState(cpu=device.type == "cpu")
-        self._rank, self._world_size = state.process_index, state.num_processes
-        return state.device
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """(world size,) values of a scalar, in the order of the processes."""
-        if self.world_size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor.reshape(-1)) for _ in range(self.world_size)]
-        torch.distributed.all_gather(parts, tensor.reshape(-1))
-        return torch.cat(parts)
-
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """Every process's object on `dst`, None on the others."""
-        if self.world_size == 1:
-            return [obj]
-        parts = [None] * self.world_size if self.rank == dst else None
-        torch.distributed.gather_object(obj, parts, dst=dst)
-        return parts and _in_order(parts)
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            torch.distributed.barrier()
+    @property
+    def seed(self) -> int:
+        """Seed of the draws. lm-eval tells a model nothing of its --seed, but seeds torch with it."""
+        return torch.initial_seed() if self.arguments.seed is None else self.arguments.seed
 
     @property
     def eot_token_id(self) -> int:
@@ -249,7 +103,12 @@ class XDLMEvalModel(TemplateLM):
         """What lm-eval writes beside the results, so that a score says how it was made."""
         return {
             "model_source": str(getattr(self.model, "name_or_path", self.arguments.pretrained)),
+            "model_revision": self.revision,
             "peft": self.arguments.peft,
+            **self.shas,
+            "data": dict(READ),
+            "hardware": hardware(self._device),
+            "sandbox_layers": sandbox_layers(),
             "seed": self.seed,
             "xdlm_hf_version": xdlm_hf.__version__,
             "model_dtype": str(self.model.dtype),
@@ -425,12 +284,20 @@ class XDLMEvalModel(TemplateLM):
         return Pair(tuple(first), tuple(second))
 
     def _estimates(self, pairs: Sequence[Pair], disable_tqdm: bool) -> Iterator[Estimate]:
-        done = 0
+        done, own, asked = 0, self.model.config.mixing_ratio, self.arguments.mixing_ratio
+        if asked not in (None, own):
+            self._warn_once(f"likelihoods are bounds under mixing_ratio={asked}; the checkpoint was trained at {own}")
         with self._progress(len(pairs), "Likelihoods", "request", disable_tqdm) as progress:
             while done < len(pairs):
                 rest = pairs[done:]
                 values = log_likelihoods(
-                    self.model, rest, self.arguments.mc_samples, self.batch_size, self.seed, self._pad_token_id
+                    self.model,
+                    rest,
+                    self.arguments.mc_samples,
+                    self.batch_size,
+                    self.seed,
+                    self._pad_token_id,
+                    self.arguments.mixing_ratio,
                 )
                 try:
                     for value in values:
@@ -449,13 +316,14 @@ class XDLMEvalModel(TemplateLM):
         for length in sorted({len(pair.continuation) for pair in pairs} - {0}):
             group = [n for n, pair in enumerate(pairs) if len(pair.continuation) == length]
             decode = functools.partial(self._greedy_ids, pairs, length)
-            for batch, rows in self._in_batches(group, decode):
-                for n, ids in zip(batch, rows, strict=True):
+            for batch, decoded in self._in_batches(group, decode):
+                for n, ids in zip(batch, decoded, strict=True):
                     greedy[n] = tuple(ids) == pairs[n].continuation
         return greedy
 
     def _greedy_ids(self, pairs: Sequence[Pair], length: int, batch: Sequence[int]) -> list[list[int]]:
         options = {"max_new_tokens": length, "sampler": "confidence", "temperature": 0.0, "eos_token_id": []}
+        options |= _given(mixing_ratio=self.arguments.mixing_ratio)
         inputs = self._pad([list(pairs[n].context) for n in batch])
         output = self.model.generate(**inputs, steps=length, block_length=length, **options)
         return output[:, -length:].tolist()
@@ -464,7 +332,7 @@ class XDLMEvalModel(TemplateLM):
         self, contexts: Sequence[str], settings: dict[str, Any], stops: list[str], generator: torch.Generator
     ) -> list[str]:
         """One batch of answers."""
-        _check_room(self.max_length, settings["max_new_tokens"])
+        check_room(self.max_length, settings["max_new_tokens"])
         inputs = self._encode(contexts, self.max_length - settings["max_new_tokens"])
         output = self.model.generate(**inputs, generator=generator, return_dict_in_generate=True, **settings)
         self.num_forward_passes += output.num_forward_passes
@@ -517,19 +385,12 @@ class XDLMEvalModel(TemplateLM):
         """Text of an answer up to its end-of-text token or the first stop string, whichever comes first."""
         # A stop string that is itself a special token would be gone from the decoded text: look for its id.
         special = {stop for stop in stops if stop in self.tokenizer.all_special_tokens}
-        ends = self._end_ids | set(self.tokenizer.convert_tokens_to_ids(sorted(special)))
+        ends = end_ids(self.model, self.tokenizer) | set(self.tokenizer.convert_tokens_to_ids(sorted(special)))
         ids = list(itertools.takewhile(lambda token_id: token_id not in ends, ids))
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for stop in filter(None, stops):
             text = text.split(stop)[0]
         return text
-
-    @property
-    def _end_ids(self) -> set[int]:
-        """End-of-text ids: the tokenizer's and, where there are more, the model's."""
-        theirs = self.model.generation_config.eos_token_id
-        theirs = self.model.config.eos_token_id if theirs is None else theirs
-        return {self.eot_token_id, *([theirs] if isinstance(theirs, int) else theirs or [])}
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -537,85 +398,15 @@ class XDLMEvalModel(TemplateLM):
             logger.warning(message)
 
 
-def check_checkpoint(arguments: Arguments) -> PreTrainedTokenizerBase:
-    """The tokenizer, once all that can be refused without the model's weights is refused.
-
-    Raises:
-        ValueError: If checkpoint, tokenizer or adapter cannot be read, or they do not fit each other or the lengths.
-    """
-    pretrained, loaded = arguments.pretrained, isinstance(arguments.pretrained, PreTrainedModel)
-    config = pretrained.config if loaded else _read(AutoConfig, "pretrained", pretrained)
-    if not isinstance(config, xdlm_hf.LLaDAConfig):
-        raise ValueError(f"pretrained={pretrained} has model_type={config.model_type!r}; xdlm scores 'llada' models")
-    limit = config.max_sequence_length
-    if arguments.max_length is not None and arguments.max_length > limit:
-        raise ValueError(f"max_length={arguments.max_length} is more than the model's max_sequence_length={limit}")
-    _check_room(arguments.max_length or limit, arguments.max_new_tokens or 0)
-    tokenizer = arguments.tokenizer
-    if tokenizer is None or isinstance(tokenizer, str):
-        source = tokenizer or (config.name_or_path if loaded else pretrained)
-        if not source:
-            raise ValueError("the model passed was not loaded from a checkpoint: pass its tokenizer as well")
-        tokenizer = _read(AutoTokenizer, "tokenizer", source)
-    check_tokenizer(tokenizer, config)
-    if arguments.peft is not None:
-        from peft import PeftConfig
-
-        _read(PeftConfig, "peft", arguments.peft)
-    return tokenizer
-
-
-def _read(kind: Any, name: str, source: str) -> Any:
-    """`kind.from_pretrained(source)`, its error named after the argument."""
-    try:
-        return kind.from_pretrained(source)
-    except (OSError, ValueError, TypeError) as error:  # the last two: files that are not what they should be
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{name}={source!r} cannot be read, name a folder or a Hub name: {reason}") from error
-
-
-def _check_room(max_length: int, max_new_tokens: int) -> None:
-    if max_new_tokens >= max_length:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens} leaves no room for a prompt in max_length={max_length}: shorten it"
-        )
-
-
 def _load(arguments: Arguments, device: torch.device) -> PreTrainedModel:
     """The model with its adapter, on the device."""
     model = arguments.pretrained
     if not isinstance(model, PreTrainedModel):
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=arguments.dtype)
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=arguments.dtype, **at(arguments.revision))
     if arguments.peft is not None:
-        load_adapter(model, arguments.peft)  # puts the adapter's layers into `model` itself, its noise into the config
+        # Its layers go into `model` itself, its noise into the config.
+        load_adapter(model, arguments.peft, **at(arguments.peft_revision))
     return model.to(device).eval()
-
-
-def _in_order(parts: list[Any]) -> list[Any]:
-    """Logged samples, which lm-eval strings together process by process, in the order of their rows; others as is."""
-    groups = [group for part in parts if isinstance(part, dict) for group in part.values()]
-    rows = [row for group in groups if isinstance(group, list) for row in group]
-    if not rows or not all(isinstance(row, dict) and "doc_id" in row for row in rows):
-        return parts
-    merged = {
-        task: sorted((row for part in parts for row in part[task]), key=lambda row: row["doc_id"]) for task in parts[0]
-    }
-    return [merged, *({task: [] for task in parts[0]} for _ in parts[1:])]
-
-
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuses settings of `generate` that are wrong by themselves; without `max_new_tokens`, steps are not checked.
-
-    Other model arguments may be among them, and are left alone.
-
-    Raises:
-        ValueError: As `XDLMGenerationConfig`, or if steps, blocks and length do not fit each other.
-    """
-    settings = {name: value for name, value in settings.items() if name in XDLMGenerationConfig.OPTIONS}
-    XDLMGenerationConfig(**settings)
-    length = settings.get("max_new_tokens")
-    if length is not None and settings.get("sampler") != "ancestral":
-        check_blocks(settings.get("steps", length), length, settings.get("block_length", length))
 
 
 def _given(**settings: Any) -> dict[str, Any]:
@@ -630,21 +421,6 @@ def _repeats(requests: Sequence[Instance]) -> list[int]:
         numbers.append(seen[id(request)])
         seen[id(request)] += 1
     return numbers
-
-
-def _choose_device(device: str | torch.device | None) -> torch.device:
-    try:
-        wanted = torch.device(device or "cuda")
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r} is not known: use cpu, cuda or cuda:0, say") from error
-    return torch.device("cpu") if wanted.type == "cuda" and not torch.cuda.is_available() else wanted
-
-
-def _positive(name: str, value: int | str) -> int:
-    if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
-        also = ' or "auto"' if name == "batch_size" else ""
-        raise ValueError(f"{name}={value!r} must be a positive integer{also}")
-    return int(value)
 
 
 def _asks_length(asked: dict[str, Any]) -> bool:

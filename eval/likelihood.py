@@ -1,4 +1,4 @@
-"""Log-likelihoods as the evidence lower bound under the model's own noise (Eq. 15), conditional on a context.
+"""Log-likelihoods as the evidence lower bound (Eq. 15) under the model's own noise or another k, given a context.
 
     log p(y | x) >= -E_t E_{z_t} sum_i loss_i,   z_t = (x, y noised at t),   t ~ U(0, 1)
 
@@ -73,24 +73,32 @@ class _Draw:
 
 @torch.no_grad()
 def log_likelihoods(
-    model: Any, pairs: Sequence[Pair], mc_samples: int, batch_size: int, seed: int = 0, pad_token_id: int = 0
+    model: Any,
+    pairs: Sequence[Pair],
+    mc_samples: int,
+    batch_size: int,
+    seed: int = 0,
+    pad_token_id: int = 0,
+    mixing_ratio: float | None = None,
 ) -> Iterator[Estimate]:
     """Estimates for `pairs`, in their order, as they are done.
 
     Args:
-        model: A `LLaDAForDiffusionLM`; its config names k and the schedule.
+        model: A `LLaDAForDiffusionLM`; its config names the schedule.
         pairs: What to score; sort them by length, so that little is padded.
         mc_samples: Draws of t and noise per pair, each one row of a forward pass.
         batch_size: Rows per forward pass; the estimates do not depend on it.
         seed: Seed of the noise.
         pad_token_id: Any id; it is hidden by the attention mask.
+        mixing_ratio: k of the noise; by default the model's own. For any k it is a bound, on the likelihood under the
+            generative process that the network and this k define (the ancestral sampler's).
 
     Raises:
-        ValueError: If mc_samples is not positive.
+        ValueError: If mc_samples is not positive, or k < 1 and the model has no mask token.
     """
     if mc_samples < 1:
         raise ValueError(f"mc_samples={mc_samples} must be positive: it is the number of draws per likelihood")
-    kernel, schedule = model.noise_kernel(), get_schedule(model.config.noise_schedule)
+    kernel, schedule = model.noise_kernel(mixing_ratio), get_schedule(model.config.noise_schedule)
     waiting: list[_Draw] = []
     losses: list[float] = []  # of the draws that are done
     clean: list[float] = []  # of the same with nothing redrawn, ahead of them

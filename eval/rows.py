@@ -1,9 +1,12 @@
 """Rows of the tasks, from local files or the Hub: one setting says which, and every row is checked.
 
 The setting is `--metadata data=PATH`, or the environment variable XDLM_DATA: a folder in which each benchmark has its
-own (gsm8k/, math/, bbh/, humaneval/, mbpp/), or, for a single task, its JSONL file. Without it, rows come from the Hub.
+own (gsm8k/, math/, bbh/, humaneval/, mbpp/), or, for a single task, its JSONL file. Without it, or with `data=hub`,
+rows come from the Hub; `data=hub@REVISION` names a branch, tag or commit of the dataset.
 """
 
+import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -12,11 +15,22 @@ from typing import Any
 
 import datasets
 
+from xdlm_hf.revisions import pin_revision, revision_to_read
+
+HUB = "hub"
+
+READ: dict[str, dict[str, str | None]] = {}
+"""What tasks have read in this process, for the results: `sha256` of each local file; of each dataset of the Hub that
+of its rows, and its `commit`, None where the Hub could not be asked."""
+
+# One commit per dataset and process: the 27 subtasks of one are checked and then read, and a branch may move meanwhile.
+_pinned = functools.cache(pin_revision)
+
 
 def local_path(data: str | None, inside: str) -> Path | None:
     """Where a task's local file is: `data`, else XDLM_DATA; the path itself, or `inside` when it is a folder."""
     setting = data or os.environ.get("XDLM_DATA")
-    if not setting:
+    if not setting or setting.partition("@")[0] == HUB:
         return None
     path = Path(setting).expanduser()
     return path / inside if path.is_dir() else path
@@ -39,11 +53,13 @@ def load_rows(
         read: Reads a local file that is no JSONL, as (where, row) pairs.
 
     Raises:
-        ValueError: If the file is missing or holds no rows, a line is no JSON object, or the Hub cannot be read.
+        ValueError: If the file is missing, cannot be decoded or holds no rows, a line is no JSON object, or the Hub or
+            the revision asked for cannot be read.
     """
     path = local_path(data, inside)
     if path is None:
-        rows = hub_rows(*hub)
+        setting = data or os.environ.get("XDLM_DATA") or HUB
+        rows = hub_rows(*hub, setting.partition("@")[2] or None)
     elif not path.is_file():
         raise ValueError(f"no such file: {path} (set by --metadata data=PATH or XDLM_DATA)")
     else:
@@ -54,28 +70,51 @@ def load_rows(
     return parsed
 
 
-def hub_rows(name: str, config: str | None, split: str) -> list[tuple[str, dict]]:
+def hub_rows(name: str, config: str | None, split: str, revision: str | None = None) -> list[tuple[str, dict]]:
     """(where, row) of a dataset on the Hub.
 
     Raises:
-        ValueError: If it cannot be reached, saying how to use local files.
+        ValueError: If it has no such revision, or cannot be reached, saying how to use local files.
     """
+    pinned = _pinned(name, revision)
     try:
-        rows = datasets.load_dataset(name, config, split=split)
+        rows = datasets.load_dataset(name, config, split=split, revision=revision_to_read(pinned))
     except (OSError, datasets.exceptions.DatasetsError) as error:  # no connection, offline mode, no such dataset
         raise ValueError(
             f"cannot read {name} from the Hub ({type(error).__name__}): for local files, pass --metadata data=PATH or "
             "set XDLM_DATA, PATH being the task's JSONL file or a folder of all tasks' files (docs/evaluation.md)"
         ) from error
+    rows = list(rows)
+    text = json.dumps(rows, sort_keys=True, default=str)
+    where = " ".join(filter(None, (name, config, split)))
+    READ[where] = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "commit": pinned["commit"]}
     return [(f"{name}, row {n}", row) for n, row in enumerate(rows)]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, noted in `READ`.
+
+    Raises:
+        ValueError: If it cannot be read, or is not UTF-8, naming the line.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    READ[str(path)] = {"sha256": hashlib.sha256(content).hexdigest()}
+    try:
+        return content.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        byte = f"byte 0x{content[error.start]:02x}, {error.reason}"
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({byte})") from error
 
 
 def read_lines(path: Path) -> list[tuple[str, dict]]:
     """(where, row) of a JSONL file."""
-    with path.open(encoding="utf-8") as lines:
-        return [
-            (f"{path}, line {n}", _object(line, f"{path}, line {n}")) for n, line in enumerate(lines, 1) if line.strip()
-        ]
+    # Not splitlines(), which also splits at separators that JSON allows within a text.
+    lines = ((f"{path}, line {n}", line) for n, line in enumerate(read_text(path).split("\n"), 1))
+    return [(where, _object(line, where)) for where, line in lines if line.strip()]
 
 
 def require_texts(row: dict[str, Any], names: Iterable[str], where: str) -> None:
@@ -93,6 +132,10 @@ def _object(line: str, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: needs an object, got {line[:80]!r}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: holds half a surrogate pair, which is no text: {error}") from error
     return row
 
 

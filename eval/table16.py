@@ -4,21 +4,21 @@
     accelerate launch -m eval.table16 --row llada --steps 32,64,128,256 --confirm_run_unsafe_code
 
 A run that was killed goes on where it stopped: every finished answer is in lm-eval's response cache. Each row and
-number of steps has a folder with manifest.json (versions, commit, seeds, all settings, every answer with its score,
-seconds and forward passes), to which other tasks can be added later; table16.md puts all of them beside the published
-figures. Under a launcher of several
-processes, each takes its share. Protocol, cost and what is known not to match: docs/evaluation.md.
+number of steps has a folder with manifest.json (versions, commit, date, seeds, all settings, hashes of model and data,
+device, layers of the sandbox, every answer with its score, seconds and forward passes), to which other tasks can be
+added later; table16.md puts all of them beside the published figures. Under a launcher of several processes, each takes
+its share. Protocol, cost and what is known not to match: docs/evaluation.md.
 """
 
 import argparse
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import sqlite3
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from lm_eval.utils import handle_non_serializable
 
 from xdlm_hf.evaluation import TASKS
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
+from xdlm_hf.evaluation.arguments import Arguments
 from xdlm_hf.evaluation.cli import check_run
 from xdlm_hf.evaluation.published import BENCHMARKS, PUBLISHED, markdown_table
 from xdlm_hf.processes import end_script
@@ -50,10 +51,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--row", required=True, choices=ROWS)
     parser.add_argument("--checkpoint", help="folder or Hub name; by default the row's own, where that is public")
     parser.add_argument("--peft", help="folder or Hub name of a LoRA adapter")
+    parser.add_argument("--revision", help="branch, tag or commit of the checkpoint on the Hub")
+    parser.add_argument("--peft_revision", help="the same of the adapter")
     parser.add_argument("--steps", default="32", help="one or more, e.g. 32,64,128,256")
     parser.add_argument("--tasks", default=",".join(BENCHMARKS), help=f"some of {','.join(BENCHMARKS)}")
     parser.add_argument("--limit", type=int, help="only the first rows of each task (of each subtask of bbh)")
-    parser.add_argument("--data", default=os.environ.get("XDLM_DATA"), help="folder of local files instead of the Hub")
+    parser.add_argument("--data", default=os.environ.get("XDLM_DATA"), help="folder of local files, or hub@REVISION")
     parser.add_argument("--reference_compat", action="store_true", help="the authors' sampler, token for token")
     parser.add_argument("--max_new_tokens", type=int, default=NEW_TOKENS, help="256 in the paper")
     parser.add_argument("--batch_size", default="auto")
@@ -70,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         steps, tasks = check_options(options)
         for count in steps:
-            check_folder(cell_folder(options, count), with_fingerprints(model_settings(options, count)))
+            check_folder(cell_folder(options, count), with_shas(model_settings(options, count)))
     except ValueError as error:
         raise SystemExit(f"table16: {error}") from error
     for count in steps:
@@ -102,16 +105,24 @@ def check_options(options: argparse.Namespace) -> tuple[list[int], list[str]]:
             "metadata": _metadata(options),
             "confirm_run_unsafe_code": options.confirm_run_unsafe_code,
             "limit": options.limit,
+            "output_path": str(options.output_dir),
         }
     )
+    pin(options, steps[0])
     return steps, tasks
+
+
+def pin(options: argparse.Namespace, steps: int) -> None:
+    """Replaces revisions by the commits they name now: all cells and the folders' check are about the same weights."""
+    pinned = Arguments.of(model_settings(options, steps)).pinned()
+    options.revision, options.peft_revision = pinned.revision, pinned.peft_revision
 
 
 def run_cell(options: argparse.Namespace, steps: int, tasks: list[str]) -> None:
     """One row at one number of steps: from cache or model to manifest and table."""
     settings, folder = model_settings(options, steps), cell_folder(options, steps)
     rank = int(os.environ.get("RANK", "0"))
-    claimed = with_fingerprints(settings)
+    claimed = with_shas(settings)
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         write(folder / "settings.json", claimed)
@@ -147,7 +158,9 @@ def model_settings(options: argparse.Namespace, steps: int) -> dict[str, Any]:
     checkpoint, sampler = ROWS[options.row]
     settings = {
         "pretrained": options.checkpoint or checkpoint,
+        "revision": options.revision,
         "peft": options.peft,
+        "peft_revision": options.peft_revision,
         "dtype": options.dtype,
         "steps": steps,
         "max_new_tokens": options.max_new_tokens,
@@ -169,23 +182,10 @@ def cell_folder(options: argparse.Namespace, steps: int) -> Path:
     return options.output_dir / f"{options.row}-{steps}{suffix}"
 
 
-def with_fingerprints(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings, and what tells the files they name from others that may come under the same name."""
-    sources = {name: settings[name] for name in ("pretrained", "peft") if name in settings}
-    return {**settings, "fingerprints": {name: fingerprint(source) for name, source in sources.items()}}
-
-
-def fingerprint(source: str) -> str | None:
-    """Of a folder's files, name, size, first and last MiB: no two trainings agree in these; None on the Hub."""
-    if not Path(source).is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(Path(source).glob("*.json")) + sorted(Path(source).glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
-            file.seek(-min(2**20, path.stat().st_size), os.SEEK_END)
-            digest.update(file.read())
-    return digest.hexdigest()
+def with_shas(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with commits or content hashes, `model_sha` and `peft_sha`, in place of revisions."""
+    named = {name: value for name, value in settings.items() if name not in ("revision", "peft_revision")}
+    return {**named, **Arguments.of(settings).shas()}
 
 
 def take_over_answers(folder: Path, rank: int) -> None:
@@ -206,15 +206,18 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Refuses a folder that holds answers made with other settings.
 
     Raises:
-        ValueError: Naming what was different.
+        ValueError: Naming what is different, with both values.
     """
     path = folder / "settings.json"
     if not path.exists():
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    was = {name: before.get(name) for name in before.keys() | settings.keys() if before.get(name) != settings.get(name)}
-    if was:
-        raise ValueError(f"{folder} holds answers made with other settings ({was}): name another --output_dir")
+    names = sorted(before.keys() | settings.keys())
+    other = [f"{n}={before.get(n)!r}, now {settings.get(n)!r}" for n in names if before.get(n) != settings.get(n)]
+    if other:
+        raise ValueError(
+            f"{folder} holds answers made with other settings ({'; '.join(other)}): name another --output_dir"
+        )
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -248,6 +251,7 @@ def make_manifest(
         "command": vars(options),
         "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "commit": _commit(),
+        "date": datetime.fromtimestamp(results["date"], UTC).isoformat(timespec="seconds"),
         # Without the passes of this run, which may have made only the last of the answers.
         "model": {name: value for name, value in results["config"].items() if name != "num_forward_passes"},
     }

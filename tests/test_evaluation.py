@@ -1,6 +1,7 @@
 """The lm-eval adapter and its GSM8K task, end to end on a tiny model and a local file."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.data import train_tokenizer
 from xdlm_hf.evaluation import TASKS, cli
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
-from xdlm_hf.evaluation.tasks import gsm8k
+from xdlm_hf.evaluation.tasks import bbh, gsm8k
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("XDLM_DATA", ROOT.parent / "shared" / "data"))
@@ -159,6 +160,39 @@ class TestTask:
         with pytest.raises(ValueError, match=re.escape(message)):
             gsm8k.load(data=str(path))
 
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (json.dumps(ROWS[0]).encode() + b'\n{"question": "caf\xe9"}\n', "line 2: not UTF-8 (byte 0xe9, invalid"),
+            (b"\xff\xfe{", "line 1: not UTF-8 (byte 0xff, invalid start byte)"),
+            (json.dumps(ROWS[0]).encode() + b'\n{"question": "a", "ans', "line 2: not JSON (Unterminated string"),
+            (b'{"question": "\\ud800", "answer": "#### 1"}', "line 1: holds half a surrogate pair"),
+        ],
+    )
+    def test_undecodable_file(self, tmp_path, content, message):
+        path = tmp_path / "bad.jsonl"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(f"{path}, {message}")):
+            gsm8k.load(data=str(path))
+
+    def test_line_ends_of_windows_and_separators_within_texts(self, tmp_path):
+        row = {"question": "one\u2028two\x85", "answer": "#### 1"}
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes((json.dumps(row, ensure_ascii=False) + "\r\n").encode() * 2)
+        assert list(gsm8k.load(data=str(path))["test"]) == [row, row]
+
+    def test_undecodable_files_of_bbh(self, tmp_path):
+        (tmp_path / "bbh" / "tasks").mkdir(parents=True)
+        (tmp_path / "bbh" / "cot-prompts").mkdir()
+        shots, examples = tmp_path / "bbh" / "cot-prompts" / "snarks.txt", tmp_path / "bbh" / "tasks" / "snarks.json"
+        shots.write_bytes(b"canary\n-----\n\xe9")
+        with pytest.raises(ValueError, match=re.escape(f"{shots}, line 3: not UTF-8 (byte 0xe9")):
+            bbh.load("snarks", data=str(tmp_path))
+        shots.write_bytes(b"canary\n-----\nQ: a\nA: b")
+        examples.write_bytes(b'{"examples": [\n"\xff"]}')
+        with pytest.raises(ValueError, match=re.escape(f"{examples}, line 2: not UTF-8 (byte 0xff")):
+            bbh.load("snarks", data=str(tmp_path))
+
     def test_no_setting_and_no_file(self, monkeypatch, tmp_path):
         monkeypatch.delenv("XDLM_DATA", raising=False)
         asked = []
@@ -170,7 +204,7 @@ class TestTask:
         monkeypatch.setattr(datasets, "load_dataset", no_hub)
         with pytest.raises(ValueError, match="cannot read openai/gsm8k from the Hub .*--metadata data=PATH or"):
             gsm8k.load()
-        assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
+        assert asked == [(("openai/gsm8k", "main"), {"split": "test", "revision": None})]
         with pytest.raises(ValueError, match=r"no such file: .*gsm8k.test\.jsonl"):
             gsm8k.load(data=str(tmp_path))
 
@@ -256,6 +290,7 @@ class TestThroughTheHarness:
         )
         assert finished.returncode == 0, finished.stderr[-2000:]
         assert "exact_match" in finished.stdout and "Generating" in finished.stderr
+        assert "Custom kwargs" not in finished.stderr and finished.stderr.count("tasks find their rows by") == 1
         (results,) = (tmp_path / "scores").rglob("results_*.json")
         assert json.loads(results.read_text())["config"]["generation_settings"]["block_length"] == 8
         (samples,) = (tmp_path / "scores").rglob("samples_*.jsonl")
@@ -467,6 +502,21 @@ class TestCommandLine:
             ({"model_args": arguments, "metadata": "data=nowhere"}, "no such file: nowhere"),
             ({"model_args": f"{arguments},steps=300"}, "steps=300 is more than max_new_tokens=256"),
             ({"model_args": f"{arguments},peft=nowhere"}, "peft='nowhere' cannot be read"),
+            (
+                {"model_args": f"{arguments},max_length=256"},
+                "xdlm_gsm8k: max_new_tokens=256 leaves no room .*=256: sho",
+            ),
+            (
+                {"model_args": arguments, "gen_kwargs": {"max_gen_toks": 512}},
+                "xdlm_gsm8k: max_new_tokens=512 leaves no room for a prompt in max_length=512: shorten it",
+            ),
+            (
+                {"model_args": arguments, "output_path": f"{rows_file}/out"},
+                "output_path=.*/out cannot be written .*Not a",
+            ),
+            ({"model_args": arguments, "output_path": f"{rows_file}/out/a.json"}, "output_path=.* cannot be written"),
+            ({"model_args": arguments, "use_cache": f"{rows_file}/out"}, "use_cache=.*/out cannot be written"),
+            ({"model_args": f"{arguments},item_log={rows_file}/a"}, "item_log=.*/a cannot be written"),
             ({"model_args": arguments, "limit": 0}, "--limit 0 leaves one of 1 processes without a row"),
             ({"model_args": f"pretrained={bare}", "apply_chat_template": True}, "the tokenizer of .*bare has none"),
         ):
@@ -475,6 +525,44 @@ class TestCommandLine:
         monkeypatch.setenv("WORLD_SIZE", "4")
         with pytest.raises(ValueError, match="--limit 3 leaves one of 4 processes without a row"):
             cli.check_run({**good, "model_args": arguments, "limit": 3})
+
+    def test_places_to_write_are_tried_and_not_made(self, tmp_path):
+        cli.check_places({"output_path": str(tmp_path / "a" / "b"), "use_cache": str(tmp_path / "c" / "d")})
+        assert not list(tmp_path.iterdir())
+
+    def test_the_run_shortens_what_tasks_ask_for(self, monkeypatch, checkpoint, rows_file):
+        monkeypatch.setattr(LLaDAForDiffusionLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+        options = {"model": "xdlm", "tasks": "xdlm_gsm8k", "include_path": [], "metadata": f"data={rows_file}"}
+        cli.check_run({**options, "model_args": f"pretrained={checkpoint},max_length=256,max_new_tokens=16"})
+
+    def test_wildcards_in_tasks(self, rows_file, tmp_path):
+        for folder, suffix, text in (("tasks", "json", '{"examples": [{"input": "a", "target": "b"}]}'),) + (
+            ("cot-prompts", "txt", "Q: a\nA: b"),
+        ):
+            (tmp_path / "bbh" / folder).mkdir(parents=True)
+            for task in TASKS.glob("xdlm_bbh_*.yaml"):
+                (tmp_path / "bbh" / folder / f"{task.stem.removeprefix('xdlm_bbh_')}.{suffix}").write_text(text)
+        data = {"data": str(tmp_path)}
+        assert len(cli.check(["xdlm_bbh_*"], [], data, False, {})) == 27
+        assert cli.check(["xdlm_bbh_s*s", "xdlm_bbh_sn*"], [], data, False, {}) == {"xdlm_bbh_snarks": 256}
+        with pytest.raises(ValueError, match=r"unknown tasks \['xdlm_b\*x'\]: this package has"):
+            cli.check(["xdlm_bbh_*", "xdlm_b*x"], [], data, False, {})
+
+    def test_one_line_for_the_hint_of_every_task(self, rows_file, caplog):
+        cli._ONE_HINT.said = False
+        logger = logging.getLogger("lm_eval.api.task")
+        logger.addHandler(caplog.handler)
+        try:
+            for _ in range(3):
+                cli.check(["xdlm_gsm8k"], [], {"data": str(rows_file)}, False, {})
+            logger.warning("another warning")
+        finally:
+            logger.removeHandler(caplog.handler)
+        messages = [record.getMessage() for record in caplog.records]
+        assert [text for text in dict.fromkeys(messages) if messages.count(text)] == [
+            "tasks find their rows by --metadata: data=PATH, data=hub@REVISION, or the Hub's",
+            "another warning",
+        ]
 
     def test_error_is_one_line(self, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["xdlm-eval", "run", "--config", str(tmp_path / "none.yaml")])

@@ -22,7 +22,7 @@ from training import ENDS_CLEANLY
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.data import train_tokenizer
-from xdlm_hf.evaluation import TASKS, published, table16
+from xdlm_hf.evaluation import TASKS, cli, published, table16
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
 from xdlm_hf.evaluation.likelihood import Estimate
 
@@ -177,6 +177,31 @@ class TestBatchesAndCaches:
         together, passes = draw(one, other, one, one, batch_all=True)
         assert passes <= 4 and together == draw(one, other, one, one, batch_all=True)[0] != texts[:4]
 
+    def test_seed_of_the_command_line(self, checkpoint, data, tmp_path):
+        write_choice_task(tmp_path)
+        manager = TaskManager(
+            include_path=[str(TASKS), str(tmp_path)], include_defaults=False, metadata={"data": str(data)}
+        )
+        settings = {"pretrained": str(checkpoint), "mc_samples": 4, "temperature": 0.8, "device": "cpu", **SETTINGS}
+
+        def run(seed, /, **arguments):
+            """Answers and likelihoods as lm-eval's command makes them for --seed."""
+            results = lm_eval.simple_evaluate(
+                "xdlm",
+                model_args={**settings, **arguments},
+                tasks=["xdlm_gsm8k", "choice"],
+                task_manager=manager,
+                num_fewshot=0,
+                torch_random_seed=seed,
+            )
+            assert results["config"]["seed"] == arguments.get("seed", seed)
+            return answers(results), [row["resps"] for row in results["samples"]["choice"]]
+
+        first, other = run(7), run(8)
+        assert run(7) == first
+        assert first[0] != other[0] and first[1] != other[1]
+        assert run(8, seed=7) == first  # the model argument wins
+
     def test_what_the_checkpoint_says_about_draws(self, monkeypatch, model, tokenizer):
         monkeypatch.setattr(model.generation_config, "sampler", "ancestral")
         lm = XDLMEvalModel(model, tokenizer=tokenizer, steps=4, max_new_tokens=8, batch_size=2)
@@ -201,6 +226,53 @@ class TestLikelihoodThroughTheHarness:
         assert all(isinstance(value, Estimate) and value < 0 for value, _ in together)
         summary = lm.get_model_info()["likelihoods"]
         assert summary["count"] == 8 and 0 < summary["mean_standard_error"] <= summary["max_standard_error"]
+
+    def test_mixing_ratio_of_the_run(self, model, tokenizer, caplog):
+        requests = [likelihood("What is", " 2 + 2?"), likelihood("", "What")]
+
+        def values(**arguments):
+            return XDLMEvalModel(model, tokenizer=tokenizer, mc_samples=8, **arguments).loglikelihood(requests)
+
+        own, asked = values(), values(mixing_ratio=0.3)
+        assert [r.message for r in caplog.records if "bounds under" in r.message] == [
+            "likelihoods are bounds under mixing_ratio=0.3; the checkpoint was trained at 0.0"
+        ]
+        caplog.clear()
+        model.config.mixing_ratio = 0.3
+        assert values() == values(mixing_ratio=0.3) == asked != own and not caplog.records
+        rolling = XDLMEvalModel(model, tokenizer=tokenizer, mc_samples=8, mixing_ratio=0.0).loglikelihood_rolling
+        assert rolling([likelihood("What")]) != XDLMEvalModel(
+            model, tokenizer=tokenizer, mc_samples=8
+        ).loglikelihood_rolling([likelihood("What")])
+
+    def test_logged_samples_hold_standard_errors(self, model, tokenizer, data, tmp_path):
+        write_choice_task(tmp_path)
+        manager = TaskManager(
+            include_path=[str(TASKS), str(tmp_path)], include_defaults=False, metadata={"data": str(data)}
+        )
+
+        def logged(mc_samples):
+            lm = XDLMEvalModel(model, tokenizer=tokenizer, mc_samples=mc_samples, **SETTINGS)
+            tracker = cli.Tracker(output_path=str(tmp_path / str(mc_samples)))
+            results = lm_eval.simple_evaluate(
+                lm, tasks=["choice", "xdlm_gsm8k"], task_manager=manager, num_fewshot=0, evaluation_tracker=tracker
+            )
+            samples = results.pop("samples")
+            expected = [[[one.standard_error for one, _ in part] for part in row["resps"]] for row in samples["choice"]]
+            tracker.save_results_aggregated(results=results, samples=samples)
+            rows = {}
+            for task in samples:
+                tracker.save_results_samples(task_name=task, samples=samples[task])
+                (path,) = (tmp_path / str(mc_samples)).rglob(f"samples_{task}_*.jsonl")
+                rows[task] = [json.loads(line) for line in path.read_text().splitlines()]
+            return rows, expected
+
+        rows, expected = logged(8)
+        assert [row["standard_errors"] for row in rows["choice"]] == expected
+        assert all(error > 0 for row in expected for ((error,), _) in [row])
+        assert not any("standard_errors" in row for row in rows["xdlm_gsm8k"])
+        # One draw has no standard error, and no NaN gets into the file.
+        assert not any("standard_errors" in row for row in logged(1)[0]["choice"])
 
     def test_greedy(self, model, tokenizer):
         lm = XDLMEvalModel(model, tokenizer=tokenizer, mc_samples=2)
@@ -301,6 +373,8 @@ class TestProcesses:
                 got, want = ([pair for row in part for (pair,) in row["resps"]] for part in (rows, expected))
                 assert [float(value) for value, _ in got] == pytest.approx([value for value, _ in want], abs=1e-4)
                 assert [greedy for _, greedy in got] == [str(greedy) for _, greedy in want]
+                errors = [error for row in rows for (error,) in row["standard_errors"]]
+                assert errors == pytest.approx([value.standard_error for value, _ in want], abs=1e-4)
             else:
                 assert [row["resps"][0][0] for row in rows] == [row["resps"][0][0] for row in expected]
                 assert len({row["resps"][0][0] for row in rows}) > 1
@@ -387,7 +461,8 @@ class TestTable16:
         manifest = json.loads((folder / "manifest.json").read_text())
         assert manifest.pop("seconds") > 0 and manifest["forward_passes"] == len(ROWS) * 64
         run = manifest["runs"]["xdlm_gsm8k"]
-        assert run["command"].pop("output_dir") and run["model"].pop("use_cache")
+        assert run["command"].pop("output_dir") and run["model"].pop("use_cache") and run.pop("date")
+        assert run["model"].pop("data")  # of all that this process has read, in other tests too
         assert all(item.pop("seconds") > 0 for item in manifest["items"]["xdlm_gsm8k"])
         return manifest
 
@@ -439,12 +514,14 @@ class TestTable16:
         model = LLaDAForDiffusionLM.from_pretrained(mine)
         model.get_input_embeddings().weight.data[0, 0] += 1
         model.save_pretrained(mine)
-        with pytest.raises(SystemExit, match="answers made with other settings .*fingerprints"):
+        with pytest.raises(
+            SystemExit, match="answers made with other settings .model_sha='[0-9a-f]{64}', now '[0-9a-f]{64}'"
+        ):
             table16.main(self.arguments(mine, data, tmp_path / "out", "--limit", "1"))
 
     def test_other_settings_do_not_mix(self, checkpoint, data, tmp_path):
         table16.main(self.arguments(checkpoint, data, tmp_path, "--limit", "1"))
-        with pytest.raises(SystemExit, match=r"answers made with other settings \(\{'seed': 0\}\): name another"):
+        with pytest.raises(SystemExit, match=r"answers made with other settings \(seed=0, now 1\): name another"):
             table16.main(self.arguments(checkpoint, data, tmp_path, "--limit", "1", "--seed", "1"))
 
     def test_the_authors_sampler(self, monkeypatch, checkpoint, data, tmp_path):

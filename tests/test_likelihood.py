@@ -57,8 +57,9 @@ def exact(model, context, continuation):
     return -total
 
 
-def estimate(model, pairs, mc_samples=64, batch_size=16, seed=0):
-    return list(log_likelihoods(model, [Pair(*map(tuple, pair)) for pair in pairs], mc_samples, batch_size, seed))
+def estimate(model, pairs, mc_samples=64, batch_size=16, seed=0, **options):
+    pairs = [Pair(*map(tuple, pair)) for pair in pairs]
+    return list(log_likelihoods(model, pairs, mc_samples, batch_size, seed, **options))
 
 
 PAIRS = [((0, 1), (2, 3, 0)), ((), (1, 2)), ((3,), (0,))]
@@ -76,6 +77,15 @@ class TestBound:
         model = make_model(0.1, "cosine")
         (value,) = estimate(model, PAIRS[:1], mc_samples=4096, batch_size=512)
         assert abs(value - exact(model, *PAIRS[0])) < 5 * value.standard_error
+
+    @pytest.mark.parametrize(("own", "asked"), [(0.0, 0.3), (0.3, 0.0), (0.1, 1.0)])
+    def test_another_mixing_ratio_is_the_noise_of_the_bound(self, own, asked):
+        # The same weights with that k in their config have the same bound, and the exact one.
+        model, other = make_model(own), make_model(asked)
+        values = estimate(model, PAIRS, mixing_ratio=asked)
+        assert values == estimate(other, PAIRS) != estimate(model, PAIRS)
+        (value,) = estimate(model, PAIRS[:1], mc_samples=4096, batch_size=512, mixing_ratio=asked)
+        assert abs(value - exact(other, *PAIRS[0])) < 5 * value.standard_error + 1e-6
 
     def test_is_below_the_exact_likelihood_of_one_token(self):
         # One token at k = 0: the bound is tight, minus the cross-entropy at the masked position, whatever t is.

@@ -73,17 +73,18 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, **options: Any) ->
     """
     from peft import PeftModel
 
-    noise = _stored_noise(adapter)
+    noise = _stored_noise(adapter, options.get("revision"))
     adapted = PeftModel.from_pretrained(model, adapter, **options)
     for name, value in noise.items():
         setattr(model.config, name, value)
     return adapted
 
 
-def _stored_noise(adapter: str | Path) -> dict[str, Any]:
+def _stored_noise(adapter: str | Path, revision: str | None) -> dict[str, Any]:
     found = cached_file(
         str(adapter),
         NOISE_FILE,
+        revision=revision,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,

@@ -13,7 +13,7 @@ import lm_eval.tasks
 import yaml
 from datasets import DatasetDict
 
-from xdlm_hf.evaluation.rows import as_test_split, load_rows, local_path, require_texts
+from xdlm_hf.evaluation.rows import as_test_split, load_rows, local_path, read_text, require_texts
 
 OPENING = "Follow the given examples and answer the question.\n"
 STOCK = Path(lm_eval.tasks.__file__).parent / "bbh" / "cot_fewshot"
@@ -40,8 +40,9 @@ def load(subtask: str, data: str | None = None, **_metadata) -> DatasetDict:
 
 def read_examples(path: Path) -> list[tuple[str, dict]]:
     """(where, row) of a file `{"examples": [...]}`."""
+    text = read_text(path)
     try:
-        examples = json.loads(path.read_text(encoding="utf-8"))["examples"]
+        examples = json.loads(text)["examples"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: needs an object with 'examples' ({type(error).__name__}: {error})") from error
     return [(f"{path}, example {n}", row if isinstance(row, dict) else {}) for n, row in enumerate(examples)]
@@ -51,7 +52,7 @@ def read_shots(path: Path) -> str:
     """The worked examples of a published prompt file, without its canary line."""
     if not path.is_file():
         raise ValueError(f"no such file: {path} (set by --metadata data=PATH or XDLM_DATA, which must name a folder)")
-    return path.read_text(encoding="utf-8").split("-----\n", 1)[-1].strip()
+    return read_text(path).split("-----\n", 1)[-1].strip()
 
 
 @functools.cache

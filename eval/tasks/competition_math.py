@@ -39,7 +39,7 @@ def load(data: str | None = None, **_metadata) -> DatasetDict:
     inside = "math/test.jsonl"
     if local_path(data, inside) is not None:
         return as_test_split(load_rows(data, inside, (HUB, None, "test"), parse_row))
-    return as_test_split([row for s in SUBJECTS for row in load_rows(None, inside, (HUB, s, "test"), parse_row)])
+    return as_test_split([row for s in SUBJECTS for row in load_rows(data, inside, (HUB, s, "test"), parse_row)])
 
 
 def load_500(data: str | None = None, **_metadata) -> DatasetDict:
