@@ -75,6 +75,20 @@ def test_more_steps_than_tokens_only_edit():
     assert agrees({"network": network, "ids": ids, "dtype": torch.float32, **setting})
 
 
+def test_what_a_block_leaves_of_its_budget_is_dropped():
+    # Two blocks of 8 in two steps each, k = 0.3: floor(0.3 / 0.7 * 8) = 3 edits for each block. The first block finds
+    # nothing to edit; in the second every filled token disagrees, and 3 are edited, not 6.
+    sampler = ReferenceConfidenceSampler(2, 0.3, 4, start=0, length=16, block_length=8)
+    everything = torch.ones(1, 16, dtype=torch.bool)
+    canvas = sampler.begin(torch.zeros(1, 16, dtype=torch.long), everything)
+    edits = []
+    for i in range(4):
+        logits = F.one_hot(torch.full((1, 16), i // 2), 3).float()
+        canvas = sampler.step(canvas, logits, sampler.request(canvas, i))
+        edits.append(canvas.num_edits.item())
+    assert edits == [0, 0, 0, 3]
+
+
 def test_budgets_round_like_float32():
     """Other than in float64 for about half of all k: 0.01 / 0.99 * 99 is 1, and in float32 just below it."""
     tokens, differing = range(1, 257), 0
@@ -211,6 +225,16 @@ def test_the_chain_takes_one_pass_more_than_steps_and_ends_clean():
     options = {"sampler": "ancestral", "steps": 4, "max_new_tokens": 32, "mixing_ratio": 0.1, "seed": 0}
     output = model.generate(**options, reference_compat=True, return_dict_in_generate=True)
     assert output.num_forward_passes == 5 and (output.sequences != 15).all()
+
+
+def test_the_chain_counts_padding_in_positions():
+    """The model refuses position ids, which the default sampler passes for padded rows."""
+    model = integer_model(IntegerNetwork(16, 15), 16, 15, torch.float32)
+    prompt = {"input_ids": torch.tensor([[3, 4]]), "attention_mask": torch.tensor([[0, 1]])}
+    options = {"sampler": "ancestral", "steps": 2, "max_new_tokens": 8, "mixing_ratio": 0.1, "seed": 0}
+    assert model.generate(**prompt, **options, reference_compat=True).shape == (1, 10)
+    with pytest.raises(ValueError, match="no position ids"):
+        model.generate(**prompt, **options)
 
 
 def test_the_times_of_the_chain():
