@@ -21,7 +21,8 @@ from torch import Tensor
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, NoiseKernel, posterior, sample_posterior
 from xdlm_hf.denoising import chunk_slices
 from xdlm_hf.posterior import begin_step, finish_step
-from xdlm_hf.samplers import ConfidenceSampler, ReferenceAncestralSampler
+from xdlm_hf.released import ReferenceAncestralSampler
+from xdlm_hf.samplers import ConfidenceSampler
 from xdlm_hf.schedules import LinearSchedule
 
 N, MASK, K, NEW = 126464, 126336, 0.1, 256

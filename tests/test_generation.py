@@ -27,7 +27,8 @@ from xdlm_hf import (
     denoising,
     posterior,
 )
-from xdlm_hf.samplers import AncestralSampler, ReferenceAncestralSampler
+from xdlm_hf.released import ReferenceAncestralSampler
+from xdlm_hf.samplers import AncestralSampler
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "tiny-llada"
 RECORDED = json.loads((CHECKPOINT / "expected_generation.json").read_text())

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xdlm_hf.schedules import SCHEDULES, CosineSchedule, LinearSchedule, get_schedule
+from xdlm_hf.schedules import SCHEDULES, CosineSchedule, LinearSchedule, LogLinearSchedule, get_schedule
 
-NAMES = ("linear", "cosine")
+NAMES = ("linear", "cosine", "loglinear")
 
 
 def test_every_schedule_is_tested_here():
@@ -18,7 +18,9 @@ def test_every_schedule_is_tested_here():
 @pytest.mark.parametrize("name", NAMES)
 def test_ends_are_exact(name, dtype):
     alpha, slope = get_schedule(name)(torch.tensor([0.0, 1.0], dtype=dtype))
-    assert alpha.tolist() == [1.0, 0.0]  # not 6e-17: the prior must hold no trace of the text
+    # Exactly 0, not 6e-17: the prior must hold no trace of the text. The log-linear schedule ends at its eps.
+    last, rounding = (1e-3, torch.finfo(dtype).eps) if name == "loglinear" else (0.0, 0.0)
+    assert alpha[0] == 1 and abs(alpha[1].item() - last) <= rounding
     assert (slope <= 0).all()
 
 
@@ -46,7 +48,7 @@ def test_inverse(name, t):
     back = schedule.inverse(alpha)
     assert back.shape == t.shape and back.dtype == torch.float64
     # acos loses half the digits where cos is flat: an ulp of alpha there moves t by 1e-8
-    assert (back - t).abs() < (1e-15 if name == "linear" else 2e-8)
+    assert (back - t).abs() < (2e-8 if name == "cosine" else 1e-15)
     torch.testing.assert_close(schedule(back)[0], alpha, rtol=0, atol=1e-15)
 
 
@@ -56,6 +58,17 @@ def test_values_by_hand():
     # cos(pi/8) = sqrt(2 + sqrt 2)/2, cos(pi/3) = 1/2
     expected = torch.tensor([(2 + 2**0.5) ** 0.5 / 2, 0.5], dtype=torch.float64)
     torch.testing.assert_close(CosineSchedule()(t)[0], expected)
+    # 1 - 0.999 / 4, 1 - 0.999 * 2 / 3
+    expected = torch.tensor([0.75025, 0.334], dtype=torch.float64)
+    torch.testing.assert_close(LogLinearSchedule()(t)[0], expected)
+    torch.testing.assert_close(LogLinearSchedule(0.5)(t)[0], 1 - t / 2)
+    assert LogLinearSchedule(0)(t)[0].equal(1 - t)
+
+
+@pytest.mark.parametrize("eps", [-1e-3, 1.0])
+def test_an_eps_outside_its_range_is_refused(eps):
+    with pytest.raises(ValueError, match=rf"eps={eps} must lie in \[0, 1\)"):
+        LogLinearSchedule(eps)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -86,5 +99,5 @@ def test_name_finds_the_schedule(name):
 
 
 def test_unknown_name_is_refused():
-    with pytest.raises(ValueError, match=r"'quadratic'.*choose one of \['cosine', 'linear'\]"):
+    with pytest.raises(ValueError, match=r"'quadratic'.*choose one of \['cosine', 'linear', 'loglinear'\]"):
         get_schedule("quadratic")

@@ -14,7 +14,7 @@ from .losses import diffusion_loss, fused_linear_diffusion_loss, kl_divergence
 from .modeling_llada import LLaDAForDiffusionLM, LLaDAModel
 from .posterior import sample_posterior
 from .samplers import AncestralSampler, ConfidenceSampler
-from .schedules import CosineSchedule, LinearSchedule, get_schedule
+from .schedules import CosineSchedule, LinearSchedule, LogLinearSchedule, get_schedule
 
 __version__ = "0.1.0"
 
@@ -53,6 +53,7 @@ __all__ = [
     "LLaDAForDiffusionLM",
     "LLaDAModel",
     "LinearSchedule",
+    "LogLinearSchedule",
     "NoiseKernel",
     "XDLMGenerationConfig",
     "XDLMTrainer",

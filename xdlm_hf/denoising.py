@@ -31,7 +31,7 @@ class Network:
     Args:
         model: Ids to logits.
         attention_mask: (B, T), 0 at padding.
-        prompt: (B, T) bool, what guidance hides.
+        canvas: The sampler's first canvas.
         options: A resolved `XDLMGenerationConfig`.
         processors: The user's.
     """
@@ -40,11 +40,12 @@ class Network:
         self,
         model: Any,
         attention_mask: Tensor,
-        prompt: Tensor,
+        canvas: Canvas,
         options: Any,
         processors: LogitsProcessorList | None,
     ):
-        self.model, self.options, self.prompt = model, options, prompt
+        self.model, self.options = model, options
+        self.hidden = self._hidden(attention_mask, canvas)
         self.processors = LogitsProcessorList(processors) if processors else None
         self.num_forward_passes = 0
         self.attention_mask: Tensor | None = None
@@ -52,19 +53,25 @@ class Network:
         # Without padding there is nothing to tell the model, and attention runs its fastest kernel.
         if not attention_mask.all():
             self.attention_mask = attention_mask
-            if not options.reference_compat:
-                # Positions count text alone, so that a row computes what it computes by itself, wherever its
-                # padding stands.
-                self.position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)
+            self.position_ids = self._positions(attention_mask)
         self.plan = RefreshPlan(options.use_cache, options.cache_refresh) if options.use_cache else None
         # Guidance runs two streams, and each has its own keys and values.
         self.caches = [CanvasCache(model.config.n_layers) for _ in range(2)] if options.use_cache else [None, None]
+
+    def _hidden(self, attention_mask: Tensor, canvas: Canvas) -> Tensor:
+        """(B, T) bool, the text that guidance hides: the prompt, and what else is fixed."""
+        return attention_mask.bool() & ~canvas.generated
+
+    def _positions(self, attention_mask: Tensor) -> Tensor | None:
+        """(B, T) position ids. They count text alone, so that a row computes what it computes by itself, wherever its
+        padding stands."""
+        return (attention_mask.cumsum(-1) - 1).clamp_min(0)
 
     def logits(self, ids: Tensor, request: Request, sampler: Sampler) -> tuple[Tensor | Iterator[Tensor], Request]:
         """What a step asked for, and for which positions it could be had: with a cache, those computed in this step.
 
         Logits of columns are (R, C, N), those of a mask come in chunks (m, N), in the model's dtype; guided, processed
-        or suppressed ones in float32 or wider, unless `reference_compat` audits lower precision.
+        or suppressed ones in float32 or wider.
         """
         positions = request.positions
         if positions.dtype == torch.bool:
@@ -77,11 +84,14 @@ class Network:
                 columns, valid, open_columns = planned
                 request = replace(request, positions=columns[:, :open_columns], valid=valid)
                 positions = torch.arange(open_columns, device=ids.device)
-        streams = [
+        return self._adjusted(self._streams(ids, positions, columns), ids), request
+
+    def _streams(self, ids: Tensor, positions: Tensor, columns: Tensor | None) -> Sequence[Tensor]:
+        """Logits of each text at the positions, (R, C, N) each; with a cache only `columns` (R, W) are computed."""
+        return [
             self.model(logits_to_keep=positions, **self._inputs(stream, text, columns)).logits
             for stream, text in enumerate(self._texts(ids))
         ]
-        return self._adjusted(streams, ids), request
 
     def _chunks(self, ids: Tensor, positions: Tensor) -> Iterator[Tensor]:
         """Logits of the positions (R, T) bool in row-major order, chunk by chunk; none cost no forward pass."""
@@ -102,7 +112,7 @@ class Network:
         """What the network reads, (R, T) each: the text, and under guidance the text with its prompt hidden."""
         if not self.options.cfg_scale:
             return (ids,)
-        return ids, torch.where(self.prompt, self.options.mask_token_id, ids)
+        return ids, torch.where(self.hidden, self.options.mask_token_id, ids)
 
     def _inputs(self, stream: int, ids: Tensor, columns: Tensor | None) -> dict[str, Any]:
         """Arguments of one forward pass, which is counted."""
@@ -123,8 +133,8 @@ class Network:
             ids: The texts (R, T) that they are about, or (m, T).
         """
         adjusts = len(streams) > 1 or self.processors is not None or self.options.suppress_tokens
-        if adjusts and not self.options.reference_compat:
-            streams = [logits if logits.dtype == torch.float64 else logits.float() for logits in streams]
+        if adjusts:
+            streams = [self._widened(logits) for logits in streams]
         logits = streams[0]
         if len(streams) > 1:
             logits = streams[1] + (self.options.cfg_scale + 1) * (logits - streams[1])
@@ -135,9 +145,13 @@ class Network:
             logits = logits.index_fill(-1, torch.tensor(self.options.suppress_tokens, device=ids.device), -torch.inf)
         return logits
 
+    def _widened(self, logits: Tensor) -> Tensor:
+        """The dtype in which logits are combined: float32 or wider."""
+        return logits if logits.dtype == torch.float64 else logits.float()
+
     def select(self, rows: Tensor) -> None:
         """Keep some rows of the batch, (rows,)."""
-        self.prompt = self.prompt[rows]
+        self.hidden = self.hidden[rows]
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask[rows]
         if self.position_ids is not None:
@@ -180,7 +194,7 @@ class Finished:
         self.ends: Tensor | None = None  # (B,) column after which a row is padding
         if criteria and options.pad_token_id is None:
             raise ValueError("stopping_criteria need a pad_token_id for what follows the end of a row; pass one.")
-        pads = bool(options.end_of_text) and options.pad_token_id is not None and not options.reference_compat
+        pads = bool(options.end_of_text) and options.pad_token_id is not None
         self.cuts = pads and answer is not None
         # Where tokens may still change, leaving at end-of-text is a choice that can change the text.
         wanted = (not may_change) if options.early_stop is None else options.early_stop

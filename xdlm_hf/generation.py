@@ -22,10 +22,10 @@ from transformers.generation import (
 )
 from transformers.utils import ModelOutput, logging
 
+from . import released
 from .cache import check_cache_attention
 from .denoising import Finished, Network, denoise
 from .generation_config import (
-    BEYOND_REFERENCE,
     CONFIDENCE_ONLY,
     REMASKING_POLICIES,
     XDLMGenerationConfig,
@@ -45,8 +45,6 @@ from .refinement import (
 from .samplers import (
     AncestralSampler,
     ConfidenceSampler,
-    ReferenceAncestralSampler,
-    ReferenceConfidenceSampler,
     Sampler,
     check_blocks,
 )
@@ -314,8 +312,8 @@ class XDLMGenerationMixin:
         answer = task.generated if task.open_ended else None
         finished = Finished(options, criteria, answer, sampler.may_edit or sampler.may_remask)
         canvas = sampler.begin(task.ids, task.generated, task.holes)
-        prompt = task.attention_mask.bool() & ~task.generated
-        network = Network(self, task.attention_mask, prompt, options, processors)
+        network_class = released.ReferenceNetwork if options.reference_compat else Network
+        network = network_class(self, task.attention_mask, canvas, options, processors)
         watcher = _Watcher(options, streamer, sampler, finished, task.start)
         watcher.begin(canvas.ids)
         progress = denoise(network, sampler, canvas, finished, watcher)
@@ -360,6 +358,8 @@ class XDLMGenerationMixin:
         if options.pad_token_id is None:
             options.pad_token_id = next(iter(options.end_of_text), None)
         self._check_against_model(options)
+        if options.reference_compat:
+            options.eos_token_id = []  # the released samplers do not pad what follows end-of-text
         return options
 
     def _check_against_model(self, options: XDLMGenerationConfig) -> None:
@@ -368,8 +368,6 @@ class XDLMGenerationMixin:
                 "sampler='confidence' needs a mask token, and neither the model config nor the call gives "
                 "mask_token_id; for a uniform-noise model (k = 1) use sampler='ancestral'."
             )
-        if options.reference_compat and options.mixing_ratio == 1 and options.sampler == "confidence":
-            raise ValueError("mixing_ratio=1 has no released sampler to reproduce; leave out reference_compat.")
         if options.cfg_scale and options.mask_token_id is None:
             raise ValueError(f"cfg_scale={options.cfg_scale} masks the prompt and needs a mask_token_id.")
         if options.use_cache:
@@ -453,29 +451,23 @@ class XDLMGenerationMixin:
         return input_ids.to(device).long(), attention_mask.to(device).long()
 
     def _make_sampler(self, options: XDLMGenerationConfig, task: _Task, generator: torch.Generator | None) -> Sampler:
-        common = {
-            "steps": options.steps,
-            "start": task.start,
-            "length": task.length,
-            "warp": _make_warp(options),
-            "generator": generator,
-        }
+        common = {"steps": options.steps, "start": task.start, "length": task.length, "generator": generator}
+        kernel = None
         if options.sampler == "ancestral":
             kernel = NoiseKernel(self.config.embedding_size, options.mixing_ratio, options.mask_token_id)
-            temperature = 1.0 if options.temperature is None else options.temperature
-            cls = ReferenceAncestralSampler if options.reference_compat else AncestralSampler
-            return cls(kernel, get_schedule(self.config.noise_schedule), temperature=temperature, **common)
-        common |= {
-            "block_length": options.block_length,
-            "temperature": options.temperature or 0.0,
-            "remasking": options.remasking or "low_confidence",
-        }
         if options.reference_compat:
-            return ReferenceConfidenceSampler(options.mask_token_id, options.mixing_ratio, **common)
+            return released.make_sampler(options, kernel, **common)
+        common["warp"] = _make_warp(options)
+        if options.sampler == "ancestral":
+            temperature = 1.0 if options.temperature is None else options.temperature
+            return AncestralSampler(kernel, get_schedule(self.config.noise_schedule), temperature=temperature, **common)
         return ConfidenceSampler(
             options.mask_token_id,
             options.mixing_ratio,
             **common,
+            block_length=options.block_length,
+            temperature=options.temperature or 0.0,
+            remasking=options.remasking or "low_confidence",
             refinement=make_refinement(options),
             polish_steps=options.polish_steps or 0,
             confidence_threshold=options.confidence_threshold,
@@ -655,7 +647,9 @@ def _drop_stored(options: XDLMGenerationConfig, chosen: set[str], generator: tor
                 setattr(options, name, None)
 
     if options.reference_compat:
-        drop(*BEYOND_REFERENCE)
+        drop(*released.not_released(options.sampler))
+        if options.remasking == "random" and options.mixing_ratio:
+            drop("remasking")
     if options.sampler == "ancestral":
         drop(*CONFIDENCE_ONLY)
         if options.temperature == 0:

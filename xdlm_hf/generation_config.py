@@ -7,8 +7,10 @@ from typing import Any
 from transformers.generation import GenerationConfig
 from transformers.utils import logging
 
+from . import released
 from .cache import CACHES
 from .refinement import REMASK_SCHEDULES
+from .released import BEYOND_REFERENCE
 from .samplers import REMASKING, check_positive
 
 logger = logging.get_logger(__name__)
@@ -45,20 +47,6 @@ _RANGES = {
     "edit_threshold": _FRACTION,
     "remask_rate": _FRACTION,
 }
-# What the released samplers do not have, and what only fills holes by confidence.
-BEYOND_REFERENCE = (
-    "confidence_threshold",
-    "confidence_factor",
-    "early_stop",
-    "use_cache",
-    "cache_refresh",
-    "refinement",
-    "edit_threshold",
-    "remask_rate",
-    "max_edits_per_token",
-    "refinement_off_steps",
-    "polish_steps",
-)
 CONFIDENCE_ONLY = ("block_length", "remasking", *BEYOND_REFERENCE)
 
 
@@ -111,7 +99,9 @@ class XDLMGenerationConfig(GenerationConfig):
             A position is edited at most so often, and never back to the token just replaced.
         refinement_off_steps (`int`, *optional*): The last steps that fill, in which nothing is taken back.
         polish_steps (`int`, *optional*): Steps after the last hole is filled, which only edit.
-        reference_compat (`bool`, *optional*, defaults to `False`): Reproduce the released sampler token for token.
+        reference_compat (`bool`, *optional*, defaults to `False`):
+            Run the authors' released sampler, to audit published numbers; for the confidence sampler token for token at
+            temperature 0.
         return_dict_in_generate (`bool`, *optional*, defaults to `False`): Return a [`DiffusionGenerateOutput`].
         output_history (`bool`, *optional*, defaults to `False`): Keep the sequences of every step.
         mask_token_id, pad_token_id, bos_token_id (`int`, *optional*, default to the model config's): Special tokens.
@@ -187,12 +177,7 @@ class XDLMGenerationConfig(GenerationConfig):
                     f"sampler='ancestral' has no option {given[0]}={getattr(self, given[0])!r}; leave it out."
                 )
         if self.reference_compat:
-            given = [name for name in BEYOND_REFERENCE if getattr(self, name)]
-            if given:
-                raise ValueError(
-                    f"the released sampler, which reference_compat=True reproduces, has no option "
-                    f"{given[0]}={getattr(self, given[0])!r}; leave one of them out."
-                )
+            released.check_options(self)
         if self.cache_refresh is not None and not self.use_cache:
             raise ValueError(
                 f"cache_refresh={self.cache_refresh} refreshes no cache; add use_cache='prefix' or 'dual'."

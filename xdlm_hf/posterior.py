@@ -188,37 +188,13 @@ def _b_ts(alpha_s: Tensor, alpha_t: Tensor) -> Tensor:
     return torch.where(alpha_s > alpha_t, (alpha_s - alpha_t) / alpha_s.clamp_min(1e-300), 0.0)
 
 
-def masked_logits(logits: Tensor, kernel: NoiseKernel | None) -> Tensor:
+def masked_logits(logits: Tensor, kernel: NoiseKernel) -> Tensor:
     """A float32-or-wider copy of the logits with the rows of absorbing tokens at -inf (p_m = 0 when k < 1)."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logits = logits.to(dtype, copy=True)
-    for token_id in kernel.absorbing_ids if kernel is not None else ():
+    for token_id in kernel.absorbing_ids:
         logits[..., token_id] = -torch.inf
     return logits
-
-
-def sample_categorical(
-    logits: Tensor, kernel: NoiseKernel | None = None, generator: torch.Generator | None = None
-) -> Tensor:
-    """Exact draws from softmax(logits) by inverting the cumulative distribution in float64.
-
-    Args:
-        logits: (M, N), float of any dtype.
-        kernel: If given, the rows of its absorbing tokens are ignored.
-
-    Returns:
-        Token ids, (M,).
-
-    Raises:
-        ValueError: As `refuse_undefined`.
-    """
-    u = uniform((logits.shape[0], 1), generator, logits.device)
-    drawn = torch.empty(len(u), dtype=torch.long, device=logits.device)
-    undefined = torch.zeros_like(drawn, dtype=torch.bool)
-    for part, weights in _weight_blocks(logits, kernel):
-        drawn[part], undefined[part] = draw_from_weights(weights, u[part]), weights.sum(-1).isnan()
-    refuse_undefined(undefined)
-    return drawn
 
 
 def refuse_undefined(undefined: Tensor) -> None:
@@ -280,7 +256,7 @@ def _chunk_blocks(chunks: Iterable[Tensor], kernel: NoiseKernel) -> Iterator[tup
         del chunk  # before the next one is made
 
 
-def _weight_blocks(logits: Tensor, kernel: NoiseKernel | None) -> Iterator[tuple[slice, Tensor]]:
+def _weight_blocks(logits: Tensor, kernel: NoiseKernel) -> Iterator[tuple[slice, Tensor]]:
     """Yield (part, exp(logit - max)) of logits (M, N), a few rows at a time, absorbing tokens 0."""
     for part in row_blocks(len(logits), logits):
         block = masked_logits(logits[part], kernel)

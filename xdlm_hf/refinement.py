@@ -28,7 +28,7 @@ class Canvas:
     num_edits: Tensor  # (B,) int64, filled tokens that were replaced by another token
     num_remasked: Tensor | None = None  # (B,) int64, filled tokens that became holes again; None without a policy
     undefined: Tensor | None = None  # (B,) bool, rows where a token was written whose confidence is NaN
-    memory: dict[str, Tensor] = field(default_factory=dict)  # (B, T) each, what a policy remembers
+    memory: dict[str, Tensor] = field(default_factory=dict)  # (B, ...) each, what a policy or sampler remembers
 
     def select(self, rows: Tensor) -> "Canvas":
         """Some rows of the batch, (rows,)."""
@@ -131,23 +131,6 @@ class BudgetRefinement(Refinement):
         budget = (filled.double() * (self.mixing_ratio / (1 - self.mixing_ratio)) + 1e-9).floor().long()
         left = budget - canvas.num_edits
         return -(-left // look.polish_steps_left) if look.polish_steps_left else left
-
-
-class ReferenceBudget(BudgetRefinement):
-    """The released sampler's budget: floored per block, so that small blocks get none."""
-
-    def __init__(self, mixing_ratio: float, block_length: int):
-        super().__init__(mixing_ratio)
-        self.block_length = block_length
-
-    def allowance(self, look: Look, fill: Tensor) -> Tensor:
-        if look.done == 0:
-            return torch.zeros_like(look.canvas.num_edits)
-        per_fill = self.mixing_ratio / (1 - self.mixing_ratio)
-        finished_blocks = look.step // look.steps_per_block
-        quota = block_quota(look.done + 1, self.block_length, look.steps_per_block)
-        budget = finished_blocks * int(per_fill * self.block_length) + int(per_fill * quota)
-        return budget - look.canvas.num_edits
 
 
 class ThresholdRefinement(Refinement):
@@ -293,9 +276,3 @@ def most_confident(priority: Tensor, candidates: Tensor, count: Tensor) -> Tenso
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
     )
     return candidates & (rank < count[:, None])
-
-
-def block_quota(done: int, block_length: int, steps: int) -> int:
-    """Tokens of a block that are to be filled after `done` of its steps, earlier steps taking the remainder."""
-    whole, rest = divmod(block_length, steps)
-    return done * whole + min(done, rest)

@@ -24,19 +24,14 @@ from .posterior import (
     draw_from_weights,
     finish_step,
     masked_logits,
-    posterior,
-    refuse_undefined,
     row_blocks,
-    sample_categorical,
 )
 from .refinement import (
     BudgetRefinement,
     Canvas,
     Look,
     NoRefinement,
-    ReferenceBudget,
     Refinement,
-    block_quota,
     most_confident,
 )
 from .schedules import Schedule
@@ -167,13 +162,12 @@ class ConfidenceSampler(Sampler):
         self.temperature, self.warp, self.remasking, self.generator = temperature, warp, remasking, generator
         self.confidence_threshold, self.confidence_factor = confidence_threshold, confidence_factor
         self.adaptive = ends_early or confidence_threshold is not None or confidence_factor is not None
-        self.refinement = self._default_refinement() if refinement is None else refinement
+        if refinement is None:
+            refinement = BudgetRefinement(mixing_ratio) if mixing_ratio > 0 else NoRefinement()
+        self.refinement = refinement
         self.may_edit, self.may_remask = self.refinement.edits, self.refinement.remasks
         self.fill_steps, self.steps = steps, steps + polish_steps
         self.steps_per_block = max(steps * block_length // length, 1)
-
-    def _default_refinement(self) -> Refinement:
-        return BudgetRefinement(self.mixing_ratio) if self.mixing_ratio > 0 else NoRefinement()
 
     def begin(self, ids: Tensor, generated: Tensor, holes: Tensor | None = None) -> Canvas:
         holes = generated if holes is None else holes
@@ -331,44 +325,6 @@ class ConfidenceSampler(Sampler):
         return (look.holes.sum(-1) + steps_left - 1) // steps_left
 
 
-class ReferenceConfidenceSampler(ConfidenceSampler):
-    """The released LLaDA-XDLM sampler token for token at temperature 0, to audit published numbers.
-
-    It differs from `ConfidenceSampler` in what it lets happen: any unmasked position may be edited, prompt and padding
-    included; any [MASK] is a hole, also one in the prompt; the mask row is not excluded; confidences have the logits'
-    dtype; and the edit budget is floored per block, so that small blocks get none.
-    """
-
-    def _default_refinement(self) -> Refinement:
-        if self.mixing_ratio == 0:
-            return NoRefinement()
-        return ReferenceBudget(self.mixing_ratio, self.block_length)
-
-    def _columns(self, i: int) -> tuple[int, int]:
-        return 0, self.block(i)[1]
-
-    def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
-        everything = torch.ones_like(canvas.generated)
-        canvas = replace(canvas, holes=canvas.ids == self.mask_token_id, generated=everything)
-        return super().step(canvas, logits, request)
-
-    def predict(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        predicted = self._predict_tokens(logits)
-        p = logits.softmax(-1)
-        return predicted, *(p.gather(-1, x[..., None]).squeeze(-1) for x in (predicted, ids))
-
-    def _predict_tokens(self, logits: Tensor) -> Tensor:
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        tempered = logits.flatten(0, -2) / self.temperature
-        tempered = tempered if self.warp is None else self.warp(tempered)
-        return sample_categorical(tempered, generator=self.generator).view(logits.shape[:-1])
-
-    def _share(self, look: Look) -> Tensor:
-        quota = [block_quota(done, self.block_length, self.steps_per_block) for done in (look.done, look.done + 1)]
-        return torch.full_like(look.holes[:, 0], quota[1] - quota[0], dtype=torch.long)
-
-
 class AncestralSampler(Sampler):
     """Exact reverse diffusion: a draw from the prior, then `steps` draws from Eq. 11 along the schedule.
 
@@ -455,31 +411,6 @@ class AncestralSampler(Sampler):
         return logits if self.warp is None else self.warp(logits)
 
 
-class ReferenceAncestralSampler(AncestralSampler):
-    """The released ancestral step, to audit published samples: the dense posterior drawn with float32 Gumbel noise.
-
-    Its noise comes in steps of 6e-8 where it matters, which starves tokens of small probability, above all the uniform
-    part of the kernel; `AncestralSampler` draws every token with its own probability.
-    """
-
-    def request(self, canvas: Canvas, i: int) -> Request:
-        """Every position, as the released step reads them all."""
-        return Request(i, canvas.generated)
-
-    def step(self, canvas: Canvas, logits: Iterable[Tensor], request: Request) -> Canvas:
-        whole = torch.cat([self._tempered(chunk) for chunk in logits])
-        p = masked_logits(whole, self.kernel).float().softmax(-1)[None]
-        refuse_undefined(p[..., 0].isnan())  # one NaN makes a whole softmax NaN
-        z_t = canvas.ids[canvas.generated][None]
-        alpha_s, alpha_t = (rate.view(1) for rate in self._rates(request.i, canvas))
-        probs = posterior(p, z_t, alpha_s, alpha_t, self.kernel)
-        noise = uniform(probs.shape, self.generator, probs.device, torch.float32)
-        # Gumbel-max without its logarithm: argmax of p / E, E exponential.
-        exponential = 1e-10 - (noise + 1e-10).log()
-        drawn = (probs / exponential).argmax(-1)
-        return self._moved(canvas, canvas.ids.masked_scatter(canvas.generated, drawn[0]))
-
-
 def check_positive(**values: int) -> None:
     """Raise ValueError naming the first value that is not a positive integer."""
     for name, value in values.items():
@@ -487,10 +418,12 @@ def check_positive(**values: int) -> None:
             raise ValueError(f"{name}={value!r} must be a positive integer.")
 
 
-def check_blocks(steps: int, length: int, block_length: int, name: str = "max_new_tokens") -> None:
+def check_blocks(
+    steps: int, length: int, block_length: int, name: str = "max_new_tokens", may_idle: bool = False
+) -> None:
     """Raise ValueError unless `block_length` divides the answer and the steps spread evenly over its blocks.
 
-    `name` is what the messages call `length`.
+    `name` is what the messages call `length`; with `may_idle` there may be steps that fill nothing.
     """
     check_positive(**{"steps": steps, name: length, "block_length": block_length})
     if length % block_length:
@@ -499,7 +432,7 @@ def check_blocks(steps: int, length: int, block_length: int, name: str = "max_ne
         raise ValueError(
             f"block_length={block_length} does not divide {name}={length}; use e.g. block_length={nearest}."
         )
-    if steps > length:
+    if steps > length and not may_idle:
         raise ValueError(
             f"steps={steps} is more than {name}={length}: every step fills at least one; use steps={length}."
         )

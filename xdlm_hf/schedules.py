@@ -3,8 +3,8 @@
 Time runs from t = 0 (clean) to t = 1 (noise), and s < t throughout the package. A schedule is called with t and answers
 (alpha_t, d alpha_t / dt): the objective (Eq. 15) needs both, and a pair cannot disagree.
 
-alpha_t falls from exactly 1 at t = 0 to exactly 0 at t = 1. Results are float32 or wider whatever the dtype of t: in
-bfloat16, 0.9985 is 1.
+alpha_t falls from exactly 1 at t = 0 to exactly 0 at t = 1, in `LogLinearSchedule` to its eps. Results are float32 or
+wider whatever the dtype of t: in bfloat16, 0.9985 is 1.
 """
 
 import math
@@ -70,7 +70,38 @@ class CosineSchedule(Schedule):
         return torch.acos(_at_least_float32(alpha_t)) / (math.pi / 2)
 
 
-SCHEDULES: dict[str, type[Schedule]] = {cls.name: cls for cls in (LinearSchedule, CosineSchedule)}
+class LogLinearSchedule(Schedule):
+    """alpha_t = 1 - (1 - eps) t, MDLM's "log-linear" schedule, that of the paper's models trained from scratch.
+
+    alpha_1 = eps, not 0: an ancestral chain begins with pure noise all the same, and the bound on the likelihood lacks
+    the KL divergence at t = 1.
+
+    Args:
+        eps: alpha_1, in [0, 1); 0 gives `LinearSchedule`.
+
+    Raises:
+        ValueError: If eps is not in [0, 1).
+    """
+
+    name = "loglinear"
+
+    def __init__(self, eps: float = 1e-3):
+        if not 0 <= eps < 1:
+            raise ValueError(f"eps={eps} must lie in [0, 1): it is alpha at t = 1.")
+        self.eps = eps
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = _at_least_float32(t)
+        return 1 - (1 - self.eps) * t, torch.full_like(t, self.eps - 1)
+
+    def inverse(self, alpha_t: Tensor) -> Tensor:
+        return (1 - _at_least_float32(alpha_t)) / (1 - self.eps)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(eps={self.eps:g})"
+
+
+SCHEDULES: dict[str, type[Schedule]] = {cls.name: cls for cls in (LinearSchedule, CosineSchedule, LogLinearSchedule)}
 
 
 def get_schedule(name: str) -> Schedule:
