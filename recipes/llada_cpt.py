@@ -39,7 +39,6 @@ from pathlib import Path
 import recipe
 from recipe import ModelArguments, PlanArguments
 
-from xdlm_hf.checkpoints import last_checkpoint
 from xdlm_hf.data import (
     PackedDataset,
     check_source,
@@ -48,7 +47,7 @@ from xdlm_hf.data import (
     load_documents,
     python_reference_documents,
 )
-from xdlm_hf.processes import end_script, found_by_the_first
+from xdlm_hf.processes import found_by_the_first, run_script
 from xdlm_hf.revisions import pin_revision, revision_to_read
 from xdlm_hf.stream import PackedStream
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
@@ -85,7 +84,7 @@ class DataArguments:
         return self.data_files is None and self.dataset != "python-reference"
 
 
-def pinned_revision(options: DataArguments, resume: str | bool | None, output_dir: str) -> dict[str, str | None] | None:
+def pinned_revision(options: DataArguments, resume: str | bool | None) -> dict[str, str | None] | None:
     """Revision of the Hub dataset that every process is to read; None for other data. Every process must call this.
 
     Raises:
@@ -99,7 +98,7 @@ def pinned_revision(options: DataArguments, resume: str | bool | None, output_di
             )
         return None
     check_source(options.dataset, None, options.skip_corrupted)
-    checkpoint = last_checkpoint(output_dir) if resume is True else Path(resume) if resume else None
+    checkpoint = Path(resume) if isinstance(resume, str) else None
     return found_by_the_first(lambda: pin_revision(options.dataset, options.dataset_revision, checkpoint))
 
 
@@ -166,7 +165,7 @@ def main(argv: list[str] | None = None) -> XDLMTrainer | None:
     if plan.plan:
         return recipe.show_plan(plan, model_options, args, data_options.sequence_length)
     resume = recipe.resume_point(args)
-    revision = pinned_revision(data_options, resume, args.output_dir)
+    revision = pinned_revision(data_options, resume)
     tokenizer = recipe.load_tokenizer(model_options)
     model = recipe.load_model(model_options, args, tokenizer, data_options.sequence_length)
     train_rows, validation_rows = load_rows(data_options, tokenizer, args, revision)
@@ -174,5 +173,4 @@ def main(argv: list[str] | None = None) -> XDLMTrainer | None:
 
 
 if __name__ == "__main__":
-    main()
-    end_script()
+    run_script(main)

@@ -24,6 +24,7 @@ LAYERS = [
     ["cache", "spans"],
     ["generation_config", "denoising"],
     ["configuration_llada", "modeling_llada", "generation", "hub"],
+    ["preemption", "checksums"],
     ["adapters", "data", "checkpoints", "processes", "training_metrics", "planning", "display"],
     ["stream", "conversations", "revisions", "streamers", "trace", "loading"],
     ["trainer", "serving_requests", "serving_answers"],
