@@ -518,7 +518,7 @@ def adapted(tmp_path_factory):
     ("options", "message"),
     [
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler type=constant, this run cosine: the learning rate follows"),
-        ({"lr_scheduler_kwargs": {"a": 1}}, r"lr_scheduler kwargs=\{\}, this run \{'a': 1\}: the learning rate"),
+        ({"lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler kwargs a=None, this run 1: the learning rate"),
         ({"max_grad_norm": 0.5}, "max_grad_norm=1.0, this run 0.5: gradients are clipped differently"),
         ({"adam_beta1": 0.8}, "adam_beta1=0.9, this run 0.8: the former stays in force"),
         ({"adam_beta2": 0.95}, "adam_beta2=0.999, this run 0.95: the former stays in force"),
@@ -585,7 +585,7 @@ def test_auto_goes_back_to_the_last_whole_checkpoint_and_says_so(copied, tmp_pat
     whole, options = trainer(tmp_path / "whole", **SAVES), {**SAVES, "save_total_limit": 1}
     whole.train()
     harm(copied / "checkpoint-8")
-    with pytest.raises(ValueError, match=rf"checkpoint-8 is damaged: {message}.*; *|.* resume from an earlier"):
+    with pytest.raises(ValueError, match=rf"checkpoint-8 is damaged: {message}.*or resume from an earlier"):
         trainer(copied, **SAVES).train(resume_from_checkpoint=str(copied / "checkpoint-8"))
     run = trainer(copied, **options)
     with caplog.at_level(logging.WARNING, "xdlm_hf.checkpoints"):

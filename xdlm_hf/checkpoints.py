@@ -15,6 +15,7 @@ nothing in a checkpoint is unpickled into code.
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_utils import get_last_checkpoint
 
 from .checksums import damage
+from .source_files import check_same_files
 
 logger = logging.getLogger(__name__)
 
@@ -334,7 +336,9 @@ def _flush(path: str | Path) -> None:
 # Resuming
 
 
-def check_same_run(checkpoint: Path, run: Mapping[str, Any], reshards: bool, shared: bool = True) -> None:
+def check_same_run(
+    checkpoint: Path, run: Mapping[str, Any], reshards: bool, shared: bool = True, accept_repaired: bool = False
+) -> None:
     """Compare a checkpoint with the run that is to resume it. Every process must call this.
 
     Args:
@@ -342,6 +346,7 @@ def check_same_run(checkpoint: Path, run: Mapping[str, Any], reshards: bool, sha
         run: The resuming run's record, as written to `xdlm_run.json`.
         reshards: Whether this run can read weights and optimizer of another number of processes.
         shared: Whether all processes see the same folder.
+        accept_repaired: Whether files of a stream may be repaired or removed (`check_same_files`).
 
     Raises:
         ValueError: If the checkpoint is missing, incomplete or damaged, or differs in what would make it another run.
@@ -363,6 +368,7 @@ def check_same_run(checkpoint: Path, run: Mapping[str, Any], reshards: bool, sha
         _check_state_files(checkpoint, saved["world_size"])
     _forgive_unknown_revision(saved.get("data") or {}, run["data"])
     saved = {**_BEFORE, **saved}
+    (saved, files_before), (run, files_now) = _without_files(saved), _without_files(run)
     for name, why in _REFUSED.items():
         if name in saved and saved[name] != run[name]:
             raise ValueError(
@@ -374,9 +380,21 @@ def check_same_run(checkpoint: Path, run: Mapping[str, Any], reshards: bool, sha
             f"{checkpoint.name} was written by {saved['world_size']} processes, this run has {run['world_size']}: "
             f"under DeepSpeed and FSDP its parts can only be read by as many. Restore the former, or {_NEW_RUN}."
         )
+    if files_before and files_now:
+        readers = math.prod(map(int, saved["readers"].split("x")))
+        check_same_files(checkpoint, files_before, files_now, readers, accept_repaired)
     for name, why in _ALLOWED.items():
         if name in saved and saved[name] != run[name]:
             logger.warning("%s has %s: %s.", checkpoint.name, _difference(name, saved[name], run[name]), why)
+
+
+def _without_files(run: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A record of a run without the files of its stream, and these; None if it has none."""
+    source = (run.get("data") or {}).get("source")
+    if not isinstance(source, dict) or "root" not in source:
+        return dict(run), None
+    rest = {name: value for name, value in source.items() if name not in ("root", "files")}
+    return {**run, "data": {**run["data"], "source": rest}}, source
 
 
 def _check_files(checkpoint: Path, shared: bool) -> None:

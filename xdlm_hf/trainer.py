@@ -97,6 +97,8 @@ class XDLMTrainingArguments(TrainingArguments):
             a table of GPUs, and none for others.
         save_seconds (`float`, *optional*): Write a checkpoint at the end of a step when so many seconds have passed
             since the last one, beside those of `save_strategy`.
+        accept_repaired_data (`bool`, *optional*, defaults to `False`): Resume a stream although local files of it were
+            repaired or removed. What was read of a repaired file must be the same.
 
     These defaults of `TrainingArguments` change: `remove_unused_columns=False` (the collator reads them),
     `ddp_find_unused_parameters=False` (every parameter is used), `logging_nan_inf_filter=False` (a NaN is shown, not
@@ -129,6 +131,9 @@ class XDLMTrainingArguments(TrainingArguments):
     )
     save_seconds: float | None = field(
         default=None, metadata={"help": "A checkpoint at least every so many seconds, beside those of save_strategy."}
+    )
+    accept_repaired_data: bool = field(
+        default=False, metadata={"help": "Resume a stream although files of it were repaired or removed."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false: the collator reads them."})
     ddp_find_unused_parameters: bool | None = field(
@@ -700,7 +705,7 @@ class XDLMTrainer(Trainer):
                 raise ValueError(f"output_dir={str(self.args.output_dir)!r} holds no complete checkpoint to resume.")
         checkpoint = Path(checkpoint)
         reshards = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        check_same_run(checkpoint, self._run_record(), reshards, shared)
+        check_same_run(checkpoint, self._run_record(), reshards, shared, self.args.accept_repaired_data)
         if not isinstance(self.train_dataset, PackedStream):
             return super().train(resume_from_checkpoint=str(checkpoint), **kwargs)
         path = checkpoint / f"stream_state_{self.args.process_index}.json"
