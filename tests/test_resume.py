@@ -36,7 +36,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.checkpoints import RUN_RECORD, UNFINISHED, check_same_run, last_checkpoint
 from xdlm_hf.checksums import CHECKSUMS, damage, write_checksums
-from xdlm_hf.data import fingerprint_files, hold_out, load_documents, train_tokenizer
+from xdlm_hf.data import hold_out, load_documents, train_tokenizer
 from xdlm_hf.stream import PackedStream
 from xdlm_hf.trainer import NonFiniteError, XDLMTrainer
 
@@ -423,26 +423,6 @@ def test_another_stream_is_refused(finished, tmp_path, options, message):
     run = XDLMTrainer(model=tiny_model(vocab_size=300), args=args, train_dataset=data)
     with pytest.raises(ValueError, match=message):
         run.train(resume_from_checkpoint=str(finished / "stream" / "checkpoint-8"))
-
-
-def test_changed_files_are_named(tmp_path):
-    for name in "ab":
-        (tmp_path / f"{name}.jsonl").write_text('{"text": "one"}\n' * 9)
-    before = fingerprint_files([str(tmp_path / "*.jsonl")])
-    assert before == fingerprint_files([str(tmp_path / "*.jsonl")]) and list(before) == ["a.jsonl", "b.jsonl"]
-    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n' * 9)
-
-    def run(**options):
-        model, args = tiny_model(vocab_size=300), arguments(tmp_path / "run", **SAVES)
-        return XDLMTrainer(model=model, args=args, train_dataset=stream(**options))
-
-    run(source=before).train()
-    message = r"has data source b\.jsonl=\[144, \d+\], this run \[144, \d+\]: documents"
-    with pytest.raises(ValueError, match=message):
-        run(source=fingerprint_files([str(tmp_path / "*.jsonl")])).train(resume_from_checkpoint=True)
-    (tmp_path / "b.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"b\.jsonl=\[144, \d+\], this run None"):
-        run(source=fingerprint_files([str(tmp_path / "*.jsonl")])).train(resume_from_checkpoint=True)
 
 
 def test_another_tokenizer_is_refused(tmp_path):

@@ -51,7 +51,7 @@ def write(folder, name, content):
 
 
 def run(tokenizer, output, patterns, resume=False, held_out=False, skip_corrupted=False, **options):
-    """A run of 56 steps, more than a pass, over the files in their order, in blocks of 16 documents; trained as far as it gets."""
+    """Train 56 steps, more than a pass over the files, in blocks of 16 documents."""
     newest = last_checkpoint(output) if resume else None
     files = find_files(patterns, recorded_data(newest)["source"] if newest else None)
     args = arguments(
@@ -92,7 +92,7 @@ READERS = [{}, {"held_out": True, "dataloader_num_workers": 2}, {"dataloader_num
 
 @pytest.mark.parametrize("options", READERS, ids=str)  # 5 workers share the documents of 3 files
 def test_a_repaired_file_gives_the_rows_of_an_unbroken_run(tmp_path, folder, tokenizer, caplog, options):
-    whole = run(tokenizer, tmp_path / "whole", [f"{folder}/*.jsonl"], **options)
+    whole = run(tokenizer, tmp_path / "whole", [f"{folder}/*.jsonl"], save_strategy="no", **options)
     at = stopped(tokenizer, tmp_path / "run", folder, **options)
     assert 0 < at < 50
     write(folder, "b", lines("b"))
@@ -115,7 +115,7 @@ def test_a_repaired_file_gives_the_rows_of_an_unbroken_run(tmp_path, folder, tok
 
 def test_lines_may_be_skipped_from_the_corrupted_one_on(tmp_path, folder, tokenizer):
     at = stopped(tokenizer, tmp_path / "run", folder)
-    whole = run(tokenizer, tmp_path / "whole", [f"{folder}/*.jsonl"], skip_corrupted=True)
+    whole = run(tokenizer, tmp_path / "whole", [f"{folder}/*.jsonl"], save_strategy="no", skip_corrupted=True)
     resumed = run(tokenizer, tmp_path / "run", [f"{folder}/*.jsonl"], resume=True, skip_corrupted=True)
     assert resumed.seen == whole.seen[at:]
 
@@ -157,7 +157,7 @@ def test_a_removed_file_leaves_the_others_to_be_read_once(tmp_path, folder, toke
 
     # What the run had seen at its last checkpoint is what an unbroken one has seen by then.
     write(folder, "b", lines("b"))
-    whole = run(tokenizer, tmp_path / "whole", files, **options)
+    whole = run(tokenizer, tmp_path / "whole", files, save_strategy="no", **options)
     before = documents_of(tokenizer, whole.seen[:at])
     kept = {
         text["text"]

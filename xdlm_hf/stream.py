@@ -143,7 +143,10 @@ class PackedStream(torch.utils.data.IterableDataset):
         for block, texts in self._blocks(encoder, worker, workers, resumed):
             first = resumed["document"] if resumed else 0
             if first < len(texts) and isinstance(texts[first], _Removed):
-                resumed = None  # the rest of the document is gone with its file
+                if resumed["left"]:  # the rest of the document is gone with its file; here it ends
+                    place = {**block, "document": first, "checksum": resumed["checksum"]}
+                    yield [self.tokenizer.eos_token_id], place
+                resumed = None
             for start in range(first, len(texts), DOCUMENTS_PER_CALL):
                 chunk = texts[start : start + DOCUMENTS_PER_CALL]
                 for number, text, ids in encoder.encode(chunk):
