@@ -39,17 +39,17 @@ from pathlib import Path
 import recipe
 from recipe import ModelArguments, PlanArguments
 
-from xdlm_hf.checkpoints import last_checkpoint
+from xdlm_hf.checkpoints import recorded_data
 from xdlm_hf.data import (
     PackedDataset,
     check_source,
-    fingerprint_files,
     hold_out,
     load_documents,
     python_reference_documents,
 )
-from xdlm_hf.processes import end_script, found_by_the_first
+from xdlm_hf.processes import found_by_the_first, run_script
 from xdlm_hf.revisions import pin_revision, revision_to_read
+from xdlm_hf.source_files import SourceFiles, find_files
 from xdlm_hf.stream import PackedStream
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
 
@@ -85,7 +85,7 @@ class DataArguments:
         return self.data_files is None and self.dataset != "python-reference"
 
 
-def pinned_revision(options: DataArguments, resume: str | bool | None, output_dir: str) -> dict[str, str | None] | None:
+def pinned_revision(options: DataArguments, resume: str | bool | None) -> dict[str, str | None] | None:
     """Revision of the Hub dataset that every process is to read; None for other data. Every process must call this.
 
     Raises:
@@ -99,16 +99,28 @@ def pinned_revision(options: DataArguments, resume: str | bool | None, output_di
             )
         return None
     check_source(options.dataset, None, options.skip_corrupted)
-    checkpoint = last_checkpoint(output_dir) if resume is True else Path(resume) if resume else None
+    checkpoint = Path(resume) if isinstance(resume, str) else None
     return found_by_the_first(lambda: pin_revision(options.dataset, options.dataset_revision, checkpoint))
 
 
-def load_rows(options: DataArguments, tokenizer, args: XDLMTrainingArguments, revision: dict[str, str | None] | None):
+def source_files(options: DataArguments, resume: str | bool | None) -> SourceFiles | None:
+    """Local files of a run, in the places that they have in the checkpoint that is resumed; None for other data."""
+    if options.data_files is None:
+        return None
+    recorded = recorded_data(Path(resume)).get("source") if isinstance(resume, str) else None
+    return find_files(options.data_files, recorded)
+
+
+def load_rows(
+    options: DataArguments,
+    tokenizer,
+    args: XDLMTrainingArguments,
+    revision: dict[str, str | None] | None,
+    files: SourceFiles | None = None,
+):
     """Training rows and, if documents are held out, validation rows."""
-    if options.data_files is not None:
-        documents = load_documents(
-            data_files=options.data_files, text_column=options.text_column, skip_corrupted=options.skip_corrupted
-        )
+    if files is not None:
+        documents = files.documents(options.text_column, options.skip_corrupted)
     elif options.dataset == "python-reference":
         documents = python_reference_documents()
     else:
@@ -140,15 +152,15 @@ def load_rows(options: DataArguments, tokenizer, args: XDLMTrainingArguments, re
         world_size=args.world_size,
         shuffle_seed=args.seed,
         shuffle_buffer=options.shuffle_buffer,
-        source=source(options, revision),
+        source=source(options, revision, files),
     )
     return stream, validation
 
 
-def source(options: DataArguments, revision: dict[str, str | None] | None) -> dict:
+def source(options: DataArguments, revision: dict[str, str | None] | None, files: SourceFiles | None) -> dict:
     """What a checkpoint remembers of a stream's data, to notice when it changed."""
-    if options.data_files is not None:
-        data = {"files": fingerprint_files(options.data_files)}
+    if files is not None:
+        data = files.fingerprint
     else:
         data = {"dataset": [options.dataset, options.dataset_config, options.dataset_split]}
         if revision is not None:
@@ -166,13 +178,13 @@ def main(argv: list[str] | None = None) -> XDLMTrainer | None:
     if plan.plan:
         return recipe.show_plan(plan, model_options, args, data_options.sequence_length)
     resume = recipe.resume_point(args)
-    revision = pinned_revision(data_options, resume, args.output_dir)
+    revision = pinned_revision(data_options, resume)
+    files = source_files(data_options, resume)
     tokenizer = recipe.load_tokenizer(model_options)
     model = recipe.load_model(model_options, args, tokenizer, data_options.sequence_length)
-    train_rows, validation_rows = load_rows(data_options, tokenizer, args, revision)
+    train_rows, validation_rows = load_rows(data_options, tokenizer, args, revision, files)
     return recipe.train(model, model_options, args, tokenizer, train_rows, validation_rows, resume)
 
 
 if __name__ == "__main__":
-    main()
-    end_script()
+    run_script(main)

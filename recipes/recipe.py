@@ -32,7 +32,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.training_args import OptimizerNames
 
 from xdlm_hf.adapters import add_adapters, load_adapter, quantization_4bit
-from xdlm_hf.checkpoints import UNFINISHED, explained_failure, last_checkpoint, refuse_other_run, whole_model
+from xdlm_hf.checkpoints import UNFINISHED, explained_failure, last_whole_checkpoint, refuse_other_run, whole_model
 from xdlm_hf.data import check_tokenizer
 from xdlm_hf.planning import (
     ADAMW,
@@ -155,8 +155,9 @@ def _refuse_unknown(path: Path, options: dict[str, Any], known: set[str]) -> Non
 def resume_point(args: XDLMTrainingArguments) -> str | bool | None:
     """What `XDLMTrainer.train` is to resume from; a new run must not write over another."""
     resume = {"true": True, "false": None, None: None}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
-    if resume == "auto":
-        resume = last_checkpoint(args.output_dir) is not None
+    if resume in ("auto", True):
+        found = last_whole_checkpoint(args.output_dir, shared=not args.save_on_each_node)
+        resume = resume is True if found is None else str(found)
     if not resume:
         refuse_other_run(args.output_dir)
     return resume

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -33,8 +34,9 @@ from training import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from xdlm_hf import LLaDAForDiffusionLM
-from xdlm_hf.checkpoints import RUN_RECORD, UNFINISHED, last_checkpoint
-from xdlm_hf.data import fingerprint_files, hold_out, load_documents, train_tokenizer
+from xdlm_hf.checkpoints import RUN_RECORD, UNFINISHED, check_same_run, last_checkpoint
+from xdlm_hf.checksums import CHECKSUMS, damage, write_checksums
+from xdlm_hf.data import hold_out, load_documents, train_tokenizer
 from xdlm_hf.stream import PackedStream
 from xdlm_hf.trainer import NonFiniteError, XDLMTrainer
 
@@ -423,26 +425,6 @@ def test_another_stream_is_refused(finished, tmp_path, options, message):
         run.train(resume_from_checkpoint=str(finished / "stream" / "checkpoint-8"))
 
 
-def test_changed_files_are_named(tmp_path):
-    for name in "ab":
-        (tmp_path / f"{name}.jsonl").write_text('{"text": "one"}\n' * 9)
-    before = fingerprint_files([str(tmp_path / "*.jsonl")])
-    assert before == fingerprint_files([str(tmp_path / "*.jsonl")]) and list(before) == ["a.jsonl", "b.jsonl"]
-    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n' * 9)
-
-    def run(**options):
-        model, args = tiny_model(vocab_size=300), arguments(tmp_path / "run", **SAVES)
-        return XDLMTrainer(model=model, args=args, train_dataset=stream(**options))
-
-    run(source=before).train()
-    message = r"has data source b\.jsonl=\[144, \d+\], this run \[144, \d+\]: documents"
-    with pytest.raises(ValueError, match=message):
-        run(source=fingerprint_files([str(tmp_path / "*.jsonl")])).train(resume_from_checkpoint=True)
-    (tmp_path / "b.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"b\.jsonl=\[144, \d+\], this run None"):
-        run(source=fingerprint_files([str(tmp_path / "*.jsonl")])).train(resume_from_checkpoint=True)
-
-
 def test_another_tokenizer_is_refused(tmp_path):
     def run(texts):
         return XDLMTrainer(
@@ -473,6 +455,148 @@ def test_what_may_differ_is_said(finished, tmp_path, caplog):
     assert run.state.log_history[8]["learning_rate"] == 0.003
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim": "adafactor"}, "has optimizer=adamw_torch.*, this run adafactor: its state means nothing to another"),
+        ({"optim": "lion_32bit"}, "this run lion_32bit: its state"),
+        ({"optim_args": "foo=1"}, "this run adamw_torch.*:foo=1: its state"),
+        ({"dtype": "bfloat16"}, r"has weight_dtype=\['torch.float32'\], this run \['torch.bfloat16'\]: weights and"),
+        ({"lora": {"lora_alpha": 8}}, "has lora lora_alpha=4, this run 8: the adapters' weights would mean another"),
+        ({"lora": {"r": 4}}, "has lora r=2, this run 4"),
+        ({"lora": {"target_modules": ["q_proj"]}}, r"has lora target_modules=\['q_proj', 'v_proj'\], this run"),
+        ({"lora": {"use_rslora": True}}, "has lora use_rslora=False, this run True"),
+    ],
+)
+def test_another_optimization_is_refused(finished, adapted, tmp_path, options, message):
+    """Transformers' Trainer would begin another optimizer, round weights or scale adapters, and say nothing."""
+    saved = adapted if "lora" in options else finished / "rows"
+    model = adapters(**options.pop("lora")) if "lora" in options else tiny_model()
+    model = model.to(getattr(torch, options.pop("dtype", "float32")))
+    run = trainer(tmp_path, model=model, **{**SAVES, "max_steps": 9, **options})
+    with pytest.raises(ValueError, match=message):
+        run.train(resume_from_checkpoint=str(saved / "checkpoint-8"))
+    assert names(tmp_path) == []
+
+
+def adapters(**options):
+    from peft import LoraConfig, get_peft_model
+
+    options = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], **options}
+    torch.manual_seed(1)
+    return get_peft_model(tiny_model(), LoraConfig(task_type=None, **options))
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapted")
+    trainer(folder, model=adapters(), **SAVES).train()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler type=constant, this run cosine: the learning rate follows"),
+        ({"lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler kwargs a=None, this run 1: the learning rate"),
+        ({"max_grad_norm": 0.5}, "max_grad_norm=1.0, this run 0.5: gradients are clipped differently"),
+        ({"adam_beta1": 0.8}, "adam_beta1=0.9, this run 0.8: the former stays in force"),
+        ({"adam_beta2": 0.95}, "adam_beta2=0.999, this run 0.95: the former stays in force"),
+        ({"adam_epsilon": 1e-6}, "adam_epsilon=1e-08, this run 1e-06: the former stays in force"),
+        ({"bf16": True}, "precision=as the weights, this run bf16: the network is computed in another"),
+        ({"lora": {"lora_dropout": 0.5}}, r"lora_dropout=\[0.0\], this run \[0.5\]: adapters are trained with other"),
+    ],
+)
+def test_other_changes_of_the_optimization_are_said(finished, adapted, tmp_path, caplog, options, message):
+    saved = adapted if "lora" in options else finished / "rows"
+    model = adapters(**options.pop("lora")) if "lora" in options else None
+    run = trainer(tmp_path, model=model, **{**SAVES, **options})
+    with caplog.at_level(logging.WARNING, "xdlm_hf.checkpoints"):
+        check_same_run(saved / "checkpoint-8", run._run_record(), reshards=True)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 1 and re.match(f"checkpoint-8 has {message}", warnings[0])
+
+
+def test_the_betas_of_the_checkpoint_stay_in_force(finished, tmp_path):
+    run = trainer(tmp_path, **{**SAVES, "max_steps": 9, "adam_beta2": 0.5, "adam_epsilon": 1e-3})
+    run.train(resume_from_checkpoint=str(finished / "rows" / "checkpoint-8"))
+    group = run.optimizer.param_groups[0]
+    assert (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Damaged checkpoints
+
+
+def flip_a_bit(path, place=0.5):
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    shutil.copytree(finished / "rows", tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("place", [0.0, 0.3, 1.0])
+def test_one_flipped_bit_in_any_file_is_found_and_named(copied, place):
+    checkpoint = copied / "checkpoint-8"
+    files = sorted(path for path in checkpoint.iterdir() if path.name != CHECKSUMS)
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", RUN_RECORD} < set(names(checkpoint))
+    for path in files:
+        before = path.read_bytes()
+        flip_a_bit(path, place)
+        assert damage(checkpoint) == [f"{path.name} has another checksum than when it was written"]
+        path.write_bytes(before)
+    assert damage(checkpoint) == []
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda path: flip_a_bit(path / "optimizer.pt"), "optimizer.pt has another checksum than when it was written"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"half"), "model.safetensors has 4 bytes, .* were"),
+        (lambda path: (path / "scheduler.pt").unlink(), "scheduler.pt cannot be read .No such file"),
+    ],
+)
+def test_auto_goes_back_to_the_last_whole_checkpoint_and_says_so(copied, tmp_path, caplog, harm, message):
+    whole, options = trainer(tmp_path / "whole", **SAVES), {**SAVES, "save_total_limit": 1}
+    whole.train()
+    harm(copied / "checkpoint-8")
+    with pytest.raises(ValueError, match=rf"checkpoint-8 is damaged: {message}.*or resume from an earlier"):
+        trainer(copied, **SAVES).train(resume_from_checkpoint=str(copied / "checkpoint-8"))
+    run = trainer(copied, **options)
+    with caplog.at_level(logging.WARNING, "xdlm_hf.checkpoints"):
+        run.train(resume_from_checkpoint=True)
+    assert re.search(rf"checkpoint-8 is damaged \({message}.*\). It is now called damaged-checkpoint-8", caplog.text)
+    assert "going back to checkpoint-6" in caplog.text
+    assert losses(run) == losses(whole) and parameter_gap(run.model, state(whole.model)) == 0
+    assert names(copied) == ["checkpoint-8", "damaged-checkpoint-8"]
+    assert damage(copied / "checkpoint-8") == []
+
+
+def test_nothing_is_moved_or_begun_when_every_checkpoint_is_damaged(copied):
+    for step in (3, 6, 8):
+        flip_a_bit(copied / f"checkpoint-{step}" / "optimizer.pt")
+    before = names(copied)
+    with pytest.raises(ValueError, match=r"every checkpoint is damaged \(checkpoint-8: optimizer.pt .*; checkpoint"):
+        trainer(copied, **SAVES).train(resume_from_checkpoint=True)
+    assert names(copied) == before
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_without_a_state_is_refused_even_without_checksums(copied, caplog, file):
+    (copied / "checkpoint-8" / CHECKSUMS).unlink()
+    with caplog.at_level(logging.WARNING, "xdlm_hf.checkpoints"):
+        trainer(copied, **SAVES).train(resume_from_checkpoint=True)
+    assert "checkpoint-8 has no checksums: its files are resumed from unverified" in caplog.text
+    (copied / "checkpoint-8" / file).unlink()
+    with pytest.raises(ValueError, match=rf"checkpoint-8 has no {file}: resuming would start them anew"):
+        trainer(copied, **SAVES).train(resume_from_checkpoint=True)
+
+
 @pytest.mark.slow
 def test_another_number_of_processes_is_allowed_for_rows_and_said(finished, tmp_path, caplog):
     """One process resumes what two wrote: the same rows and noise, since the global batch is the same."""
@@ -495,6 +619,7 @@ def test_another_number_of_processes_is_refused_where_parts_belong_to_them(finis
     shutil.copytree(saved, tmp_path / "checkpoint-6")
     record = json.loads((saved / RUN_RECORD).read_text())
     (tmp_path / "checkpoint-6" / RUN_RECORD).write_text(json.dumps({**record, "world_size": 2}))
+    write_checksums(tmp_path / "checkpoint-6")
     with pytest.raises(ValueError, match="was written by 2 processes, this run has 1: under DeepSpeed and FSDP"):
         run.train(resume_from_checkpoint=True)
 
@@ -513,6 +638,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path):
     run = trainer(tmp_path, **SAVES)
     run.train()
     torch.save({"when": datetime.datetime(2026, 1, 1)}, tmp_path / "checkpoint-8" / "optimizer.pt")
+    write_checksums(tmp_path / "checkpoint-8")
     with pytest.raises(Exception, match="Weights only load failed"):
         trainer(tmp_path, **{**SAVES, "max_steps": 9}).train(resume_from_checkpoint=True)
 

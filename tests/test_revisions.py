@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from training import ENDS_CLEANLY, flags, launch, logged, tiny_model
 
 from xdlm_hf.checkpoints import RUN_RECORD
+from xdlm_hf.checksums import write_checksums
 from xdlm_hf.data import train_tokenizer
 from xdlm_hf.revisions import pin_revision
 
@@ -100,6 +101,7 @@ def forget_revision(checkpoint):
     record = json.loads((checkpoint / RUN_RECORD).read_text())
     del record["data"]["source"]["revision"]
     (checkpoint / RUN_RECORD).write_text(json.dumps(record))
+    write_checksums(checkpoint)
 
 
 @pytest.mark.parametrize("asked", [None, "main"])

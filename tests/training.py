@@ -18,11 +18,13 @@ from safetensors.torch import save_file
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.data import PackedDataset, train_tokenizer
-from xdlm_hf.processes import end_script
+from xdlm_hf.processes import run_script
 from xdlm_hf.stream import PackedStream
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
 
 VOCAB, MASK, LENGTH = 48, 5, 12
+SCRIPT = str(pathlib.Path(__file__))
+KILLS = ("kill_in_step", "kill_in_save", "nan_in_step", "terminate_in_step")
 ENDS_CLEANLY = str(pathlib.Path(__file__).parent / "ends_cleanly.py")  # goes before a script that is launched
 
 
@@ -108,7 +110,7 @@ def stream(texts=40, seed=0, shards=2, **options):
 class RecordingTrainer(XDLMTrainer):
     """Keeps the batches of every step; may kill its own process, as a power cut would, in a step or in a save."""
 
-    kill_in_step = kill_in_save = nan_in_step = None
+    kill_in_step = kill_in_save = nan_in_step = terminate_in_step = None
 
     def get_batch_samples(self, *args):
         batches, tokens = super().get_batch_samples(*args)
@@ -124,6 +126,8 @@ class RecordingTrainer(XDLMTrainer):
     def _get_grad_norm(self, *args, **kwargs):  # after the backward pass, before the weights change
         if self.state.global_step + 1 == self.kill_in_step:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.state.global_step + 1 == self.terminate_in_step and self.args.process_index == self.args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         return super()._get_grad_norm(*args, **kwargs)
 
     def _save_rng_state(self, output_dir):  # weights and optimizer are written, the rest is not
@@ -192,7 +196,7 @@ def main():
     options = json.loads(sys.argv[1])
     output_dir = pathlib.Path(options.pop("output_dir"))
     resume = options.pop("resume", None)
-    kill = {name: options.pop(name, None) for name in ("kill_in_step", "kill_in_save", "nan_in_step")}
+    kill = {name: options.pop(name, None) for name in KILLS}
     run = trainer(output_dir, kind=RecordingTrainer, **options)
     vars(run).update(kill)
     run.train(resume_from_checkpoint=resume)
@@ -206,5 +210,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
-    end_script()
+    run_script(main)

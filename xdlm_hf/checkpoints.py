@@ -6,14 +6,16 @@ the config, without which nothing loads them, is the last. Beside what Transform
 
     xdlm_run.json          what the run is, compared on resuming (`check_same_run`)
     stream_state_R.json    for a stream: where each reader of rank R stands
+    checksums.json         size and CRC-32 of every other file, compared on resuming
 
-Both are JSON. Optimizer and random states are the Trainer's `.pt` files, which it reads with `weights_only=True`:
+All are JSON. Optimizer and random states are the Trainer's `.pt` files, which it reads with `weights_only=True`:
 nothing in a checkpoint is unpickled into code.
 """
 
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -22,9 +24,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+
+from .checksums import damage
+from .source_files import check_same_files
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +48,9 @@ _REFUSED = {
     "seed": "rows would come in another order, some of them a second time",
     "global_batch_size": "rows would be seen twice or never",
     "readers": "a stream is dealt out to readers (processes x workers), each of which goes on where it stood",
+    "optimizer": "its state means nothing to another one",
+    "weight_dtype": "weights and optimizer state would be rounded to another precision",
+    "lora": "the adapters' weights would mean another change of the model",
 }
 # What may, with a warning.
 _ALLOWED = {
@@ -51,9 +60,16 @@ _ALLOWED = {
     "noise_seed": "noise is drawn differently from here on",
     "learning_rate": "the former stays in force, as part of the optimizer's state",
     "weight_decay": "the former stays in force, as part of the optimizer's state",
-    "world_size": "the same rows and the same noise, but sums are rounded in another order",
+    "adam_beta1": "the former stays in force, as part of the optimizer's state",
+    "adam_beta2": "the former stays in force, as part of the optimizer's state",
+    "adam_epsilon": "the former stays in force, as part of the optimizer's state",
+    "max_grad_norm": "gradients are clipped differently from here on",
+    "lr_scheduler": "the learning rate follows another schedule from here on",
+    "precision": "the network is computed in another precision from here on",
+    "lora_dropout": "adapters are trained with other dropout from here on",
+    "world_size": "the same rows and the same noise, but sums are rounded in another order and dropout is drawn anew",
 }
-# What records that were written before there was such an option would say.
+# What records that were written before there was such an option would say; others are not compared.
 _BEFORE = {"random_length_probability": 0.0}
 
 
@@ -61,6 +77,66 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The complete checkpoint with the highest step in `output_dir`, or None."""
     found = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
     return None if found is None else Path(found)
+
+
+def last_whole_checkpoint(output_dir: str | Path, shared: bool = True) -> Path | None:
+    """The last checkpoint whose files are as they were written. Every process must call this.
+
+    Later ones that are damaged are renamed to `damaged-checkpoint-N`, with a warning that names their files: otherwise
+    the rotation of checkpoints would keep them and delete whole ones.
+
+    Args:
+        output_dir: Folder of the run.
+        shared: Whether all processes see the same folder.
+
+    Returns:
+        None if there is no checkpoint at all.
+
+    Raises:
+        ValueError: If there are checkpoints and all of them are damaged; they are left as they are.
+    """
+    damaged = {}
+    for checkpoint in _newest_first(output_dir):
+        problems = damage(checkpoint, shared)
+        if not problems:
+            _set_aside(damaged, checkpoint, shared)
+            return checkpoint
+        damaged[checkpoint] = problems
+    if damaged:
+        named = "; ".join(f"{checkpoint.name}: {problems[0]}" for checkpoint, problems in damaged.items())
+        raise ValueError(
+            f"output_dir={str(output_dir)!r}: every checkpoint is damaged ({named}). Restore one from a copy, or start "
+            "a new run in another folder."
+        )
+    return None
+
+
+def _newest_first(output_dir: str | Path) -> list[Path]:
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and _step_of(path) is not None]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    step = checkpoint.name.removeprefix("checkpoint-")
+    return int(step) if step.isdecimal() else None
+
+
+def _set_aside(damaged: Mapping[Path, list[str]], whole: Path, shared: bool) -> None:
+    state = PartialState()
+    state.wait_for_everyone()
+    for checkpoint, problems in damaged.items():
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        if state.is_main_process or (not shared and state.is_local_main_process):
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+        logger.warning(
+            "%s is damaged (%s). It is now called %s, and may be deleted; going back to %s.",
+            checkpoint,
+            "; ".join(problems),
+            aside.name,
+            whole.name,
+        )
+    state.wait_for_everyone()
 
 
 def refuse_other_run(output_dir: str | Path) -> None:
@@ -83,6 +159,43 @@ def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     if tokenizer is None:
         return None
     return zlib.crc32(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+
+
+def optimization_record(args: TrainingArguments, model: PreTrainedModel, optimizer: str | None) -> dict[str, Any]:
+    """What `check_same_run` compares of the optimization, as JSON.
+
+    Args:
+        args: Of the run.
+        model: Unwrapped; a peft model names its adapters.
+        optimizer: Class of an optimizer that was handed to the trainer; None for the one of `args`.
+    """
+    lora = [config.to_dict() for _, config in sorted(getattr(model, "peft_config", {}).items())]
+    shape = ("peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern")
+    adapters = [{name: _plain(config.get(name)) for name in shape} for config in lora]
+    plain = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
+    return {
+        **{name: getattr(args, name) for name in plain},
+        "optimizer": optimizer or ":".join(filter(None, [str(_plain(args.optim)), args.optim_args])),
+        "weight_dtype": sorted({str(p.dtype) for p in model.parameters() if p.requires_grad}),
+        "lr_scheduler": _schedule(args),
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "as the weights",
+        "lora": adapters[0] if len(adapters) == 1 else adapters or None,
+        "lora_dropout": [config.get("lora_dropout") for config in lora] or None,
+    }
+
+
+def _schedule(args: TrainingArguments) -> dict[str, Any]:
+    schedule = {"type": str(_plain(args.lr_scheduler_type)), "kwargs": args.lr_scheduler_kwargs or {}}
+    if schedule["type"] != "constant":
+        schedule["warmup"] = args.warmup_steps
+    if not schedule["type"].startswith("constant"):
+        schedule["length"] = [args.max_steps, None if args.max_steps > 0 else args.num_train_epochs]
+    return json.loads(json.dumps(schedule, default=str))
+
+
+def _plain(value: Any) -> Any:
+    """An enumeration by its value, a set as a list."""
+    return sorted(value) if isinstance(value, set) else getattr(value, "value", value)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -223,16 +336,20 @@ def _flush(path: str | Path) -> None:
 # Resuming
 
 
-def check_same_run(checkpoint: Path, run: Mapping[str, Any], reshards: bool) -> None:
-    """Compare a checkpoint with the run that is to resume it.
+def check_same_run(
+    checkpoint: Path, run: Mapping[str, Any], reshards: bool, shared: bool = True, accept_repaired: bool = False
+) -> None:
+    """Compare a checkpoint with the run that is to resume it. Every process must call this.
 
     Args:
         checkpoint: Its folder.
         run: The resuming run's record, as written to `xdlm_run.json`.
         reshards: Whether this run can read weights and optimizer of another number of processes.
+        shared: Whether all processes see the same folder.
+        accept_repaired: Whether files of a stream may be repaired or removed (`check_same_files`).
 
     Raises:
-        ValueError: If the checkpoint is missing or incomplete, or differs in what would make it another run.
+        ValueError: If the checkpoint is missing, incomplete or damaged, or differs in what would make it another run.
     """
     path = checkpoint / RUN_RECORD
     if not path.is_file():
@@ -240,17 +357,22 @@ def check_same_run(checkpoint: Path, run: Mapping[str, Any], reshards: bool) -> 
             f"{str(checkpoint)!r} is no checkpoint to resume from ({RUN_RECORD} is missing): it is incomplete or was "
             "written by another program. Its weights may serve as model_name_or_path of a new run."
         )
+    _check_files(checkpoint, shared)
     saved = _read_record(checkpoint)
     if saved["weights_only"]:
         raise ValueError(
             f"{str(checkpoint)!r} holds no optimizer state (save_only_model=True): "
             "use its weights as model_name_or_path of a new run."
         )
+    if reshards:
+        _check_state_files(checkpoint, saved["world_size"])
     _forgive_unknown_revision(saved.get("data") or {}, run["data"])
+    saved = {**_BEFORE, **saved}
+    (saved, files_before), (run, files_now) = _without_files(saved), _without_files(run)
     for name, why in _REFUSED.items():
-        if saved.get(name) != run[name]:
+        if name in saved and saved[name] != run[name]:
             raise ValueError(
-                f"{checkpoint.name} has {_difference(name, saved.get(name), run[name])}: {why}. "
+                f"{checkpoint.name} has {_difference(name, saved[name], run[name])}: {why}. "
                 f"Restore the former, or {_NEW_RUN}."
             )
     if saved["world_size"] != run["world_size"] and not reshards:
@@ -258,10 +380,43 @@ def check_same_run(checkpoint: Path, run: Mapping[str, Any], reshards: bool) -> 
             f"{checkpoint.name} was written by {saved['world_size']} processes, this run has {run['world_size']}: "
             f"under DeepSpeed and FSDP its parts can only be read by as many. Restore the former, or {_NEW_RUN}."
         )
+    if files_before and files_now:
+        readers = math.prod(map(int, saved["readers"].split("x")))
+        check_same_files(checkpoint, files_before, files_now, readers, accept_repaired)
     for name, why in _ALLOWED.items():
-        before = saved.get(name, _BEFORE.get(name))
-        if before != run[name]:
-            logger.warning("%s has %s: %s.", checkpoint.name, _difference(name, before, run[name]), why)
+        if name in saved and saved[name] != run[name]:
+            logger.warning("%s has %s: %s.", checkpoint.name, _difference(name, saved[name], run[name]), why)
+
+
+def _without_files(run: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A record of a run without the files of its stream, and these; None if it has none."""
+    source = (run.get("data") or {}).get("source")
+    if not isinstance(source, dict) or "root" not in source:
+        return dict(run), None
+    rest = {name: value for name, value in source.items() if name not in ("root", "files")}
+    return {**run, "data": {**run["data"], "source": rest}}, source
+
+
+def _check_files(checkpoint: Path, shared: bool) -> None:
+    problems = damage(checkpoint, shared)
+    if problems is None:
+        logger.warning("%s has no checksums: its files are resumed from unverified.", checkpoint.name)
+    elif problems:
+        raise ValueError(
+            f"{checkpoint.name} is damaged: {'; '.join(problems)}. Restore it from a copy, or resume from an earlier "
+            "checkpoint (resume_from_checkpoint=auto takes the last whole one)."
+        )
+
+
+def _check_state_files(checkpoint: Path, processes: int) -> None:
+    """Refuse what Transformers' Trainer would only skip: it resumes without an optimizer state, and says nothing."""
+    random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    missing = [name for name in ["optimizer.pt", "scheduler.pt", *random_states] if not (checkpoint / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{checkpoint.name} has no {', '.join(missing)}: resuming would start them anew. Restore them, or "
+            f"{_NEW_RUN}."
+        )
 
 
 def _read_record(checkpoint: Path) -> dict[str, Any]:

@@ -99,11 +99,7 @@ def load_documents(
 
     check_source(dataset, data_files, skip_corrupted)
     if data_files is not None:
-        files = expand_files(data_files)
-        return datasets.IterableDataset.from_generator(
-            _read_files,
-            gen_kwargs={"files": files, "columns": [text_column] * len(files), "skip_corrupted": skip_corrupted},
-        )
+        return stream_files(expand_files(data_files), text_column, skip_corrupted)
     documents = datasets.load_dataset(dataset, config, split=split, revision=revision, streaming=True)
     names = documents.column_names or list(next(iter(documents)))
     check_column(text_column, names, f"dataset {dataset!r}")
@@ -120,14 +116,26 @@ def check_source(dataset: str | None, data_files: Sequence[str] | None, skip_cor
 
 
 def expand_files(patterns: Sequence[str]) -> list[str]:
-    """Files of paths and glob patterns, in order; ValueError if one matches none or has an unknown suffix."""
+    """Files of paths and glob patterns, in order.
+
+    Raises:
+        ValueError: If there is none, a pattern matches none, one has an unknown suffix, or one is given twice, also
+            under another name of the same file.
+    """
     files = []
     for pattern in patterns:
         matches = sorted(glob.glob(str(pattern), recursive=True))
         if not matches:
             raise ValueError(f"data_files: {str(pattern)!r} matches no file.")
         files.extend(matches)
+    if not files:
+        raise ValueError("data_files names no file.")
+    seen: dict[str, str] = {}
     for file in files:
+        first = seen.setdefault(os.path.realpath(file), file)
+        if first is not file:
+            also = "" if first == file else f", also as {first!r}"
+            raise ValueError(f"data_files: {file!r} is given twice{also}: its text would be read twice in each pass.")
         if _suffix(file) not in _READERS:
             raise ValueError(f"{file}: unknown suffix; expected one of {sorted(_READERS)}, optionally with .gz.")
     return files
@@ -137,35 +145,46 @@ def _suffix(file: str) -> str:
     return pathlib.Path(file.removesuffix(".gz")).suffix
 
 
-def fingerprint_files(patterns: Sequence[str]) -> dict[str, list[int]]:
-    """Size and a checksum of both ends of each file: tells, in no time, whether local data changed.
+def stream_files(
+    files: Sequence[str], text_column: str, skip_corrupted: bool, places: bool = False
+) -> "datasets.IterableDataset":
+    """Stream of documents `{"text": str}` from files that exist, one shard each; an empty name is a shard of none.
 
     Args:
-        patterns: As `data_files` of `load_documents`.
-
-    Returns:
-        `{file name: [bytes, CRC-32 of its first and last 64 KiB]}`, in reading order. A change of equal size far from
-        both ends is not seen here; a stream that resumes notices it by the document where it goes on.
-
-    Raises:
-        ValueError: As `load_documents`.
+        files, text_column, skip_corrupted: As `load_documents`, patterns expanded.
+        places: Add a column `place`: [number of the file, documents read of it, CRC-32 of their texts in a row].
     """
-    fingerprint = {}
-    for file in expand_files(patterns):
-        with open(file, "rb") as content:
-            size = content.seek(0, os.SEEK_END)
-            content.seek(0)
-            checksum = zlib.crc32(content.read(1 << 16))
-            content.seek(max(size - (1 << 16), 0))
-            fingerprint[os.path.basename(file)] = [size, zlib.crc32(content.read(1 << 16), checksum)]
-    return fingerprint
+    import datasets
+
+    return datasets.IterableDataset.from_generator(
+        _read_files,
+        # Lists, because `datasets` takes every list of a generator as sharded.
+        gen_kwargs={
+            "files": list(files),
+            "numbers": list(range(len(files))),
+            "column": text_column,
+            "skip_corrupted": skip_corrupted,
+            "places": places,
+        },
+    )
 
 
-def _read_files(files: list[str], columns: list[str], skip_corrupted: bool) -> Iterator[dict[str, str | None]]:
-    # Files and columns are lists because `datasets` takes every list of a generator as sharded.
-    for file, column in zip(files, columns, strict=True):
-        for text in _READERS[_suffix(file)](file, column, skip_corrupted):
-            yield {"text": text}
+def _read_files(
+    files: list[str], numbers: list[int], column: str, skip_corrupted: bool, places: bool
+) -> Iterator[dict[str, Any]]:
+    for file, number in zip(files, numbers, strict=True):
+        crc = 0
+        for count, text in enumerate(read_documents(file, column, skip_corrupted) if file else (), start=1):
+            if places:
+                crc = checksum(text, crc)
+                yield {"text": text, "place": [number, count, crc]}
+            else:
+                yield {"text": text}
+
+
+def read_documents(file: str, column: str, skip_corrupted: bool) -> Iterator[str | None]:
+    """Texts of one file, as `load_documents` reads it."""
+    return _READERS[_suffix(file)](file, column, skip_corrupted)
 
 
 def read_lines(file: str) -> Iterator[tuple[int, bytes]]:
@@ -279,8 +298,9 @@ def hold_out(
     return train, documents.filter(_HashFilter(threshold, held_out=True), input_columns=["text"])
 
 
-def checksum(text: str | None) -> int:
-    return zlib.crc32((text or "").encode("utf-8", "surrogatepass"))
+def checksum(text: str | None, before: int = 0) -> int:
+    """CRC-32 of a text, or of texts in a row, given that of those before."""
+    return zlib.crc32((text or "").encode("utf-8", "surrogatepass"), before)
 
 
 @dataclass(frozen=True)

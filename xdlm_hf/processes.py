@@ -11,6 +11,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from .preemption import Preempted
+
 Found = TypeVar("Found")
 
 
@@ -33,8 +35,22 @@ def found_by_the_first(find: Callable[[], Found]) -> Found:
     return found
 
 
-def end_script() -> None:
-    """End a script that several processes run, with status 0; returns where no process group is open.
+def run_script(main: Callable[[], object]) -> None:
+    """Call `main()` and end the script: with status 0, or 75 and one line on stderr if training was preempted."""
+    status = 0
+    try:
+        main()
+    except Preempted as preempted:
+        print(preempted, file=sys.stderr)
+        status = preempted.code
+    end_script(status)
+
+
+def end_script(status: int = 0) -> None:
+    """End a script that several processes run. Without a process group, returns if the status is 0.
+
+    Raises:
+        SystemExit: If no process group is open and the status is not 0.
 
     For the last line of a script. A thread of gloo may still hold a tensor of the last collective operation. If it lets
     go of it while Python shuts down, the thread is ended in the middle of C++ code and the process with it: a run whose
@@ -44,10 +60,12 @@ def end_script() -> None:
     was registered with `atexit`, and writes what is in its buffers.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if status:
+            raise SystemExit(status)
         return
     torch.distributed.destroy_process_group()
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)

@@ -30,6 +30,10 @@ _DATA_CHANGED = (
 )
 
 
+class _Removed(str):
+    """Stands in for a document of a removed file in a block that is read again: empty, so that it is skipped."""
+
+
 class PackedStream(torch.utils.data.IterableDataset):
     """Documents packed into rows while they are read; every document goes to exactly one rank and worker.
 
@@ -52,7 +56,7 @@ class PackedStream(torch.utils.data.IterableDataset):
             pass. Otherwise they become a last, shorter row.
         shuffle_seed: Seed of the order; None reads in the given order.
         shuffle_buffer: Documents permuted together, held in memory by each reader.
-        source: What tells this data from other data, e.g. `fingerprint_files(...)`; kept in checkpoints.
+        source: What tells this data from other data, e.g. `find_files(...).fingerprint`; kept in checkpoints.
 
     Raises:
         ValueError: If rank, length or buffer are out of range or the documents are shuffled already. While reading: as
@@ -88,6 +92,9 @@ class PackedStream(torch.utils.data.IterableDataset):
         self.shuffle_seed = shuffle_seed
         self.shuffle_buffer = shuffle_buffer
         self.source = source
+        files = (source or {}).get("files") if isinstance(source, Mapping) else None
+        # Numbers of files that were removed during the run (`SourceFiles.fingerprint`).
+        self._removed = {number for number, entry in enumerate(files or ()) if entry[1] is None}
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -110,17 +117,21 @@ class PackedStream(torch.utils.data.IterableDataset):
             state: As returned with the last row read, for the same number of readers; None starts at the beginning.
 
         Returns:
-            Pairs of a row and a state; a state is JSON and does not grow with what has been read.
+            Pairs of a row and a state; a state is JSON and does not grow with what has been read. For documents with a
+            `place` (`SourceFiles.documents`), its `read` says how far files were read since the row before.
         """
         encoder = Encoder(self.tokenizer, self.text_column)
         buffer: list[int] = []
+        read: dict[str, list[int]] = {}
         for ids, place in self._encoded(encoder, worker, workers, state):
+            read.update(place.pop("read", {}))
             buffer.extend(ids)
             while len(buffer) >= self.length:
                 row = {"input_ids": torch.tensor(buffer[: self.length])}
                 del buffer[: self.length]
                 # What is left belongs to this document: all earlier tokens were in the rows before.
-                yield row, {**place, "left": len(buffer)}
+                yield row, {**place, "left": len(buffer), "read": read}
+                read = {}
         if buffer:
             yield {"input_ids": torch.tensor(buffer)}, {}
 
@@ -131,10 +142,16 @@ class PackedStream(torch.utils.data.IterableDataset):
         resumed = dict(state) if state else None
         for block, texts in self._blocks(encoder, worker, workers, resumed):
             first = resumed["document"] if resumed else 0
+            if first < len(texts) and isinstance(texts[first], _Removed):
+                if resumed["left"]:  # the rest of the document is gone with its file; here it ends
+                    place = {**block, "document": first, "checksum": resumed["checksum"]}
+                    yield [self.tokenizer.eos_token_id], place
+                resumed = None
             for start in range(first, len(texts), DOCUMENTS_PER_CALL):
                 chunk = texts[start : start + DOCUMENTS_PER_CALL]
                 for number, text, ids in encoder.encode(chunk):
                     place = {**block, "document": start + number, "checksum": checksum(text)}
+                    block.pop("read", None)  # once a block is enough
                     if resumed:
                         ids = self._rest_of(ids, place, resumed)
                         resumed = None
@@ -160,21 +177,43 @@ class PackedStream(torch.utils.data.IterableDataset):
         for epoch in itertools.count(state["epoch"] if state else 0):
             number = state["block"] if state else 0
             documents.set_epoch(self._order(epoch) if self.shuffle_seed is not None else epoch)
-            source, texts = state["source"] if state else None, []
+            source, texts, layout, read = state["source"] if state else None, [], [], {}
+            if state and state.get("layout"):
+                place = {"epoch": epoch, "block": number, "source": source, "layout": state["layout"]}
+                yield place, self._permuted(self._block_again(documents, state["layout"]), epoch, number)
+                number, source = number + 1, documents.state_dict()
+                documents.load_state_dict(source)
             state = None
             # `iter` in batches, unlike `__iter__`, leaves the split by worker to us.
             for batch in itertools.chain(documents.iter(DOCUMENTS_PER_CALL), [None]):
                 if batch is not None:
                     check_column(self.text_column, batch, "the dataset")
                     texts += batch[self.text_column]
+                    _note(batch.get("place", ()), layout, read)
                 if texts and (batch is None or self.shuffle_seed is None or len(texts) >= self.shuffle_buffer):
-                    yield {"epoch": epoch, "block": number, "source": source}, self._permuted(texts, epoch, number)
-                    number, texts = number + 1, []
+                    place = {"epoch": epoch, "block": number, "source": source, "layout": layout, "read": read}
+                    yield place, self._permuted(texts, epoch, number)
+                    number, texts, layout, read = number + 1, [], [], {}
                 if not texts:
                     source = documents.state_dict()
             encoder.end_of_pass()
             if not self.repeat:
                 break
+
+    def _block_again(self, documents: "datasets.IterableDataset", layout: Sequence[Sequence[int]]) -> list[Any]:
+        """The documents of the block in which reading goes on, with stand-ins for those of removed files."""
+        rest = documents.iter(1)
+        texts: list[Any] = []
+        for file, count in layout:
+            if file in self._removed:
+                texts += [_Removed()] * count
+                continue
+            for _ in range(count):
+                document = next(rest, None)
+                if document is None or document["place"][0][0] != file:
+                    raise ValueError(_DATA_CHANGED)
+                texts += document[self.text_column]
+        return texts
 
     def _share_of(self, reader: int, readers: int) -> "datasets.IterableDataset":
         from datasets.distributed import split_dataset_by_node
@@ -190,6 +229,15 @@ class PackedStream(torch.utils.data.IterableDataset):
             return texts
         order = np.random.default_rng((self.shuffle_seed, epoch, block, 1)).permutation(len(texts))
         return [texts[index] for index in order]
+
+
+def _note(places: Sequence[Sequence[int]], layout: list[list[int]], read: dict[str, list[int]]) -> None:
+    """Note how many documents of which file follow each other in a block, and how far each file was read."""
+    for file, count, crc in places:
+        read[str(file)] = [count, crc]
+        if not layout or layout[-1][0] != file:
+            layout.append([file, 0])
+        layout[-1][1] += 1
 
 
 def _refuse_shuffled(documents: "datasets.IterableDataset") -> None:
@@ -217,15 +265,20 @@ class StreamPosition:
     Args:
         batches: Batches taken by this rank, in all.
         states: By worker, as a string, the state after the last row taken from it.
+        read: By number of the file, as a string, how many documents were read of it at most in one pass, and the
+            CRC-32 of their texts (`source_files.check_same_files`).
     """
 
     batches: int = 0
     states: dict[str, dict[str, Any]] = field(default_factory=dict)
+    read: dict[str, list[int]] = field(default_factory=dict)
 
     def advance(self, stream_state: str) -> None:
         """Count one batch, which came with this `stream_state`."""
         worker, state = json.loads(stream_state)
         self.batches += 1
+        for file, found in state.pop("read", {}).items():
+            self.read[file] = max(self.read.get(file, [0, 0]), found)
         self.states[str(worker)] = state
 
     def as_json(self) -> dict[str, Any]:
@@ -255,6 +308,8 @@ class _CollateWithState:
 
     def __call__(self, rows: Sequence[tuple[dict[str, Tensor], int, dict[str, Any]]]) -> dict[str, Any]:
         _, worker, state = rows[-1]
+        read = {file: found for _, _, each in rows for file, found in each.get("read", {}).items()}
+        state = {**state, "read": read} if state else state
         return {**self.collate([row for row, _, _ in rows]), "stream_state": json.dumps([worker, state])}
 
 

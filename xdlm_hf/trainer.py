@@ -46,14 +46,18 @@ from .checkpoints import (
     check_same_run,
     explained_failure,
     last_checkpoint,
+    last_whole_checkpoint,
+    optimization_record,
     publish,
     refuse_other_run,
     tokenizer_checksum,
     whole_model,
 )
+from .checksums import write_checksums
 from .data import DiffusionCollator, PackedDataset, check_tokenizer
 from .losses import diffusion_loss, fused_linear_diffusion_loss
 from .planning import OPTIMIZERS
+from .preemption import Preempted, SaveOnRequest
 from .schedules import get_schedule
 from .stream import PackedStream, StreamPosition, stream_loader
 from .training_metrics import TrainingMetrics, flops_per_token, peak_tflops
@@ -91,6 +95,10 @@ class XDLMTrainingArguments(TrainingArguments):
         loss_chunk_size (`int`, *optional*): Tokens per chunk of the fused loss; its own default otherwise.
         peak_tflops (`float`, *optional*): What one device can do at best, for the logged utilisation; by default from
             a table of GPUs, and none for others.
+        save_seconds (`float`, *optional*): Write a checkpoint at the end of a step when so many seconds have passed
+            since the last one, beside those of `save_strategy`.
+        accept_repaired_data (`bool`, *optional*, defaults to `False`): Resume a stream although local files of it were
+            repaired or removed. What was read of a repaired file must be the same.
 
     These defaults of `TrainingArguments` change: `remove_unused_columns=False` (the collator reads them),
     `ddp_find_unused_parameters=False` (every parameter is used), `logging_nan_inf_filter=False` (a NaN is shown, not
@@ -121,6 +129,12 @@ class XDLMTrainingArguments(TrainingArguments):
     peak_tflops: float | None = field(
         default=None, metadata={"help": "TFLOP/s of one device at best, for the logged utilisation; default: a table."}
     )
+    save_seconds: float | None = field(
+        default=None, metadata={"help": "A checkpoint at least every so many seconds, beside those of save_strategy."}
+    )
+    accept_repaired_data: bool = field(
+        default=False, metadata={"help": "Resume a stream although files of it were repaired or removed."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false: the collator reads them."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Look for parameters without a gradient; every one has one here."}
@@ -132,6 +146,7 @@ class XDLMTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check_objective()
+        self._check_optimization()
         super().__post_init__()
         if self.time_sampling == "antithetic":
             self.time_sampling = "stratified"
@@ -161,6 +176,22 @@ class XDLMTrainingArguments(TrainingArguments):
         if not self.average_tokens_across_devices:
             raise ValueError(
                 "average_tokens_across_devices=False would weigh tokens by the process they fall on; leave it True."
+            )
+
+    def _check_optimization(self) -> None:
+        """Refuse numbers with which a run would take no step, or spoil its weights, without a word."""
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps={self.max_steps} must be positive, or -1 for num_train_epochs.")
+        if not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"num_train_epochs={self.num_train_epochs} must be positive and finite.")
+        if not self.max_grad_norm >= 0:  # NaN included
+            raise ValueError(f"max_grad_norm={self.max_grad_norm} must not be negative; 0 does not clip.")
+        if self.save_seconds is not None and not 0 < self.save_seconds < math.inf:
+            raise ValueError(f"save_seconds={self.save_seconds} must be positive and finite; leave it out for none.")
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "enable_jit_checkpoint=True writes into checkpoints that are already complete; leave it out: SIGTERM "
+                "saves after the current step without it."
             )
 
     def _accumulation_steps(self) -> int:
@@ -282,6 +313,9 @@ class XDLMTrainer(Trainer):
             lambda length: fixed + per_length * length, None if peak is None else peak * 1e12, args.device
         )
         self.add_callback(_Bookkeeping(self.metrics, isinstance(train_dataset, PackedStream)))
+        self._optimizer_given = None if optimizers[0] is None else type(optimizers[0]).__name__
+        self._save_on_request = SaveOnRequest(args.save_seconds, self._all_sum, args.device)
+        self.add_callback(self._save_on_request)
 
     @staticmethod
     def _check_offload(args: XDLMTrainingArguments) -> None:
@@ -651,19 +685,27 @@ class XDLMTrainer(Trainer):
                 is missing, incomplete or of another run (`checkpoints.check_same_run` says what may differ).
             NonFiniteError: If a loss or a gradient is not finite.
             OSError: If a checkpoint cannot be written; earlier ones stay as they are.
+            Preempted: If SIGTERM arrived, after the step that was running and a checkpoint of it.
         """
+        self._save_on_request.catch_signals()
+        try:
+            return self._train(resume_from_checkpoint, **kwargs)
+        finally:
+            self._save_on_request.release()
+
+    def _train(self, resume_from_checkpoint: str | bool | None, **kwargs):
         if not resume_from_checkpoint:
             refuse_other_run(self.args.output_dir)
             self._stream_position = StreamPosition()
             return super().train(**kwargs)
-        checkpoint = resume_from_checkpoint
+        checkpoint, shared = resume_from_checkpoint, not self.args.save_on_each_node
         if checkpoint is True:
-            checkpoint = last_checkpoint(self.args.output_dir)
+            checkpoint = last_whole_checkpoint(self.args.output_dir, shared)
             if checkpoint is None:
                 raise ValueError(f"output_dir={str(self.args.output_dir)!r} holds no complete checkpoint to resume.")
         checkpoint = Path(checkpoint)
         reshards = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        check_same_run(checkpoint, self._run_record(), reshards)
+        check_same_run(checkpoint, self._run_record(), reshards, shared, self.args.accept_repaired_data)
         if not isinstance(self.train_dataset, PackedStream):
             return super().train(resume_from_checkpoint=str(checkpoint), **kwargs)
         path = checkpoint / f"stream_state_{self.args.process_index}.json"
@@ -681,6 +723,17 @@ class XDLMTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """As in `Trainer`; leaves training here once what SIGTERM asked for is saved.
+
+        Not at the end of training, where the Trainer deletes the last checkpoint with `save_total_limit=1` and
+        `load_best_model_at_end`.
+        """
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._save_on_request.stopping:
+            step = self.state.global_step
+            raise Preempted(step, str(Path(self.args.output_dir) / f"checkpoint-{step}"))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`; one whole safetensors model under FSDP too, whose checkpoints hold a part per process.
@@ -726,9 +779,10 @@ class XDLMTrainer(Trainer):
         stream = isinstance(data, PackedStream)
         fingerprint = getattr(data, "fingerprint", None) or {"rows": len(data) if has_length(data) else None}
         plain = ("mixing_ratio", "noise_schedule", "t_eps", "time_sampling", "random_length_probability")
-        plain += ("learning_rate", "weight_decay")
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return {
             **{name: getattr(args, name) for name in plain},
+            **optimization_record(args, model, self._optimizer_given),
             "noise_seed": self.noise_seed,
             "seed": None if stream else args.seed if args.data_seed is None else args.data_seed,
             "global_batch_size": self.get_total_train_batch_size(args),
@@ -765,6 +819,8 @@ class XDLMTrainer(Trainer):
             with self._written_aside():
                 super()._save_checkpoint(model, trial)
             self._save_record(unfinished, run_dir)
+            self.accelerator.wait_for_everyone()
+            write_checksums(unfinished, shared=not self.args.save_on_each_node)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish(unfinished, run_dir / name)
