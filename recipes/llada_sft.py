@@ -38,7 +38,7 @@ from xdlm_hf.conversations import (
     load_conversations,
     set_chat_template,
 )
-from xdlm_hf.processes import end_script
+from xdlm_hf.processes import run_script
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
 
 
@@ -99,5 +99,4 @@ def main(argv: list[str] | None = None) -> XDLMTrainer | None:
 
 
 if __name__ == "__main__":
-    main()
-    end_script()
+    run_script(main)

@@ -24,9 +24,9 @@ LAYERS = [
     ["cache", "spans"],
     ["generation_config", "denoising"],
     ["configuration_llada", "modeling_llada", "generation", "hub"],
-    ["adapters", "data", "checkpoints", "processes", "training_metrics", "planning", "display"],
-    ["stream", "conversations", "revisions", "streamers", "trace", "loading"],
-    ["trainer", "serving_requests", "serving_answers"],
+    ["adapters", "data", "checkpoints", "processes", "training_metrics", "precision", "display"],
+    ["planning", "stream", "conversations", "revisions", "streamers", "trace", "loading"],
+    ["trainer", "storage", "serving_requests", "serving_answers"],
     ["serving_engine"],
     ["serving", "chat"],
 ]

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.data import PackedDataset, train_tokenizer
+from xdlm_hf.precision import _local_part
 from xdlm_hf.processes import end_script
 from xdlm_hf.stream import PackedStream
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
@@ -108,7 +109,7 @@ def stream(texts=40, seed=0, shards=2, **options):
 class RecordingTrainer(XDLMTrainer):
     """Keeps the batches of every step; may kill its own process, as a power cut would, in a step or in a save."""
 
-    kill_in_step = kill_in_save = nan_in_step = None
+    kill_in_step = kill_in_save = nan_in_step = nan_in_save = None
 
     def get_batch_samples(self, *args):
         batches, tokens = super().get_batch_samples(*args)
@@ -120,6 +121,12 @@ class RecordingTrainer(XDLMTrainer):
         if self.state.global_step + 1 == self.nan_in_step and self.args.process_index == 1:
             total, losses = total * torch.nan, losses * torch.nan
         return total, losses
+
+    def _save_checkpoint(self, *args):  # the weights overflowed in the part that the second process holds
+        if self.state.global_step == self.nan_in_save and self.args.process_index == 1:
+            first = next(self.accelerator.unwrap_model(self.model).parameters())
+            _local_part(first).view(-1)[0] = torch.nan
+        super()._save_checkpoint(*args)
 
     def _get_grad_norm(self, *args, **kwargs):  # after the backward pass, before the weights change
         if self.state.global_step + 1 == self.kill_in_step:
@@ -192,7 +199,7 @@ def main():
     options = json.loads(sys.argv[1])
     output_dir = pathlib.Path(options.pop("output_dir"))
     resume = options.pop("resume", None)
-    kill = {name: options.pop(name, None) for name in ("kill_in_step", "kill_in_save", "nan_in_step")}
+    kill = {name: options.pop(name, None) for name in ("kill_in_step", "kill_in_save", "nan_in_step", "nan_in_save")}
     run = trainer(output_dir, kind=RecordingTrainer, **options)
     vars(run).update(kill)
     run.train(resume_from_checkpoint=resume)

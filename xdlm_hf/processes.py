@@ -1,10 +1,12 @@
 """What processes that run one script do together: agree on what only one of them should find out, and end."""
 
 import atexit
+import dis
 import os
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -12,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 Found = TypeVar("Found")
+_PACKAGE = Path(__file__).resolve().parent
 
 
 def found_by_the_first(find: Callable[[], Found]) -> Found:
@@ -31,6 +34,31 @@ def found_by_the_first(find: Callable[[], Found]) -> Found:
     if refused is not None:
         raise ValueError(refused)
     return found
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Run a script's `main`, then `end_script`; an error that this package raised ends it with one line, status 1.
+
+    `ValueError`, `OSError` and `ArithmeticError` raised by a `raise` statement of the package or of a module beside the
+    script are messages for the user: a wrong path, a full disk, a loss that is NaN. Any other error is a defect and
+    keeps its traceback.
+    """
+    try:
+        main()
+    except (ValueError, OSError, ArithmeticError) as error:
+        if not _is_a_message(error):
+            raise
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {error}") from error
+    end_script()
+
+
+def _is_a_message(error: Exception) -> bool:
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    is_raised = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # int("x") has no raise statement
+    return is_raised and Path(code.co_filename).resolve().parent in (_PACKAGE, Path(sys.argv[0]).resolve().parent)
 
 
 def end_script() -> None:
