@@ -146,8 +146,9 @@ def load_tokenizer(options: ModelArguments) -> PreTrainedTokenizerBase:
     """The tokenizer that the options name.
 
     Raises:
-        ValueError: If it cannot be read, or random weights are asked for and none is named.
+        ValueError: If it or the model's config cannot be read, or random weights are asked for and none is named.
     """
+    model_config(options)  # reading a tokenizer reads the config too, and would take the blame for it
     if options.config_name is not None and options.tokenizer_name is None:
         raise ValueError(
             f"config_name={options.config_name!r} starts from random weights, which have no tokenizer: give "
@@ -203,8 +204,7 @@ def new_model(
     options: ModelArguments, args: XDLMTrainingArguments, tokenizer: PreTrainedTokenizerBase, config: LLaDAConfig
 ) -> LLaDAForDiffusionLM:
     """Random weights of a config, the same for the same seed; vocabulary and special tokens are the tokenizer's."""
-    config.vocab_size = len(tokenizer)
-    config.embedding_size = max(config.vocab_size, config.embedding_size or 0)
+    config.vocab_size = config.embedding_size = len(tokenizer)
     for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     check_tokenizer(tokenizer, config)
