@@ -58,6 +58,7 @@ def train(output_dir: Path, steps: int) -> XDLMTrainer:
         warmup_steps=50,
         time_sampling="stratified",
         save_strategy="no",
+        logging_first_step=False,
         logging_steps=LOGGING,
         report_to="none",
         use_cpu=True,

@@ -24,6 +24,9 @@ stand in the config file, and on the command line, which wins. One process, a lo
     python recipes/llada_cpt.py --model_name_or_path path/to/model --dataset python-reference \
         --sequence_length 128 --max_steps 100 --per_device_train_batch_size 8 --output_dir outputs/small
 
+With `--config_name config.json` it starts from random weights, with the tokenizer of `--tokenizer_name`, or with one of
+`--tokenizer_vocab_size` tokens that it trains on the data.
+
 With `--resume_from_checkpoint auto` the same command starts a run and, after a crash, goes on from its last checkpoint,
 bit for bit; `true` insists on there being one.
 
@@ -32,6 +35,7 @@ logged figure, and checkpoint-* folders. With `--lora_rank 16` it trains adapter
 in 4 bits, and writes the merged model, and in `adapter/` the adapter alone, with the k it was trained at.
 """
 
+import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,12 +50,16 @@ from xdlm_hf.data import (
     hold_out,
     load_documents,
     python_reference_documents,
+    train_tokenizer,
 )
+from xdlm_hf.loading import read_tokenizer
 from xdlm_hf.processes import found_by_the_first, run_script
 from xdlm_hf.revisions import pin_revision, revision_to_read
 from xdlm_hf.source_files import SourceFiles, find_files
 from xdlm_hf.stream import PackedStream
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
+
+TOKENIZER_DOCUMENTS = 100_000  # that a tokenizer is trained on
 
 
 @dataclass
@@ -79,13 +87,16 @@ class DataArguments:
     )
     validation_fraction: float = field(default=0.0, metadata={"help": "Documents held out, chosen by a text hash."})
     validation_rows: int | None = field(default=None, metadata={"help": "At most so many rows for evaluation."})
+    tokenizer_vocab_size: int | None = field(
+        default=None, metadata={"help": "Train a tokenizer of this size on the data, for random weights (config_name)."}
+    )
 
     @property
     def from_hub(self) -> bool:
         return self.data_files is None and self.dataset != "python-reference"
 
 
-def pinned_revision(options: DataArguments, resume: str | bool | None) -> dict[str, str | None] | None:
+def pinned_revision(options: DataArguments, checkpoint: Path | None) -> dict[str, str | None] | None:
     """Revision of the Hub dataset that every process is to read; None for other data. Every process must call this.
 
     Raises:
@@ -99,26 +110,18 @@ def pinned_revision(options: DataArguments, resume: str | bool | None) -> dict[s
             )
         return None
     check_source(options.dataset, None, options.skip_corrupted)
-    checkpoint = Path(resume) if isinstance(resume, str) else None
     return found_by_the_first(lambda: pin_revision(options.dataset, options.dataset_revision, checkpoint))
 
 
-def source_files(options: DataArguments, resume: str | bool | None) -> SourceFiles | None:
+def source_files(options: DataArguments, checkpoint: Path | None) -> SourceFiles | None:
     """Local files of a run, in the places that they have in the checkpoint that is resumed; None for other data."""
     if options.data_files is None:
         return None
-    recorded = recorded_data(Path(resume)).get("source") if isinstance(resume, str) else None
-    return find_files(options.data_files, recorded)
+    return find_files(options.data_files, recorded_data(checkpoint).get("source") if checkpoint else None)
 
 
-def load_rows(
-    options: DataArguments,
-    tokenizer,
-    args: XDLMTrainingArguments,
-    revision: dict[str, str | None] | None,
-    files: SourceFiles | None = None,
-):
-    """Training rows and, if documents are held out, validation rows."""
+def load_text(options: DataArguments, revision: dict[str, str | None] | None, files: SourceFiles | None = None):
+    """Documents to train on and those held out, or None; nothing is read yet."""
     if files is not None:
         documents = files.documents(options.text_column, options.skip_corrupted)
     elif options.dataset == "python-reference":
@@ -132,11 +135,41 @@ def load_rows(
             skip_corrupted=options.skip_corrupted,
             revision=revision_to_read(revision),
         )
+    return hold_out(documents, options.validation_fraction) if options.validation_fraction else (documents, None)
+
+
+def load_tokenizer(options: DataArguments, model: ModelArguments, documents, checkpoint: Path | None):
+    """The tokenizer named; with `tokenizer_vocab_size` one trained on the first documents, or a resumed run's own.
+
+    Raises:
+        ValueError: If one cannot be read, or the options do not go together.
+    """
+    if options.tokenizer_vocab_size is None:
+        return recipe.load_tokenizer(model)
+    if model.config_name is None or model.tokenizer_name is not None:
+        raise ValueError(
+            f"tokenizer_vocab_size={options.tokenizer_vocab_size} trains a tokenizer for random weights: give "
+            "config_name, and leave tokenizer_name out."
+        )
+    if checkpoint is not None:
+        return read_tokenizer(str(checkpoint))
+    texts = (row["text"] for row in itertools.islice(documents, TOKENIZER_DOCUMENTS))
+    return found_by_the_first(lambda: train_tokenizer(texts, options.tokenizer_vocab_size))
+
+
+def load_rows(
+    options: DataArguments,
+    tokenizer,
+    args: XDLMTrainingArguments,
+    revision: dict[str, str | None] | None,
+    files: SourceFiles | None = None,
+):
+    """Training rows and, if documents are held out, validation rows."""
+    documents, held_out = load_text(options, revision, files)
     streaming = options.from_hub if options.streaming is None else options.streaming
     show = args.process_index == 0 and not args.disable_tqdm
     validation = None
-    if options.validation_fraction:
-        documents, held_out = hold_out(documents, options.validation_fraction)
+    if held_out is not None:
         validation = PackedDataset(
             held_out, tokenizer, options.sequence_length, max_rows=options.validation_rows, show_progress=show
         )
@@ -178,9 +211,11 @@ def main(argv: list[str] | None = None) -> XDLMTrainer | None:
     if plan.plan:
         return recipe.show_plan(plan, model_options, args, data_options.sequence_length)
     resume = recipe.resume_point(args)
-    revision = pinned_revision(data_options, resume)
-    files = source_files(data_options, resume)
-    tokenizer = recipe.load_tokenizer(model_options)
+    checkpoint = Path(resume) if isinstance(resume, str) else None
+    revision = pinned_revision(data_options, checkpoint)
+    files = source_files(data_options, checkpoint)
+    documents, _ = load_text(data_options, revision, files)
+    tokenizer = load_tokenizer(data_options, model_options, documents, checkpoint)
     model = recipe.load_model(model_options, args, tokenizer, data_options.sequence_length)
     train_rows, validation_rows = load_rows(data_options, tokenizer, args, revision, files)
     return recipe.train(model, model_options, args, tokenizer, train_rows, validation_rows, resume)

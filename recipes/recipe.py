@@ -1,4 +1,4 @@
-"""What the training recipes share: options and config files, the model with its adapters, the plan, and the end.
+"""What the training recipes share: options and config files, the model with its adapters, and the run.
 
 A config file is YAML, one option a line. Its line `base: other.yaml` takes over the options of another file in the same
 folder; those of the file itself win, and the command line wins over both. A base has no base of its own, and a name
@@ -9,45 +9,29 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import plan as planner
 import torch
 import yaml
-from rich.console import Console
+from plan import PlanArguments, PlannedArguments
 from torch.utils.data import Dataset
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    HfArgumentParser,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import HfArgumentParser, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.training_args import OptimizerNames
+from transformers.trainer_utils import has_length
 
+from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.adapters import add_adapters, load_adapter, quantization_4bit
 from xdlm_hf.checkpoints import UNFINISHED, explained_failure, last_whole_checkpoint, refuse_other_run, whole_model
 from xdlm_hf.data import check_tokenizer
-from xdlm_hf.planning import (
-    ADAMW,
-    LAYOUTS,
-    Run,
-    check_fit,
-    choices_table,
-    count_parameters,
-    memory_table,
-    optimizer_of,
-    run_flops,
-)
+from xdlm_hf.loading import load_weights, read_config, read_tokenizer
+from xdlm_hf.precision import check_trained_dtype
+from xdlm_hf.processes import found_by_the_first
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments, model_bytes
-
-logger = logging.getLogger("recipe")
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
@@ -55,10 +39,14 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 @dataclass
 class ModelArguments:
     model_name_or_path: str = field(default="GSAI-ML/LLaDA-8B-Base", metadata={"help": "Hub name or local folder."})
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": "Start from random weights of this config (folder, config.json or Hub name) instead."},
+    )
     tokenizer_name: str | None = field(default=None, metadata={"help": "Default: the model's."})
     dtype: str = field(
         default="float32",
-        metadata={"help": "Of the weights. bfloat16 is for DeepSpeed, which keeps float32 copies, and for LoRA."},
+        metadata={"help": "Of the weights. 16 bits need DeepSpeed ZeRO, which keeps float32 copies, or lora_rank."},
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, ..."})
     lora_rank: int = field(default=0, metadata={"help": "Train adapters of this rank; 0 trains all weights."})
@@ -69,24 +57,6 @@ class ModelArguments:
     )
 
 
-@dataclass
-class PlanArguments:
-    plan: bool = field(default=False, metadata={"help": "Print what the run needs and stop; no weights are read."})
-    plan_gpus: int = field(default=8, metadata={"help": "GPUs of the planned run."})
-    plan_gpu_memory: float = field(default=80.0, metadata={"help": "Memory of one of them in GiB."})
-    plan_layout: str | None = field(
-        default=None,
-        metadata={"help": f"Refuse the plan unless this fits: {', '.join(LAYOUTS)}. Default: any of them."},
-    )
-
-
-class PlannedArguments(XDLMTrainingArguments):
-    """Arguments of a run on other machines than this one: the plan divides their global batch, not this process."""
-
-    def _accumulation_steps(self) -> int:
-        return self.gradient_accumulation_steps
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Options
 
@@ -95,7 +65,8 @@ def parse(groups: Sequence[type], argv: Sequence[str], description: str) -> tupl
     """Options from `--config FILE.yaml`, overridden by the command line, one object for each group.
 
     Raises:
-        ValueError: If an option is unknown in either place, or a base is.
+        ValueError: If an option is unknown in either place or a file cannot be read, or options do not go together.
+        SystemExit: With status 2 and a message, if a value has the wrong type.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
@@ -106,18 +77,24 @@ def parse(groups: Sequence[type], argv: Sequence[str], description: str) -> tupl
     parser = HfArgumentParser(
         groups, description=description, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
+    parser.usage = "%(prog)s [--config FILE.yaml] [--option value ...]; --help lists the options"
     if chosen.config is not None:
         known = {option.name for group in groups for option in dataclasses.fields(group) if option.init} - {"plan"}
-        parser.set_defaults(**read_config(Path(chosen.config), known))
+        values = read_options(Path(chosen.config), known).items()
+        # argparse checks the types of texts alone.
+        parser.set_defaults(**{name: str(v) if isinstance(v, int | float) else v for name, v in values})
     if chosen.plan:
         parser.set_defaults(plan=True, use_cpu=True)  # planning a run for GPUs needs none
-    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except (ValueError, TypeError) as error:  # of Transformers, for options that do not go together
+        raise ValueError(" ".join(str(error).split())) from error
     if unknown:
         raise ValueError(f"unknown options on the command line: {' '.join(unknown)}; see --help.")
     return tuple(parsed)
 
 
-def read_config(path: Path, known: set[str]) -> dict[str, Any]:
+def read_options(path: Path, known: set[str]) -> dict[str, Any]:
     """Options of a config file, after those of its base.
 
     Raises:
@@ -138,7 +115,10 @@ def read_config(path: Path, known: set[str]) -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such config file.")
-    options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path}: expected one `option: value` a line, got a {type(options).__name__}.")
     return options
@@ -164,7 +144,27 @@ def resume_point(args: XDLMTrainingArguments) -> str | bool | None:
 
 
 def load_tokenizer(options: ModelArguments) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(options.tokenizer_name or options.model_name_or_path)
+    """The tokenizer that the options name.
+
+    Raises:
+        ValueError: If it or the model's config cannot be read, or random weights are asked for and none is named.
+    """
+    model_config(options)  # reading a tokenizer reads the config too, and would take the blame for it
+    if options.config_name is not None and options.tokenizer_name is None:
+        raise ValueError(
+            f"config_name={options.config_name!r} starts from random weights, which have no tokenizer: give "
+            "tokenizer_name (llada_cpt.py can train one: tokenizer_vocab_size)."
+        )
+    return read_tokenizer(options.tokenizer_name or options.model_name_or_path)
+
+
+def model_config(options: ModelArguments) -> LLaDAConfig:
+    """Config of the model that the options name.
+
+    Raises:
+        ValueError: If it cannot be read, or is of another model.
+    """
+    return read_config(options.config_name or options.model_name_or_path)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -174,31 +174,51 @@ def load_tokenizer(options: ModelArguments) -> PreTrainedTokenizerBase:
 def load_model(
     options: ModelArguments, args: XDLMTrainingArguments, tokenizer: PreTrainedTokenizerBase, sequence_length: int
 ):
-    """The base model, with adapters when asked for.
+    """The base model, with adapters when asked for, or a model of random weights. Checked before weights are read.
 
     Raises:
-        ValueError: If the options do not go together, or the tokenizer or the length do not fit the model.
+        ValueError: If the options do not go together, the checkpoint cannot be read, trained weights would be in 16
+            bits without float32 copies, or the tokenizer or the length do not fit the model.
     """
     check_model_options(options, args)
+    config = model_config(options)
+    check_length(sequence_length, config)
+    if not options.lora_rank:
+        check_trained_dtype(weights_dtype(options, config), args.deepspeed_plugin)
+    if options.config_name is not None:
+        return new_model(options, args, tokenizer, config)
+    check_tokenizer(tokenizer, config)
     settings: dict[str, Any] = {"dtype": options.dtype, "attn_implementation": options.attn_implementation}
     if options.load_in_4bit:
         compute = torch.bfloat16 if args.bf16 else torch.float32
         settings |= {"quantization_config": quantization_4bit(args.device, compute), "device_map": {"": args.device}}
     set_seed(args.seed)  # adapters start at random
-    model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, **settings)
-    check_tokenizer(tokenizer, model.config)
-    check_length(sequence_length, model.config)
+    model = load_weights(options.model_name_or_path, **settings)
     if options.lora_rank:
         # Not peft's prepare_model_for_kbit_training, which makes norms and head float32: the norms compute in float32
         # whatever their dtype, and a float32 head of LLaDA's vocabulary takes another GiB.
         return add_adapters(model, options.lora_rank, options.lora_alpha, options.lora_dropout)
-    if options.dtype not in ("float32", "auto") and args.deepspeed_plugin is None:
-        logger.warning(
-            "weights in %s without DeepSpeed: updates smaller than their rounding are lost; use dtype float32 with "
-            "--bf16 true",
-            options.dtype,
-        )
     return model
+
+
+def new_model(
+    options: ModelArguments, args: XDLMTrainingArguments, tokenizer: PreTrainedTokenizerBase, config: LLaDAConfig
+) -> LLaDAForDiffusionLM:
+    """Random weights of a config, the same for the same seed; vocabulary and special tokens are the tokenizer's."""
+    config.vocab_size = config.embedding_size = len(tokenizer)
+    for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    check_tokenizer(tokenizer, config)
+    config._attn_implementation = options.attn_implementation
+    set_seed(args.seed)
+    # Built by its class: from_config would spread it under ZeRO-3 while its weights are drawn.
+    return LLaDAForDiffusionLM(config).to(weights_dtype(options, config))
+
+
+def weights_dtype(options: ModelArguments, config: LLaDAConfig) -> torch.dtype:
+    if options.dtype != "auto":
+        return getattr(torch, options.dtype)
+    return config.dtype if config.dtype is not None and options.config_name is None else torch.float32
 
 
 def check_model_options(options: ModelArguments, args: XDLMTrainingArguments) -> None:
@@ -206,6 +226,11 @@ def check_model_options(options: ModelArguments, args: XDLMTrainingArguments) ->
         raise ValueError(f"dtype={options.dtype!r} is not known; choose one of {', '.join(DTYPES)}.")
     if options.lora_rank < 0:
         raise ValueError(f"lora_rank={options.lora_rank} must not be negative; 0 trains all weights.")
+    if options.config_name is not None and options.lora_rank:
+        raise ValueError(
+            f"lora_rank={options.lora_rank} with config_name={options.config_name!r}: adapters on random weights learn "
+            "little; leave lora_rank out, or give model_name_or_path instead of config_name."
+        )
     if not options.load_in_4bit:
         return
     if not options.lora_rank:
@@ -223,86 +248,23 @@ def check_length(sequence_length: int, config: Any) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The plan
-
-
 def show_plan(plan: PlanArguments, options: ModelArguments, args: XDLMTrainingArguments, sequence_length: int) -> None:
-    """Print parameters, tokens, operations and memory of a run.
+    """Print what a run needs.
 
     Raises:
-        SystemExit: With a message, if it cannot fit or its batches do not divide.
+        SystemExit: With a message, if it cannot fit, its batches do not divide, or options do not go together.
     """
     try:
         check_model_options(options, args)
-        config = AutoConfig.from_pretrained(options.model_name_or_path)
+        name = options.config_name or options.model_name_or_path
+        config, is_copy = planner.planned_config(name)
+        if is_copy:
+            print(f"model config: this repository's copy of {name}'s, since the Hub cannot be asked")
         check_length(sequence_length, config)
-        # Flash attention keeps what sdpa keeps, and is not installed where there is no GPU.
-        flash = options.attn_implementation.startswith("flash_attention")
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation="sdpa" if flash else options.attn_implementation
-            )
-            model.tie_weights()
-            if options.lora_rank:
-                model = add_adapters(model, options.lora_rank, options.lora_alpha)
-        optim = OptimizerNames(args.optim).value
-        optimizer = optimizer_of(optim, args.optim_args)
-        run = Run(
-            config=model.config,
-            counts=count_parameters(model, options.load_in_4bit),
-            rows=args.per_device_train_batch_size,
-            length=sequence_length,
-            gpus=plan.plan_gpus,
-            optimizer=optimizer or ADAMW,
-            dtype=getattr(torch, options.dtype) if options.dtype != "auto" else config.dtype or torch.float32,
-            bf16=bool(args.bf16),
-            checkpointing=bool(args.activation_checkpointing),
-            fused_loss=args.fused_loss is not False,
-            chunk_size=args.loss_chunk_size,
-        )
-        rows = _global_rows(args, plan)
-        console = Console()
-        console.print(_summary(model, run, rows, args.max_steps), highlight=False)
-        assumed = "" if optimizer else ": not known to the plan, which takes AdamW's 8 bytes a parameter"
-        console.print(f"optimizer   {optim}{assumed}", highlight=False)
-        console.print(memory_table(run, plan.plan_gpu_memory))
-        console.print(choices_table(run, plan.plan_layout or "zero2"))
-        check_fit(run, plan.plan_layout, plan.plan_gpu_memory)
+        stored = None if options.config_name else config.dtype or torch.float32
+        planner.show(plan, options, args, config, sequence_length, loaded=weights_dtype(options, config), stored=stored)
     except ValueError as error:
         raise SystemExit(f"plan refused: {error}") from error
-
-
-def _global_rows(args: XDLMTrainingArguments, plan: PlanArguments) -> int:
-    together, passes = args.per_device_train_batch_size * plan.plan_gpus, args.gradient_accumulation_steps
-    rows = args.global_batch_size or together * passes
-    layout = f"per_device_train_batch_size={args.per_device_train_batch_size} on plan_gpus={plan.plan_gpus}"
-    if rows % together:
-        raise ValueError(
-            f"global_batch_size={rows} is not a multiple of {together} ({layout}): change one of the three."
-        )
-    if passes not in (1, rows // together):
-        raise ValueError(
-            f"gradient_accumulation_steps={passes} disagrees with global_batch_size={rows} ({layout} make "
-            f"{rows // together}): leave one of them out."
-        )
-    return rows
-
-
-def _summary(model: torch.nn.Module, run: Run, rows: int, max_steps: int) -> str:
-    steps = max_steps if max_steps > 0 else 1
-    tokens = steps * rows * run.length
-    flops = run_flops(model, run.counts, run.length, tokens, run.checkpointing)
-    trained = f"{run.counts.trainable:,} trained"
-    quantized = f", {run.counts.quantized:,} in 4 bits" if run.counts.quantized else ""
-    passes = rows // (run.rows * run.gpus)
-    return (
-        f"parameters  {run.counts.total:,}: {trained}{quantized}\n"
-        f"steps       {steps if max_steps > 0 else 'as many as the data gives; figures are for one'}\n"
-        f"a step      {rows} rows x {run.length} tokens; {run.gpus} GPUs x {run.rows} rows x {passes} passes\n"
-        f"tokens      {tokens:,}\n"
-        f"operations  {flops:.2e} FLOP{', recomputed activations included' if run.checkpointing else ''}"
-    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -318,7 +280,14 @@ def train(
     validation_rows: Dataset | None,
     resume: str | bool | None,
 ) -> XDLMTrainer:
-    """Train, evaluate if there are rows for it, and save."""
+    """Train, evaluate if there are rows for it, and save.
+
+    Raises:
+        ValueError: If checkpoints and model will not fit on the disk.
+    """
+    rows = len(train_rows) if has_length(train_rows) else None
+    dtype = weights_dtype(options, model.config)
+    found_by_the_first(lambda: planner.check_space(options, args, model.config, dtype, rows))
     trainer = XDLMTrainer(
         model=model,
         args=args,
@@ -363,7 +332,7 @@ def save_merged(trainer: XDLMTrainer, options: ModelArguments, adapter: Path, ke
         if not trainer.is_world_process_zero():
             return
         if options.load_in_4bit:  # into the weights as they were, not into what 4 bits left of them
-            base = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=options.dtype)
+            base = load_weights(options.model_name_or_path, dtype=options.dtype)
             model = load_adapter(base, str(adapter))
         merged, step = model.merge_and_unload(), trainer.state.global_step
         with whole_model(

@@ -253,7 +253,7 @@ def test_a_plan_divides_the_batch_among_its_own_gpus(config_of_llada_8b, capsys)
     ("optim", "optimizer", "said"),
     # 8 and 12 bytes a parameter on one GPU: 4 of DeepSpeed's float32 weights, and 4 or 8 of states.
     [
-        ("lion_32bit", "59.7", " GiB of each"),
+        ("lion_32bit", "59.7", " loading"),
         ("grokadamw", "89.6", ": not known to the plan, which takes AdamW's 8 bytes a"),
     ],
 )
@@ -464,9 +464,16 @@ def test_another_models_tokenizer_is_refused(base, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_bfloat16_weights_without_deepspeed_are_warned_about(base, tmp_path, caplog):
-    llada_cpt.main(options(base, tmp_path / "run", dtype="bfloat16", max_steps=1))
-    assert "updates smaller than their rounding are lost" in caplog.text
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "auto"])
+def test_16_bit_weights_without_deepspeed_are_refused_before_they_are_read(base, tmp_path, dtype):
+    stored = "bfloat16" if dtype == "auto" else dtype
+    LLaDAConfig.from_pretrained(base / "model", dtype=stored).save_pretrained(tmp_path / "model")  # and no weights
+    changes = {"dtype": dtype, "model_name_or_path": tmp_path / "model", "tokenizer_name": base / "model"}
+    with pytest.raises(
+        ValueError, match=f"the trained weights are {stored} and nothing keeps float32 copies .* bf16 tr"
+    ):
+        llada_cpt.main(options(base, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------------

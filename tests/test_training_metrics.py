@@ -13,7 +13,7 @@ from xdlm_hf.trainer import XDLMTrainer
 from xdlm_hf.training_metrics import TrainingMetrics, flops_per_token, peak_tflops
 
 SCRIPT = Path(__file__).parent / "training.py"
-OPTIONS = {"train_rows": 20, "max_steps": 6, "mixing_ratio": 0.5, "logging_steps": 2}
+OPTIONS = {"train_rows": 20, "max_steps": 6, "mixing_ratio": 0.5, "logging_steps": 2, "logging_first_step": False}
 PARTS = ("loss_masked", "loss_uniform", "loss_clean", "share_masked", "share_uniform", "share_clean")
 
 

@@ -18,13 +18,14 @@ from safetensors.torch import save_file
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.data import PackedDataset, train_tokenizer
+from xdlm_hf.precision import _local_part
 from xdlm_hf.processes import run_script
 from xdlm_hf.stream import PackedStream
 from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
 
 VOCAB, MASK, LENGTH = 48, 5, 12
 SCRIPT = str(pathlib.Path(__file__))
-KILLS = ("kill_in_step", "kill_in_save", "nan_in_step", "terminate_in_step")
+KILLS = ("kill_in_step", "kill_in_save", "nan_in_step", "nan_in_save", "terminate_in_step")
 ENDS_CLEANLY = str(pathlib.Path(__file__).parent / "ends_cleanly.py")  # goes before a script that is launched
 
 
@@ -110,7 +111,7 @@ def stream(texts=40, seed=0, shards=2, **options):
 class RecordingTrainer(XDLMTrainer):
     """Keeps the batches of every step; may kill its own process, as a power cut would, in a step or in a save."""
 
-    kill_in_step = kill_in_save = nan_in_step = terminate_in_step = None
+    kill_in_step = kill_in_save = nan_in_step = nan_in_save = terminate_in_step = None
 
     def get_batch_samples(self, *args):
         batches, tokens = super().get_batch_samples(*args)
@@ -122,6 +123,12 @@ class RecordingTrainer(XDLMTrainer):
         if self.state.global_step + 1 == self.nan_in_step and self.args.process_index == 1:
             total, losses = total * torch.nan, losses * torch.nan
         return total, losses
+
+    def _save_checkpoint(self, *args):  # the weights overflowed in the part that the second process holds
+        if self.state.global_step == self.nan_in_save and self.args.process_index == 1:
+            first = next(self.accelerator.unwrap_model(self.model).parameters())
+            _local_part(first).view(-1)[0] = torch.nan
+        super()._save_checkpoint(*args)
 
     def _get_grad_norm(self, *args, **kwargs):  # after the backward pass, before the weights change
         if self.state.global_step + 1 == self.kill_in_step:

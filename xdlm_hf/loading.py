@@ -1,10 +1,15 @@
-"""A checkpoint and its tokenizer, ready to generate, for the console commands."""
+"""Reading a checkpoint and its tokenizer, for the console commands and the recipes; errors are one line."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .configuration_llada import LLaDAConfig
 from .data import check_tokenizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -30,15 +35,56 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
         device = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device={device!r} is not known to PyTorch; use auto, cpu or cuda:0, for example.") from error
-    try:
-        config: Any = AutoConfig.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"model={name!r} cannot be read as a folder or Hub name of a checkpoint: {error}") from error
+    config = read_config(name)
+    tokenizer = read_tokenizer(name)
+    check_tokenizer(tokenizer, config)
+    return load_weights(name, dtype=dtype).to(device).eval(), tokenizer
+
+
+def read_config(name: str) -> LLaDAConfig:
+    """Config of a checkpoint.
+
+    Args:
+        name: Folder, Hub name, or path of a config.json.
+
+    Raises:
+        ValueError: In one line, if it cannot be read, a value in it is wrong, or it is of another kind of model.
+    """
+    with _one_line_error(f"model={name!r} cannot be read as a folder or Hub name of a checkpoint"):
+        config = AutoConfig.from_pretrained(name)
     if config.model_type != "llada":
         raise ValueError(f"model={name!r} has model_type={config.model_type!r}; here 'llada' checkpoints are run.")
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    check_tokenizer(tokenizer, config)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval(), tokenizer
+    return config
+
+
+def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Tokenizer of a folder or Hub name.
+
+    Raises:
+        ValueError: In one line, if it cannot be read.
+    """
+    with _one_line_error(f"the tokenizer of {name!r} cannot be read"):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def load_weights(name: str, **options: Any) -> PreTrainedModel:
+    """Model of a folder or Hub name, by `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ValueError: In one line, if there are no weights, or they are damaged.
+    """
+    with _one_line_error(f"the weights of {name!r} cannot be read"):
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+
+
+@contextlib.contextmanager
+def _one_line_error(what: str) -> Iterator[None]:
+    """Turn what libraries raise for a wrong path, a missing or a damaged file into a `ValueError` of one line."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())  # Transformers' messages have paragraphs
+        raise ValueError(f"{what}: {why}") from error
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

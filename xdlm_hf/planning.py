@@ -5,9 +5,11 @@ All of it is arithmetic on the config and on a model without weights (built on t
     states        parameters, gradients and optimizer, by how a layout spreads them (`state_bytes`)
     activations   what the forward pass keeps for the backward pass (`activation_bytes`)
     loss          logits or their chunks, and gradients of head and hidden states (`loss_bytes`)
+    step          what the optimizer's step allocates for its time (`step_bytes`)
     buffers       what communication and gathered layers need beside that
 
-The sum is an upper estimate: it adds peaks that do not all fall on one moment. `RESERVED` of a GPU's memory is left for
+At the optimizer's step activations and loss are gone, so that the larger of both counts. The sum is still an upper
+estimate: it adds peaks that do not all fall on one moment. `RESERVED` of a GPU's memory is left for
 the CUDA context, NCCL and fragmentation. Dropout is taken to be 0, as in every config here.
 
 Shapes: B rows of one pass, L length, M = B L tokens, D = d_model, F = mlp_hidden_size, H heads, N rows of the output
@@ -21,16 +23,18 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 from torch import nn
 
 from .losses import _BLOCK_ELEMENTS, _CHUNK_TOKENS
+from .precision import check_trained_dtype
 from .training_metrics import flops_per_token
 
 GIB = 2**30
 RESERVED = 0.08
-# Elements that DeepSpeed collects before it reduces gradients (its default, which the configs here leave alone).
+# DeepSpeed's defaults, which the configs here leave alone: elements of the bucket in which gradients are reduced, which
+# is allocated whole, and of the parameters that ZeRO-3 keeps gathered beside the module that it gathers at the moment.
 _REDUCE_BUCKET = 500_000_000
+_MAX_LIVE_PARAMETERS = 1_000_000_000
 # Bytes a weight in NF4 with double quantization: 4 bits, and for each 64 weights one byte of scale, itself scaled.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # bitsandbytes' optimizers in 8 bits: numbers that share a float32 scale, and the smallest tensor that is not float32.
@@ -64,6 +68,9 @@ class Optimizer(NamedTuple):
         in_8_bits: As bitsandbytes does: a byte for each number and a float32 scale for each block of them. Tensors of
             fewer than 4096 elements stay in float32, and so do embeddings, for which Transformers asks.
         factored: One number for each row and each column of a matrix instead.
+        foreach: Bytes of an element that a step allocates for all trained tensors at once: the results of torch's
+            foreach kernels, its default on GPUs.
+        looped: The same of an optimizer that takes one tensor after the other, so that the largest counts.
         offloads: Whether it can be in main memory. accelerate puts DeepSpeed's CPU Adam in the optimizer's place then,
             whichever it is, and only AdamW in 32 bits is still itself (accelerate 1.15, DeepSpeed 0.19).
     """
@@ -71,6 +78,8 @@ class Optimizer(NamedTuple):
     states: int
     in_8_bits: bool = False
     factored: bool = False
+    foreach: int = 0
+    looped: int = 0
     offloads: bool = False
 
     @property
@@ -89,13 +98,14 @@ class Optimizer(NamedTuple):
         return self.states * 4 * elements
 
 
-ADAMW, _LION = Optimizer(2, offloads=True), Optimizer(1)
+ADAMW, _ADAMW_FUSED = Optimizer(2, foreach=4, offloads=True), Optimizer(2, offloads=True)
+_LION = Optimizer(1)
 _ADAMW_8BIT, _LION_8BIT = Optimizer(2, in_8_bits=True), Optimizer(1, in_8_bits=True)
 # By Transformers' names. Paged states count in full: they leave a GPU when it has no room for them, at a price in time.
 OPTIMIZERS = {
     "adamw_torch": ADAMW,
-    "adamw_torch_fused": ADAMW,
-    "paged_adamw_32bit": ADAMW,
+    "adamw_torch_fused": _ADAMW_FUSED,
+    "paged_adamw_32bit": _ADAMW_FUSED,
     "adamw_8bit": _ADAMW_8BIT,
     "adamw_bnb_8bit": _ADAMW_8BIT,
     "paged_adamw_8bit": _ADAMW_8BIT,
@@ -103,8 +113,8 @@ OPTIMIZERS = {
     "paged_lion_32bit": _LION,
     "lion_8bit": _LION_8BIT,
     "paged_lion_8bit": _LION_8BIT,
-    "adafactor": Optimizer(1, factored=True),
-    "sgd": Optimizer(0),
+    "adafactor": Optimizer(1, factored=True, looped=8),
+    "sgd": Optimizer(0, foreach=4),  # where there is weight decay
 }
 
 
@@ -126,7 +136,7 @@ def optimizer_of(name: str, options: str | None = None) -> Optimizer | None:
             f"optim_args={options!r} cannot be read: give names and numbers as 'momentum=0.9,nesterov=True'."
         ) from error
     if has_momentum:
-        return Optimizer(1)
+        return OPTIMIZERS["sgd"]._replace(states=1)
     return OPTIMIZERS.get(name)
 
 
@@ -220,9 +230,9 @@ class Run:
     def precision(self, layout: Layout) -> tuple[int, int, bool]:
         """w, c, and whether autocast makes a copy of a linear layer's input for each layer that reads it.
 
-        DeepSpeed casts the model itself and needs no autocast. Without it, trained weights must be float32 whatever
-        `dtype` says: bfloat16 would lose small updates. Autocast copies where inputs are float32: with float32 weights,
-        and with adapters, which peft keeps in float32.
+        DeepSpeed casts the model itself and needs no autocast. Without it, trained weights are float32: others are
+        refused (`layouts`, `precision.check_trained_dtype`). Autocast copies where inputs are float32: with float32
+        weights, and with adapters, which peft keeps in float32.
         """
         weight = 2 if self.dtype in (torch.bfloat16, torch.float16) else 4
         compute = 2 if self.bf16 or weight == 2 else 4
@@ -241,20 +251,21 @@ class Memory(NamedTuple):
     optimizer: float
     activations: float
     loss: float
+    step: float
     buffers: float
     host: float
 
     @property
     def gpu(self) -> float:
-        return sum(self) - self.host
+        states = self.parameters + self.gradients + self.optimizer + self.buffers
+        return states + max(self.activations + self.loss, self.step)
 
 
 def memory(run: Run, layout: Layout) -> Memory:
     """Bytes that a run needs in a layout."""
     parameters, gradients, optimizer, buffers, host = state_bytes(run, layout)
-    return Memory(
-        parameters, gradients, optimizer, activation_bytes(run, layout), loss_bytes(run, layout), buffers, host
-    )
+    passes = activation_bytes(run, layout), loss_bytes(run, layout)
+    return Memory(parameters, gradients, optimizer, *passes, step_bytes(run, layout), buffers, host)
 
 
 def state_bytes(run: Run, layout: Layout) -> tuple[float, float, float, float, float]:
@@ -266,15 +277,16 @@ def state_bytes(run: Run, layout: Layout) -> tuple[float, float, float, float, f
         ddp             4 P + w Z            4 P, twice for W > 1    s P                copies of P for autocast
         zero1           w (P + Z)            w P + 4 P / W           (4 + s) P / W      a bucket to reduce gradients
         zero2           w (P + Z)            (w + 4) P / W           (4 + s) P / W      the same
-        zero3           w (P + Z) / W        (w + 4) P / W           (4 + s) P / W      the largest layer, twice
+        zero3           w (P + Z) / W        (w + 4) P / W           (4 + s) P / W      the bucket and live parameters
         zero2_offload   w (P + Z)            0                       0                  as zero2
         zero3_offload   0                    0                       0                  as zero3
 
-    Under ddp gradients and states have the dtype of the trained weights, float32, and DDP keeps its
-    own copy of the gradients. DeepSpeed keeps float32 weights, 4 bytes, beside the states, and makes float32
-    gradients of its share at the step. With AdamW in bfloat16 these are the totals of DeepSpeed's own estimators, which
-    know neither frozen parameters nor parts (and leave the 16-bit parameters out under ZeRO-3), and so is main memory,
-    with half of it again for buffers; there every optimizer is CPU Adam.
+    Under ddp gradients and states have the dtype of the trained weights, float32, and DDP keeps its own copy of the
+    gradients. DeepSpeed keeps float32 weights, 4 bytes, beside the states, and makes float32 gradients of its share at
+    the step. Its bucket has 5e8 elements, and ZeRO-3 keeps up to 1e9 gathered parameters alive (`reduce_bucket_size`,
+    `stage3_max_live_parameters`), the largest module beside them. With AdamW in bfloat16 the states are the totals of
+    DeepSpeed's own estimators, which know neither frozen parameters nor parts (and leave the 16-bit parameters out
+    under ZeRO-3), and so is main memory, with half of it again for buffers; there every optimizer is CPU Adam.
     """
     counts, stage = run.counts, layout.stage
     trained, frozen = counts.trainable, counts.total - counts.trainable - counts.quantized
@@ -288,12 +300,25 @@ def state_bytes(run: Run, layout: Layout) -> tuple[float, float, float, float, f
     parameters = (width * (trained + frozen) + NF4_BYTES * counts.quantized) / shards
     gradients = 4 * trained / run.gpus + width * trained / (run.gpus if stage > 1 else 1)
     optimizer = (4 + run.optimizer.flat_bytes) * trained / run.gpus
-    buffers = 2.0 * width * counts.largest if stage == 3 else width * float(min(_REDUCE_BUCKET, trained))
+    live = min(trained + frozen, _MAX_LIVE_PARAMETERS + counts.largest) if stage == 3 else 0
+    buffers = width * float(_REDUCE_BUCKET + live)
     if not layout.optimizer_on_host:
         return parameters, gradients, optimizer, buffers, 0.0
     if layout.parameters_on_host:
         return 0.0, 0.0, 0.0, buffers, 1.5 * (18 * trained + width * frozen)
     return parameters, 0.0, 0.0, buffers, 1.5 * max(4 * run.gpus, 16) * trained
+
+
+def step_bytes(run: Run, layout: Layout) -> float:
+    """What the optimizer's step allocates on one GPU for its time: 4 bytes a parameter for torch's AdamW by foreach,
+    nothing for its fused form and for bitsandbytes. Under ZeRO it works on this GPU's share, in one vector or few."""
+    if layout.optimizer_on_host:
+        return 0.0
+    optimizer, trained = run.optimizer, run.counts.trainable
+    if layout.stage:
+        return (optimizer.foreach + optimizer.looped) * trained / run.gpus
+    largest = max((math.prod(shape) for shape, _ in run.counts.trained_tensors), default=0)
+    return float(optimizer.foreach * trained + optimizer.looped * largest)
 
 
 def activation_bytes(run: Run, layout: Layout) -> float:
@@ -355,12 +380,15 @@ def run_flops(model: nn.Module, counts: Counts, length: int, tokens: int, checkp
 
 
 def layouts(run: Run) -> dict[str, Layout]:
-    """The layouts that a run can take: ZeRO-3 would cut weights that are packed into 4 bits, and only AdamW can
-    be in main memory."""
+    """The layouts that a run can take: ZeRO-3 would cut weights that are packed into 4 bits, only AdamW can be in main
+    memory, and 16-bit weights are trained where DeepSpeed keeps float32 copies alone."""
+    in_16_bits = run.dtype.itemsize < 4 and not run.adapters_only
     return {
         name: layout
         for name, layout in LAYOUTS.items()
-        if not (layout.stage == 3 and run.counts.quantized) and (run.optimizer.offloads or not layout.optimizer_on_host)
+        if not (layout.stage == 3 and run.counts.quantized)
+        and (run.optimizer.offloads or not layout.optimizer_on_host)
+        and (layout.stage or not in_16_bits)
     }
 
 
@@ -370,6 +398,8 @@ def layout_of(run: Run, name: str) -> Layout:
     Raises:
         ValueError: If there is none, or the run cannot take it.
     """
+    if name == "ddp" and not run.adapters_only:
+        check_trained_dtype(run.dtype, None, "the weights that plan_layout='ddp' would train")
     if name not in layouts(run):
         raise ValueError(f"plan_layout={name!r} is not known for this run; choose one of {', '.join(layouts(run))}.")
     return LAYOUTS[name]
@@ -427,45 +457,3 @@ def _all_remedies(run: Run) -> Iterator[tuple[str, tuple[Run, Layout]]]:
     slim = replace(run, rows=1, checkpointing=True, fused_loss=True)
     for name, layout in layouts(run).items():
         yield f"per_device_train_batch_size 1 with activation_checkpointing, the fused loss and {name}", (slim, layout)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The table
-
-
-def memory_table(run: Run, gpu_memory: float) -> Table:
-    """GiB of one GPU in every layout, part by part, and whether it fits; `host` is one machine's main memory."""
-    title = f"GiB of each of {run.gpus} GPUs; {gpu_memory * (1 - RESERVED):.1f} of {gpu_memory:g} can be used"
-    table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
-    table.add_column("layout", no_wrap=True)
-    for name in ("params", "grads", "optim", "activ", "loss", "buffers", "total"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("fits", no_wrap=True)
-    table.add_column("host", justify="right", no_wrap=True)
-    for name, layout in layouts(run).items():
-        needs = memory(run, layout)
-        figures = [f"{value / GIB:.1f}" for value in (*needs[:-1], needs.gpu)]
-        verdict = "[green]yes[/green]" if fits(run, layout, gpu_memory) else "[red]no[/red]"
-        table.add_row(name, *figures, verdict, f"{needs.host / GIB:.0f}" if needs.host else "")
-    return table
-
-
-def choices_table(run: Run, name: str) -> Table:
-    """GiB of activations and loss with and without checkpointing and the fused loss.
-
-    Raises:
-        ValueError: As `layout_of`.
-    """
-    layout = layout_of(run, name)
-    table = Table(title=f"The same in {name}; * as planned", title_justify="left")
-    for column in ("activations", "GiB", "loss", "GiB"):
-        table.add_column(column, justify="right" if column == "GiB" else "left")
-    for on, activations, loss in ((True, "recomputed", "fused"), (False, "kept", "dense")):
-        marks = ["*" if planned == on else "" for planned in (run.checkpointing, run.fused_loss)]
-        table.add_row(
-            activations + marks[0],
-            f"{activation_bytes(replace(run, checkpointing=on), layout) / GIB:.1f}",
-            loss + marks[1],
-            f"{loss_bytes(replace(run, fused_loss=on), layout) / GIB:.1f}",
-        )
-    return table

@@ -1,10 +1,12 @@
 """What processes that run one script do together: agree on what only one of them should find out, and end."""
 
 import atexit
+import dis
 import os
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from .preemption import Preempted
 
 Found = TypeVar("Found")
+_PACKAGE = Path(__file__).resolve().parent
 
 
 def found_by_the_first(find: Callable[[], Found]) -> Found:
@@ -36,14 +39,33 @@ def found_by_the_first(find: Callable[[], Found]) -> Found:
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Call `main()` and end the script: with status 0, or 75 and one line on stderr if training was preempted."""
+    """Run a script's `main`, then `end_script`.
+
+    A preempted training ends it with one line and status 75, an error that this package raised with one line and status
+    1. `ValueError`, `OSError` and `ArithmeticError` raised by a `raise` statement of the package or of a module beside
+    the script are messages for the user: a wrong path, a full disk, a loss that is NaN. Any other error is a defect and
+    keeps its traceback.
+    """
     status = 0
     try:
         main()
     except Preempted as preempted:
         print(preempted, file=sys.stderr)
         status = preempted.code
+    except (ValueError, OSError, ArithmeticError) as error:
+        if not _is_a_message(error):
+            raise
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {error}") from error
     end_script(status)
+
+
+def _is_a_message(error: Exception) -> bool:
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    is_raised = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # int("x") has no raise statement
+    return is_raised and Path(code.co_filename).resolve().parent in (_PACKAGE, Path(sys.argv[0]).resolve().parent)
 
 
 def end_script(status: int = 0) -> None:

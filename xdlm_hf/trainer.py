@@ -12,6 +12,7 @@ t = 0 is clean, t = 1 is noise. Shapes: B batch, L length, N vocabulary (rows of
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -57,6 +58,7 @@ from .checksums import write_checksums
 from .data import DiffusionCollator, PackedDataset, check_tokenizer
 from .losses import diffusion_loss, fused_linear_diffusion_loss
 from .planning import OPTIMIZERS
+from .precision import NonFiniteError, check_trained_weights, non_finite_weights
 from .preemption import Preempted, SaveOnRequest
 from .schedules import get_schedule
 from .stream import PackedStream, StreamPosition, stream_loader
@@ -102,7 +104,8 @@ class XDLMTrainingArguments(TrainingArguments):
 
     These defaults of `TrainingArguments` change: `remove_unused_columns=False` (the collator reads them),
     `ddp_find_unused_parameters=False` (every parameter is used), `logging_nan_inf_filter=False` (a NaN is shown, not
-    replaced by an average) and `include_num_input_tokens_seen=True` (logs tokens per second).
+    replaced by an average), `include_num_input_tokens_seen=True` (logs tokens per second), and
+    `logging_first_step=True` with `logging_steps=10` (a loss is shown after the first step).
 
     Raises:
         ValueError: If an option is out of range, or the global batch does not divide.
@@ -140,6 +143,8 @@ class XDLMTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Look for parameters without a gradient; every one has one here."}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses; off here."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step; on here."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; below 1: a share of all."})
     include_num_input_tokens_seen: str | bool = field(
         default=True, metadata={"help": "Count tokens, which also logs tokens per second."}
     )
@@ -147,11 +152,19 @@ class XDLMTrainingArguments(TrainingArguments):
     def __post_init__(self):
         self._check_objective()
         self._check_optimization()
+        self._check_finite_numbers()
         super().__post_init__()
         if self.time_sampling == "antithetic":
             self.time_sampling = "stratified"
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation_steps()
+
+    def _check_finite_numbers(self) -> None:
+        """Refuse NaN and infinity in every option: learning rate, weight decay, betas, clipping, all of them."""
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{option.name}={value} must be a finite number.")
 
     def _check_objective(self) -> None:
         if not 0 <= self.mixing_ratio <= 1:
@@ -211,10 +224,6 @@ class XDLMTrainingArguments(TrainingArguments):
         return steps
 
 
-class NonFiniteError(ArithmeticError):
-    """A loss or a gradient that is not a finite number; the message names step, rows and times."""
-
-
 class _Bookkeeping(TrainerCallback):
     """Starts the clock when training does, and keeps the logged epoch of a stream right.
 
@@ -241,8 +250,8 @@ class XDLMTrainer(Trainer):
     It depends on the noise seed and the data, not on batch size or the number of processes.
 
     Training logs what `training_metrics` lists. A loss or gradient that is not finite stops the run, with an error
-    that names step, rows and times, before it can reach a checkpoint. Checkpoints are whole or absent, and resuming
-    repeats the uninterrupted run bit for bit; see `checkpoints`.
+    that names step, rows and times; weights are checked before each save, so that no checkpoint and no model holds a
+    NaN. Checkpoints are whole or absent, and resuming repeats the uninterrupted run bit for bit; see `checkpoints`.
 
     Args:
         model: A `LLaDAForDiffusionLM` or a peft model around it. Its config is given the run's `mixing_ratio` and
@@ -257,8 +266,9 @@ class XDLMTrainer(Trainer):
 
     Raises:
         ValueError: If k < 1 and the model has no mask token, the tokenizer does not belong to the model, several GPUs
-            are visible to one process, a data-loading option would move rows to other places, an optimizer other than
-            AdamW is to be in main memory, or the fused loss is asked for where it cannot be used.
+            are visible to one process, a data-loading option would move rows to other places, trained weights are in 16
+            bits without float32 copies (`precision`), an optimizer other than AdamW is to be in main memory, or the
+            fused loss is asked for where it cannot be used.
     """
 
     def __init__(
@@ -280,6 +290,7 @@ class XDLMTrainer(Trainer):
         if processing_class is not None:
             check_tokenizer(processing_class, model.config)
         self._check_layout(args, train_dataset)
+        check_trained_weights(model, args.deepspeed_plugin)
         if optimizers[0] is None:
             self._check_offload(args)
         self._fused = self._use_fused_loss(model, args)
@@ -600,10 +611,27 @@ class XDLMTrainer(Trainer):
         shown = ", ".join(f"{index} (t = {t:.6g})" for index, t in list(zip(indices, times, strict=True))[:16])
         more = ", ..." if len(indices) > 16 else ""
         last = last_checkpoint(self.args.output_dir)
+        weights = non_finite_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        why = f" Nor are the weights, since an earlier step ({_first(weights)})." if weights else ""
         raise NonFiniteError(
-            f"step {self.state.global_step + 1}: {what}; {whose} the sample indices {shown}{more}. No checkpoint was "
-            f"written from it; the last whole one is {last.name if last else 'none'}."
+            f"step {self.state.global_step + 1}: {what}; {whose} the sample indices {shown}{more}.{why} No checkpoint "
+            f"was written from it; the last whole one is {last.name if last else 'none'}."
         )
+
+    def _check_weights(self) -> None:
+        """Refuse to save weights that are not finite. Every process must call this, and all agree.
+
+        Raises:
+            NonFiniteError: Naming the step and the parameters.
+        """
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        bad = non_finite_weights(model, lambda flags: self._all_sum(flags.to(self.args.device)))
+        if bad:
+            last = last_checkpoint(self.args.output_dir)
+            raise NonFiniteError(
+                f"step {self.state.global_step}: the weights are not finite ({_first(bad)}), so nothing was saved. The "
+                f"last whole checkpoint is {last.name if last else 'none'}; lower learning_rate, or check the data."
+            )
 
     # ----------------------------------------------------------------------------------------------------------------
     # Logging
@@ -683,7 +711,7 @@ class XDLMTrainer(Trainer):
         Raises:
             ValueError: If `output_dir` holds another run and `resume_from_checkpoint` is not given, or the checkpoint
                 is missing, incomplete or of another run (`checkpoints.check_same_run` says what may differ).
-            NonFiniteError: If a loss or a gradient is not finite.
+            NonFiniteError: If a loss, a gradient or a weight to be saved is not finite.
             OSError: If a checkpoint cannot be written; earlier ones stay as they are.
             Preempted: If SIGTERM arrived, after the step that was running and a checkpoint of it.
         """
@@ -740,9 +768,11 @@ class XDLMTrainer(Trainer):
 
         Raises:
             OSError: If it cannot be written; the folder and the checkpoints stay as they are.
+            NonFiniteError: If a weight is not finite; they stay as they are too.
         """
         if self._saving:  # part of a checkpoint
             return super().save_model(output_dir, _internal_call)
+        self._check_weights()
         run_dir = Path(self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         needs = model_bytes(model, trained_only=hasattr(model, "peft_config"))
@@ -806,8 +836,9 @@ class XDLMTrainer(Trainer):
             self._saving = False
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in `Trainer`, but under another name until it is complete."""
+        """As in `Trainer`, but under another name until it is complete, and never with weights that are not finite."""
         start = time.perf_counter()
+        self._check_weights()
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         unfinished = run_dir / UNFINISHED / name
@@ -878,6 +909,10 @@ def model_bytes(model: nn.Module, trained_only: bool = False) -> int:
         for p in model.parameters()
         if p.requires_grad or not trained_only
     )
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _van_der_corput(index: int) -> float:
