@@ -7,12 +7,12 @@ that it got through. Every attack runs with namespaces and, as on a machine with
 import os
 import re
 import secrets
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -42,10 +42,19 @@ def attack(program, prefix=None, limits=QUICK, known=False):
     return sandbox.run(Job(program, [f"assert one() == {SECRET}"], ["one"]), limits, prefix)
 
 
-def processes():
-    """Processes of the sandbox that are still there."""
-    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listing.splitlines() if str(sandbox._judge()) in line]
+def processes(base=None, name=""):
+    """Processes of the sandbox that are still there, those that call themselves `name`."""
+    listing = subprocess.run(["ps", "-eo", "comm,args"], capture_output=True, text=True, check=True).stdout
+    base = str(base or sandbox._base())
+    return [line for line in listing.splitlines() if base in line and line.startswith(name)]
+
+
+def wait_until(holds):
+    """Waits as long as the slowest machine may need; a test that fails says so after this time."""
+    deadline = time.monotonic() + 300
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert holds()
 
 
 class TestVerdicts:
@@ -61,9 +70,10 @@ class TestVerdicts:
             ("assert False\ndef one():\n    return SECRET", "failed", ""),
             ("def one():\n    return 1 / 0", "failed", "ZeroDivisionError: division by zero"),
             ("def one():\n    assert False, 'mine'", "wrong", "mine"),
-            ("import numpy\ndef one():\n    return SECRET", "failed", "ModuleNotFoundError"),
+            ("import torch\ndef one():\n    return SECRET", "failed", "ModuleNotFoundError"),
             ("def one():\n    while True: pass", "timeout", "not done after 4 s"),
-            ("def one():\n    a = []\n    a.append(a)\n    return a", "failed", ""),
+            ("def one():\n    a = []\n    a.append(a)\n    return a", "wrong", ""),
+            ("def one():\n    a = ()\n    for _ in range(10**5): a = (a,)\n    return a", "failed", "RecursionError"),
             ("print('to standard output')\ndef one():\n    return SECRET", "pass", ""),
         ],
     )
@@ -149,10 +159,8 @@ class TestResources:
         ],
     )
     def test_infinite_loop(self, harm, prefix):
-        start = time.perf_counter()
         verdict = attack(f"{harm}\ndef one():\n    return SECRET", prefix, Limits(seconds=1.5), known=True)
         assert verdict.result in ("timeout", "failed")
-        assert time.perf_counter() - start < 1.5 + 3
         assert not processes()
 
     def test_signals_that_end_a_loop_can_be_ignored_but_not_the_end(self, prefix):
@@ -195,10 +203,19 @@ class TestResources:
 
     def test_folders_in_folders_are_removed(self, prefix):
         # Deeper than shutil.rmtree gets: it recurses, and the harness with it.
-        program = "import os\nfor _ in range(4000):\n    os.mkdir('d')\n    os.chdir('d')\ndef one(): return 0"
-        before = sandboxes()
-        assert attack(program, prefix).result in ("wrong", "failed")
-        assert sandboxes() <= before
+        program = "import os\nfor _ in range(1200):\n    os.mkdir('d')\n    os.chdir('d')\ndef one(): return 0"
+        assert attack(program, prefix, Limits(seconds=60)).result in ("wrong", "failed")
+        assert not sandboxes()
+
+    def test_removing_what_an_answer_left_counts_as_its_time(self, monkeypatch, tmp_path):
+        go_on = tmp_path / "go on"
+        wait = 'until [ -e "$0" ]; do sleep 0.05; done; rm -rf -- "$1"'
+        monkeypatch.setattr(sandbox, "_REMOVE", ("sh", "-c", wait, str(go_on)))
+        verdict = attack("open('left', 'w')\ndef one(): return SECRET", (), Limits(seconds=8), known=True)
+        assert verdict.result == "timeout" and verdict.why == "its files were not removed within 8 s"
+        assert sandboxes()
+        go_on.touch()  # it goes on in the background
+        assert sandbox._removals[-1].wait(60) == 0 and not sandboxes()
 
     @pytest.mark.parametrize(
         "harm",
@@ -216,15 +233,21 @@ class TestResources:
 
 
 def sandboxes():
-    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("xdlm-sandbox-")}
+    """Working folders of answers that are still there."""
+    return [path.name for path in sandbox._base().glob("xdlm-sandbox-*")]
+
+
+def folders():
+    """Folders of harnesses that are still there."""
+    return set(Path(tempfile.gettempdir()).glob(f"{sandbox._FOLDER}*"))
 
 
 class TestOutside:
-    def test_own_folder_can_be_written_and_is_gone_afterwards(self, prefix, tmp_path):
+    def test_own_folder_can_be_written_and_is_gone_afterwards(self, prefix):
         program = "import os\nopen('a', 'w').write('b')\ndef one():\n    return open('a').read() + os.getcwd()"
         job = Job(program, ["x = one()\nassert x[:1] == 'b' and 'xdlm-sandbox-' in x, x"], ["one"])
         assert sandbox.run(job, QUICK, prefix).result == "pass"
-        assert not [name for name in os.listdir(os.path.dirname(tmp_path.anchor)) if name.startswith("xdlm-sandbox-")]
+        assert not sandboxes()
 
     def test_writing(self, prefix, tmp_path):
         (tmp_path / "mine").write_text("mine")
@@ -618,20 +641,34 @@ class TestConsentAndReport:
     def test_ended_harness_ends_the_answer(self, tmp_path, program, namespaces):
         # The caller is killed, not asked: nothing of the sandbox may outlive it.
         script = tmp_path / "caller.py"
+        # The answer's process names itself, to show that it has begun.
+        named = "import ctypes\nctypes.CDLL(None).prctl(15, b'answer', 0, 0, 0)\n"
         script.write_text(
             "from xdlm_hf.evaluation import sandbox\n"
-            "sandbox._judge = lambda: __import__('pathlib').Path(__import__('sys').argv[1])\n"
+            "print(sandbox._base(), flush=True)\n"
             f"prefix = {None if namespaces else ()!r}\n"
-            f"sandbox.run(sandbox.Job({program!r}, [], []), sandbox.Limits(seconds=60), prefix)\n"
+            f"sandbox.run(sandbox.Job({named + program!r}, [], []), sandbox.Limits(seconds=600), prefix)\n"
         )
-        caller = subprocess.Popen([sys.executable, script, str(sandbox._judge())])
-        deadline = time.monotonic() + 20
-        while not processes() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert processes()
-        time.sleep(0.3)
-        caller.send_signal(signal.SIGKILL)
-        caller.wait()
-        while processes() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not processes()
+        with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as caller:
+            base = caller.stdout.readline().decode().strip()
+            try:
+                wait_until(lambda: processes(base, "answer"))
+            finally:
+                caller.kill()
+        wait_until(lambda: not processes(base))
+
+    def test_folders_of_killed_harnesses_are_removed(self, tmp_path):
+        script = "from xdlm_hf.evaluation import sandbox\nprint(sandbox._base(), flush=True)\ninput()"
+        start = [sys.executable, "-c", script]
+        with subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as living:
+            with subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as killed:
+                paths = [Path(process.stdout.readline().strip()) for process in (living, killed)]
+                assert set(paths) <= folders()
+                killed.kill()
+            (paths[1] / "xdlm-sandbox-left" / "folder").mkdir(parents=True)
+            assert paths[1] in folders()
+            ended = subprocess.run(start, input="\n", capture_output=True, text=True, check=True)
+            assert paths[0] in folders() and paths[1] not in folders()
+            living.communicate("\n")
+        # Those that ended by themselves have removed their own.
+        assert not {paths[0], Path(ended.stdout.strip())} & folders()
