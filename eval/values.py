@@ -150,7 +150,7 @@ class Encoder:
         kind = next(kind for kind in CONTAINERS if isinstance(value, kind))
         if issubclass(kind, dict):
             args = [self(value.default_factory)] if kind is collections.defaultdict else []
-            return kind.__name__, args, [self._each(pair) for pair in dict.items(value)]
+            return kind.__name__, args, [self._each(pair) for pair in kind.items(value)]
         if kind is bytearray:
             return kind.__name__, [], [value.hex()]
         args = {collections.deque: lambda: [["tuple", []], value.maxlen], array.array: lambda: [value.typecode]}
@@ -264,7 +264,7 @@ class Decoder:
                 value[...] = self._flat(args[1], items[0]).reshape(value.shape)
         elif isinstance(value, dict):
             for key, item in items:
-                dict.__setitem__(value, self(key), self(item))
+                value[self(key)] = self(item)
         elif isinstance(value, bytearray):
             value.extend(bytes.fromhex(items[0]))
         elif isinstance(value, set):
@@ -303,7 +303,7 @@ def exception_class(ref, module, name, bases):
     Raises:
         TypeError: If the bases are not those of an exception class.
     """
-    if module in sys.stdlib_module_names:
+    if module.partition(".")[0] in sys.stdlib_module_names:
         own = getattr(sys.modules.get(module), name, None)
         if isinstance(own, type) and issubclass(own, BaseException):
             return own

@@ -4,9 +4,12 @@ Each attack's function returns the expected value only if the attack worked, or 
 that it got through. Every attack runs with namespaces and, as on a machine without them, with the other layers alone.
 """
 
+import importlib.util
+import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
+import system_calls
 
 from xdlm_hf.evaluation import judge, sandbox
 from xdlm_hf.evaluation.sandbox import Job, Limits
@@ -44,7 +48,7 @@ def attack(program, prefix=None, limits=QUICK, known=False):
 
 def processes(base=None, name=""):
     """Processes of the sandbox that are still there, those that call themselves `name`."""
-    listing = subprocess.run(["ps", "-eo", "comm,args"], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(["ps", "-wweo", "comm,args"], capture_output=True, text=True, check=True).stdout
     base = str(base or sandbox._base())
     return [line for line in listing.splitlines() if base in line and line.startswith(name)]
 
@@ -112,6 +116,146 @@ def total(node): return 0 if node is None else node.value + total(node.next)
         ]
         job = Job(program, tests, ["same", "count", "squares", "half", "match", "Node", "total"])
         assert sandbox.run(job).result == "pass", sandbox.run(job)
+
+    def test_types_and_views_cross(self):
+        program = """
+import array, collections, datetime, decimal
+def same(x): return x
+def day(): return datetime.date(2020, 1, 2)
+def moment(): return datetime.datetime(2020, 1, 2, 3, tzinfo=datetime.timezone(datetime.timedelta(hours=2)))
+def keys(d): return d.keys()
+def items(d): return d.items()
+def values(d): return d.values()
+def ordered(): return collections.OrderedDict(a=1)
+def groups():
+    d = collections.defaultdict(list)
+    d["a"].append(1)
+    return d
+def loop():
+    a = []
+    a.append(a)
+    return a
+"""
+        tests = [
+            "import array, collections, datetime, decimal",
+            "assert day() == datetime.date(2020, 1, 2) and day() != datetime.date(2020, 1, 3)",
+            "assert moment().utcoffset() == datetime.timedelta(hours=2)",
+            "assert keys({1: 2}) == {1} and keys({1: 2}) != [1] and keys({1: 2}) | {3} == {1, 3}",
+            "assert items({1: 2}) == {(1, 2)} and list(values({1: 2})) == [2]",
+            "assert keys(ordered()) == {'a'} and list(reversed(ordered())) == ['a']",
+            "assert groups() == {'a': [1]} and groups()['b'] == [] and type(groups()) is collections.defaultdict",
+            "for x in (array.array('d', [1.5]), collections.deque([1], 3), decimal.Decimal('1.0'), bytearray(b'a'),\n"
+            "          int, collections.Counter('aab'), datetime.time(1), slice(1, 2)):\n"
+            "    assert same(x) == x and type(same(x)) is type(x), x",
+            "assert repr(same(collections.deque([1], 3))) == 'deque([1], maxlen=3)'",
+            "a = loop()\nassert a[0] is a",
+        ]
+        assert sandbox.run(Job(program, tests, "same day moment keys items values ordered groups loop".split())) == (
+            sandbox.Verdict("pass", "", sandbox.layers())
+        )
+
+    def test_what_a_call_changes_in_its_arguments(self):
+        program = """
+kept = []
+def sort(x): x.sort()
+def corner(m):
+    m[0][0] = 1
+    return m
+def swap(d, *, log): log.append(d.pop("a")); d["b"] = log
+def rotate(q): q.rotate(1)
+def fill(b): b[:] = b"new"
+def fail(x): x.append(1); raise KeyError("k")
+def first(t): t[0].add(2)
+"""
+        tests = [
+            "x = [3, 1, 2]\nassert sort(x) is None and x == [1, 2, 3]",
+            "m = [[0] * 2] * 2\nassert corner(m) is m and m == [[1, 0], [1, 0]] and m[0] is m[1]",
+            "d, log = {'a': 1}, []\nswap(d, log=log)\nassert d == {'b': [1]} and log == [1] and d['b'] is log",
+            "import collections\nq = collections.deque([1, 2, 3], 5)\nrotate(q)\nassert list(q) == [3, 1, 2]",
+            "b = bytearray(b'old')\nfill(b)\nassert b == b'new'",
+            "x = []\ntry: fail(x)\nexcept KeyError: assert x == [1]\nelse: assert False",
+            "t = ({1},)\nfirst(t)\nassert t == ({1, 2},)",
+            # What is not changed stays the same object, down to a number that does not equal itself.
+            "n = float('nan')\nx = [n, 1]\ntry: corner(x)\nexcept TypeError: assert x == [n, 1]",
+        ]
+        names = "sort corner swap rotate fill fail first".split()
+        for prefix in (None, ()):
+            assert sandbox.run(Job(program, tests, names), prefix=prefix).result == "pass"
+        for test in ("x = [2, 1]\nsort(x)\nassert x == [2, 1]", "x = [1]\nrotate(x)"):
+            assert sandbox.run(Job(program, [test], names)).result in ("wrong", "failed")
+
+    def test_exceptions_cross(self):
+        program = """
+import decimal, json
+class Mine(ValueError):
+    def __init__(self, code):
+        super().__init__("not shown")
+        self.code = code
+    def __str__(self): return f"code {self.code}"
+class Special(Mine): pass
+def negative(x):
+    if x < 0: raise ValueError("negative", x)
+    return x
+def special(): raise Special(3)
+def divided(): return decimal.Decimal(1) / 0
+def parsed(): return json.loads("{")
+def leave(): raise SystemExit(1)
+def assertion(): raise AssertionError("mine")
+"""
+        names = "Mine Special negative special divided parsed leave assertion".split()
+        tests = [
+            "try: negative(-1)\nexcept ValueError as e: assert e.args == ('negative', -1)\nelse: assert False",
+            "try: special()\nexcept Mine as e: assert type(e) is Special and (e.code, str(e)) == (3, 'code 3')\n"
+            "else: assert False",
+            "assert issubclass(Special, Mine) and issubclass(Mine, ValueError) and not issubclass(Mine, KeyError)",
+            "import decimal\ntry: divided()\nexcept decimal.DivisionByZero: pass\nelse: assert False",
+            "import json\ntry: parsed()\nexcept json.JSONDecodeError as e: assert 'line' in str(e)\nelse: assert False",
+            "try: leave()\nexcept SystemExit as e: assert e.args == (1,)\nelse: assert False",
+        ]
+        assert sandbox.run(Job(program, tests, names)).result == "pass"
+        expected = {
+            "negative(-1)": ("failed", "ValueError: ('negative', -1)"),
+            "special()": ("failed", "Special: code 3"),
+            "try: negative(-1)\nexcept KeyError: pass": ("failed", "ValueError: ('negative', -1)"),
+            "try: negative(1)\nexcept ValueError: pass\nelse: assert False, 'none'": ("wrong", "none"),
+            "assertion()": ("wrong", "mine"),
+        }
+        for test, verdict in expected.items():
+            got = sandbox.run(Job(program, [test], names))
+            assert (got.result, got.why) == verdict, test
+
+    @pytest.mark.parametrize("leave", ["import os\n    os._exit(0)", "import ctypes\n    ctypes.string_at(0)"])
+    def test_an_answer_that_is_gone_raises_nothing_that_a_test_may_expect(self, leave):
+        for test in ("try: f()\nexcept Exception: pass", "try: f()\nexcept: pass"):
+            assert sandbox.run(Job(f"def f():\n    {leave}", [test], ["f"])).result == "failed"
+
+    def test_arrays(self, prefix):
+        pytest.importorskip("numpy")
+        program = """
+import numpy as np
+def same(x): return x
+def table(): return np.arange(6).reshape(2, 3)
+def integer(): return np.int64(5)
+def ragged(): return np.array([[1], [2, 3]], dtype=object)
+def day(): return np.datetime64("2020-01-01")
+def double(x): x *= 2
+def solved(): return np.linalg.solve(np.eye(100) * 2, np.ones(100)), np.random.default_rng(0).normal(size=3)
+"""
+        tests = [
+            "import numpy as np",
+            "assert table().tolist() == [[0, 1, 2], [3, 4, 5]] and table().dtype == np.arange(1).dtype",
+            "assert integer() == 5 and type(integer()) is np.int64 and day() == np.datetime64('2020-01-01')",
+            "assert ragged()[1] == [2, 3] and same(np.array([])).shape == (0,)",
+            "x = np.arange(6).reshape(2, 3)\nassert same(x) is x\ndouble(x[:, ::2])\n",
+            "x = np.arange(6).reshape(2, 3)[:, ::2]\ndouble(x)\nassert x.tolist() == [[0, 4], [6, 10]]",
+            "assert np.allclose(solved()[0], 0.5) and solved()[1].shape == (3,)",
+        ]
+        names = "same table integer ragged day double solved".split()
+        verdict = sandbox.run(Job(program, tests, names), Limits(seconds=60), prefix)
+        assert verdict.result == "pass", verdict
+        # As in plain Python, an array of several values has no truth value.
+        verdict = sandbox.run(Job(program, ["assert table() == [0]"], names), Limits(seconds=60), prefix)
+        assert (verdict.result, verdict.why[:10]) == ("failed", "ValueError")
 
     def test_a_test_that_cannot_be_asked_has_no_pass(self):
         verdict = sandbox.run(Job("def f(g): return g()", ["assert f(lambda: 1) == 1"], ["f"]))
@@ -320,6 +464,36 @@ def one():
         assert not os.listxattr(mine)
 
     @needs_filter
+    def test_attributes_and_targets_of_links_cannot_be_read(self, prefix, tmp_path):
+        (tmp_path / "link").symlink_to("/target")
+        os.setxattr(tmp_path, "user.a", b"1")
+        for path in (tmp_path, tmp_path.parent):
+            path.chmod(0o777)
+        program = f"""
+import os
+def one():
+    for action, *arguments in ((os.readlink, {str(tmp_path / "link")!r}), (os.listxattr, {str(tmp_path)!r}),
+                               (os.getxattr, {str(tmp_path)!r}, "user.a")):
+        try: return action(*arguments)
+        except PermissionError: pass
+    return SECRET
+"""
+        assert attack(program, prefix, known=True).result == "pass"
+
+    @needs_namespaces
+    def test_nothing_else_exists(self, tmp_path):
+        program = f"""
+import os
+def one():
+    paths = [{str(tmp_path)!r}, "/proc", "/sys", "/home", "/root/.bashrc", "/etc/passwd", "/usr/bin"]
+    return [path for path in paths if os.path.lexists(path)], os.access("/usr/lib", os.W_OK)
+"""
+        if "root" not in sandbox.layers():
+            pytest.skip("mounts are refused on this machine")
+        job = Job(program, ["import json\nx = one()\nassert False, json.dumps(x)"], ["one"])
+        assert sandbox.run(job).why == "[[], false]"
+
+    @needs_filter
     def test_watching_the_files_of_others(self, prefix, tmp_path):
         program = f"""
 import ctypes
@@ -433,6 +607,105 @@ def one():
             bystander.kill()
             bystander.wait()
         assert not processes()
+
+
+@needs_filter
+class TestSystemCalls:
+    """Each number tried: from within, where the filter answers with an error number that no kernel knows."""
+
+    def check(self, result):
+        assert "system calls" in result["layers"]
+        assert result["verdict"][0] == "wrong" and result["unchanged"]
+        let_through, worked = json.loads(result["verdict"][1])
+        assert not let_through
+        assert set(worked) <= set(result["allowed"]) and worked  # the calls were made
+        assert result["tried"] == result["refused"] + len(result["allowed"]) and result["refused"] > 1900
+        # The 32-bit entry, where the kernel has it: not a process id.
+        assert result["32-bit entry"] in (
+            ["wrong", str(-system_calls.REFUSAL)],
+            ["failed", "the answer's process broke off"],
+        )
+
+    def test_every_number(self, prefix, monkeypatch):
+        monkeypatch.setattr(sandbox, "_REFUSAL", sandbox._REFUSAL)  # which the sweep changes
+        try:
+            self.check(system_calls.sweep(prefix))
+        finally:
+            sandbox.system_call_filter.cache_clear()
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to run as another user")
+    @needs_namespaces
+    def test_every_number_as_an_ordinary_user(self):
+        result = as_ordinary_user("system_calls.py")
+        assert result["user"] == ORDINARY_USER
+        self.check(result)
+
+    def test_the_filter_by_number(self):
+        program = bytes.fromhex(sandbox.system_call_filter())
+        refused = 0x50000 | sandbox._REFUSAL
+        here = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[os.uname().machine]
+        plain = system_calls.numbers(sandbox._ALLOWED)
+        for number in (*range(4096), *range(system_calls.X32, system_calls.X32 + 4096), 2**31 - 1, -1):
+            wanted = 0x7FFF0000 if number in plain else refused
+            if number not in system_calls.allowed():
+                assert system_calls.decide(program, here, number) == refused
+            elif number in plain:
+                assert system_calls.decide(program, here, number) == wanted
+            for other in (0x40000003, 0xC000003E ^ 0x80000000, 0x40000028, 0xC00000F3):  # i386, x32, arm, riscv64
+                assert system_calls.decide(program, other, number) == refused
+        for (name, position), values in sandbox._ALLOWED_VALUES.items():
+            for value in (*range(2048), *values, 0x8901, 0x8902, 0x5452, 0x40086602, 2**32 - 1):
+                for high in (0, 2**32):  # the kernel reads the low half
+                    arguments = [0] * 6
+                    arguments[position] = value | high
+                    decision = system_calls.decide(program, here, sandbox._number(name), arguments)
+                    assert (decision == 0x7FFF0000) == (value in values), (name, value)
+
+    def test_an_incomplete_filter_is_not_announced(self, monkeypatch, caplog):
+        sandbox.system_call_filter.cache_clear()
+        monkeypatch.setattr(sandbox, "_ALLOWED", [*sandbox._ALLOWED, "no_such_call"])
+        assert sandbox.system_call_filter() == ""
+        assert "libseccomp does not know the system call 'no_such_call'" in caplog.text
+        monkeypatch.setitem(sys.modules, "pyseccomp", None)
+        sandbox.system_call_filter.cache_clear()
+        try:
+            assert (
+                sandbox.system_call_filter() == "" and "no filter of system calls: import of pyseccomp" in caplog.text
+            )
+            for prefix in (None, ()):
+                verdict = attack("def one(): return SECRET", prefix, known=True)
+                assert verdict.result == "pass" and "system calls" not in verdict.layers
+        finally:
+            sandbox.system_call_filter.cache_clear()
+
+
+ORDINARY_USER = 64_000
+
+
+def as_ordinary_user(script):
+    """What a script of this folder prints as JSON, run by a user who has no rights and an account nowhere.
+
+    In a mount namespace, where Python, which may be under /root, lies where that user can read it; with a package that
+    holds the evaluation alone.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        package = folder / "xdlm_hf" / "evaluation"
+        shutil.copytree(Path(sandbox.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+        (package.parent / "__init__.py").touch()
+        shutil.copy(importlib.util.find_spec("pyseccomp").origin, folder)
+        shutil.copy(Path(__file__).with_name(script), folder)
+        (folder / "python").mkdir()
+        subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
+        python = f"{folder}/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+        user = f"setpriv --reuid {ORDINARY_USER} --regid {ORDINARY_USER} --clear-groups"
+        command = f"mount --bind {sys.base_prefix} {folder}/python && exec {user} {python} -B {folder}/{script}"
+        environment = {"PYTHONPATH": str(folder), "PATH": os.environ["PATH"]}
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", command], env=environment, cwd="/", capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
 
 
 FAKES = {
