@@ -5,6 +5,7 @@ Run as a script it makes the sweep and writes its result as JSON: so that anothe
 
 import json
 import os
+import shutil
 import struct
 import sys
 import tempfile
@@ -121,6 +122,8 @@ def sweep(prefix=None):
     job = sandbox.Job(program, ["import json", "x = one()\nassert False, json.dumps(x)"], ["one"])
     verdict = sandbox.run(job, sandbox.Limits(seconds=120), prefix)
     entry = sandbox.run(sandbox.Job(ENTRY_32, ["x = one()\nassert False, x"], ["one"]), sandbox.Limits(60), prefix)
+    unchanged = state(folder) == before
+    shutil.rmtree(folder)
     return {
         "user": os.geteuid(),
         "layers": verdict.layers,
@@ -130,7 +133,7 @@ def sweep(prefix=None):
         "allowed": sorted(allowed()),
         "not called": sorted(skipped),
         "32-bit entry": [entry.result, entry.why],
-        "unchanged": state(folder) == before,
+        "unchanged": unchanged,
     }
 
 
