@@ -3,10 +3,9 @@
 What confines it, the strongest that the system allows (`layers()` tells which hold here):
 
 - `unshare` (util-linux): namespaces of its own for network, processes, mounts and IPC; the process namespace dies as a
-  whole. Without root, inside a user namespace.
-- Landlock: only Python's own files can be read, only the private folder written.
-- seccomp (pyseccomp, libseccomp): no sockets, no new processes, no signals, no tracing, no mounts, and no attributes
-  (modes, owners, times) of files, which Landlock does not guard.
+  whole. Without root, inside a user namespace. There, a root folder of its own, in which nothing else exists.
+- Landlock: only Python's own files and NumPy's can be read, only the private folder written.
+- seccomp (pyseccomp, libseccomp): the system calls that a program of one thread needs, and no other.
 - resource limits: processor time, memory, file size, processes, open files; a wall-clock limit ends the whole group.
 - an unprivileged user where the caller is root; an empty environment; a private folder, itself of limited size.
 
@@ -14,8 +13,11 @@ Verdicts cannot be forged by the code: judge.py says how.
 """
 
 import atexit
+import errno
+import fcntl
 import functools
 import importlib.resources
+import importlib.util
 import json
 import logging
 import os
@@ -26,15 +28,19 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from xdlm_hf.evaluation.values import printable
+
 logger = logging.getLogger(__name__)
+_removals: list[subprocess.Popen] = []  # of folders, still under way: kept, so that Python can collect their status
 
 VERDICTS = ("pass", "wrong", "failed", "timeout")
-LAYERS = ("limits", "dies with its parent", "files", "unprivileged", "system calls", "namespaces", "disk")
+LAYERS = ("limits", "dies with its parent", "files", "unprivileged", "system calls", "namespaces", "disk", "root")
 # Without the first, the second does not matter: what each missing layer leaves open, for the warning at the start.
 _OPEN_WITHOUT = {
     "files": "code can read files that the user can read (no Landlock)",
@@ -42,30 +48,41 @@ _OPEN_WITHOUT = {
     "system calls": "code can call any system call (no seccomp: install pyseccomp and libseccomp2)",
     "namespaces": "no network or process namespace (unshare does not work here)",
     "disk": "code can fill the disk of the temporary folder within its time",
+    "root": "names, sizes and times of files elsewhere can be asked for, though no file be read",
 }
-# Refused with EPERM. A name that libseccomp does not know on this processor is left out.
-_REFUSED = """
-socket socketpair connect bind listen accept accept4 sendto sendmsg sendmmsg recvfrom recvmsg
-fork vfork clone clone3 execve execveat setsid setpgid
-kill tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_open pidfd_send_signal pidfd_getfd
-ptrace process_vm_readv process_vm_writev kcmp perf_event_open bpf userfaultfd
-mount umount umount2 move_mount open_tree fsopen fsmount pivot_root chroot unshare setns
-io_uring_setup io_uring_enter io_uring_register memfd_create memfd_secret
-shmget shmat msgget semget mq_open keyctl add_key request_key open_by_handle_at name_to_handle_at
-init_module finit_module delete_module kexec_load reboot swapon swapoff personality setuid setgid
-chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat truncate utime utimes futimesat utimensat
-setxattr lsetxattr fsetxattr setxattrat removexattr lremovexattr fremovexattr removexattrat file_setattr
-inotify_init inotify_init1 inotify_add_watch fanotify_init fanotify_mark
-setpriority ioprio_set sched_setaffinity sched_setattr sched_setparam sched_setscheduler
-process_madvise process_mrelease migrate_pages move_pages
+# Every other system call is refused, those that a later kernel adds included. All are older than the oldest libseccomp
+# in use. Of these, Landlock confines those that open, make, rename and delete files.
+_ALLOWED = """
+read readv pread64 preadv preadv2 write writev pwrite64 pwritev pwritev2 lseek close close_range
+open openat stat lstat fstat newfstatat statx access faccessat faccessat2 getdents getdents64 getcwd chdir fchdir
+mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 ftruncate fsync fdatasync umask
+dup dup2 dup3 pipe pipe2 select pselect6 poll ppoll
+mmap mprotect munmap mremap madvise brk
+rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack pause restart_syscall
+alarm setitimer getitimer
+clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time times getrusage
+futex set_robust_list set_tid_address rseq arch_prctl sched_yield sched_getaffinity getcpu
+getpid getppid gettid getuid geteuid getgid getegid getresuid getresgid getgroups getpgrp getpgid getsid
+getrlimit uname sysinfo getrandom exit exit_group
 """.split()
-# Refused with this value of this argument, of which the kernel reads 32 bits: signals and limits for other processes.
-_REFUSED_VALUES = [
-    *(("fcntl", 1, command) for command in (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX
-    *(("ioctl", 1, command) for command in (0x8901, 0x8902, 0x5452)),  # FIOSETOWN, SIOCSPGRP, FIOASYNC
-    ("prctl", 0, 1),  # PR_SET_PDEATHSIG: the answer ends with its judge
-]
+# Allowed with these values of this argument alone, of which the kernel reads 32 bits.
+_ALLOWED_VALUES = {
+    # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ: no owners, signals, locks or leases.
+    ("fcntl", 1): (0, 1, 2, 3, 4, 1030, 1032),
+    # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX: no flags of files, no owners.
+    ("ioctl", 1): (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451),
+    ("prctl", 0): (15, 16),  # PR_SET_NAME, PR_GET_NAME: not PR_SET_PDEATHSIG, by which the answer ends with its judge
+    ("prlimit64", 0): (0,),  # limits of the caller, of no other process
+}
+_REFUSAL = (
+    errno.EPERM
+)  # not a kill: programs that try something and go on without it, such as NumPy, stay what they are
 _UNPRIVILEGED_USER = 64_900  # and the next one: an id that no account has
+_FOLDER = "xdlm-sandboxes-"  # start of the names of the folders of harnesses
+_MODULES = ("confinement", "judge", "values")  # of this package, which the sandboxed processes import
+_START = "import sys; sys.path.insert(0, {!r}); from xdlm_hf.evaluation.judge import main; main()"
+# The second attempt is for folders that an answer has locked itself out of.
+_REMOVE = ("sh", "-c", 'rm -rf -- "$1" || { chmod -R u+rwx -- "$1"; rm -rf -- "$1"; }', "sh")
 
 
 @dataclass(frozen=True)
@@ -146,38 +163,52 @@ def run(job: Job, limits: Limits | None = None, prefix: Sequence[str] | None = N
 
 
 def _run(job: Job, limits: Limits, prefix: tuple[str, ...]) -> Verdict:
-    folder = tempfile.mkdtemp(prefix="xdlm-sandbox-")
+    deadline = time.monotonic() + limits.seconds
+    base, packages = _base(), _packages()
+    folder = tempfile.mkdtemp(prefix="xdlm-sandbox-", dir=base)
+    verdict = None
     try:
-        library = sysconfig.get_path("stdlib")
-        hidden = not _reachable(library)
-        shown = str(_judge().parent / "library")
         config = {
             "program": job.program,
             "rlimits": limits.as_rlimits(),
             "folder": folder,
             "disk": limits.disk,
-            "readable": [*_readable(), shown],
-            # Python under /root: another user reads it through a mount, or, without mounts, must remain this one.
-            "library": [library, shown] if hidden else [],
-            "uid": _UNPRIVILEGED_USER if os.geteuid() == 0 and (prefix or not hidden) else 0,
+            "readable": _readable(),
+            "packages": str(base / "packages"),
+            "uid": _UNPRIVILEGED_USER if os.geteuid() == 0 else 0,
+            "hidden": not all(map(_reachable, [sysconfig.get_path("stdlib"), *packages])),
             "namespaces": bool(prefix),
             "filter": system_call_filter(),
         }
         os.chmod(folder, 0o1777)
         tests = {"preamble": job.preamble, "names": list(job.names), "tests": list(job.tests)}
-        return _supervise([*prefix, sys.executable, "-I", "-S", str(_judge())], folder, [config, tests], limits.seconds)
+        command = [*prefix, sys.executable, "-I", "-S", "-c", _START.format(str(base / "code"))]
+        verdict = _supervise(command, folder, [config, tests], limits.seconds)
     finally:
-        _remove(folder)
+        removed = _remove(folder, deadline - time.monotonic())
+    if verdict.result != "timeout" and not removed:
+        return Verdict("timeout", f"its files were not removed within {limits.seconds:g} s", verdict.layers)
+    return verdict
 
 
-def _remove(folder: str) -> None:
-    """Deletes the folder whatever an answer left in it, such as folders in folders, thousands deep."""
+def _remove(folder: str, seconds: float) -> bool:
+    """Deletes the folder whatever an answer left in it; False if that goes on after so many seconds, in the background.
+
+    With namespaces the answer's files are in memory and gone already.
+    """
     try:
-        shutil.rmtree(folder)
-    except (OSError, RecursionError):
-        subprocess.run(["rm", "-rf", "--", folder], capture_output=True, check=False)
-        if os.path.exists(folder):
-            logger.warning("sandbox: the folder %s could not be removed", folder)
+        os.rmdir(folder)
+        return True
+    except OSError:
+        removal = subprocess.Popen([*_REMOVE, folder], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        removal.wait(max(seconds, 0))
+    except subprocess.TimeoutExpired:
+        _removals.append(removal)
+        return False
+    if os.path.exists(folder):
+        logger.warning("sandbox: the folder %s could not be removed", folder)
+    return True
 
 
 def _supervise(command: list[str], folder: str, messages: list[dict], seconds: float) -> Verdict:
@@ -202,14 +233,9 @@ def _supervise(command: list[str], folder: str, messages: list[dict], seconds: f
         return Verdict("timeout", f"not done after {seconds:g} s")
     try:
         answer = json.loads(output[8:])
-        return Verdict(answer["verdict"], _printable(answer["why"]), tuple(answer["layers"]))
+        return Verdict(answer["verdict"], printable(answer["why"]), tuple(answer["layers"]))
     except (ValueError, KeyError, TypeError):
         return Verdict("failed", "the sandbox ended without a verdict")
-
-
-def _printable(text: str) -> str:
-    """Text of an answer's error that no terminal obeys and every file takes: half surrogates and controls escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _end_group(process: subprocess.Popen) -> None:
@@ -228,45 +254,117 @@ def _reachable(path: str) -> bool:
 
 
 @functools.cache
-def _judge() -> Path:
-    """judge.py where the unprivileged user can read it, which a checkout under /root is not."""
-    source = importlib.resources.files("xdlm_hf.evaluation").joinpath("judge.py").read_text(encoding="utf-8")
-    folder = Path(tempfile.mkdtemp(prefix="xdlm-judge-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    folder.chmod(0o755)
-    path = folder / "judge.py"
-    path.write_text(source, encoding="utf-8")
-    path.chmod(0o644)
-    (folder / "library").mkdir(mode=0o755)
-    return path
+def _base() -> Path:
+    """The folder of this process, which holds those of its answers and what the sandboxed processes read of us.
+
+    It is locked as long as this process lives, and its folders' content is copied to where the unprivileged user can
+    read it, which a checkout under /root is not.
+    """
+    _remove_left()
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():  # another process may have found it before it was locked
+            break
+        os.close(lock)
+    atexit.register(_remove_own, folder, os.getpid())
+    package = folder / "code" / "xdlm_hf" / "evaluation"
+    package.mkdir(parents=True)
+    for name in _MODULES:
+        source = importlib.resources.files("xdlm_hf.evaluation").joinpath(f"{name}.py").read_text(encoding="utf-8")
+        (package / f"{name}.py").write_text(source, encoding="utf-8")
+    (folder / "packages").mkdir()
+    for path in _packages():
+        (folder / "packages" / Path(path).name).symlink_to(path)
+    subprocess.run(["chmod", "-R", "a+rX,go-w", folder], check=True)
+    return folder
 
 
-def _readable() -> set[str]:
-    """Folders of Python's standard library and of shared libraries."""
+def _remove_own(folder: Path, pid: int) -> None:
+    if os.getpid() == pid:  # and not a process forked off from it
+        subprocess.run([*_REMOVE, folder], capture_output=True, check=False)
+
+
+def _remove_left() -> None:
+    """Deletes the folders of processes of this user that were killed: nobody holds their lock."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            if os.fstat(lock).st_uid == os.geteuid():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                subprocess.run([*_REMOVE, path], capture_output=True, check=False)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(lock)
+
+
+@functools.cache
+def _packages() -> list[str]:
+    """Folders of NumPy, the only installed package that answers can import, and of its libraries."""
+    spec = importlib.util.find_spec("numpy")
+    if spec is None or spec.origin is None:
+        return []
+    folder = Path(spec.origin).resolve().parent
+    return [str(path) for path in (folder, folder.with_name("numpy.libs")) if path.is_dir()]
+
+
+@functools.cache
+def _readable() -> list[str]:
+    """What the sandboxed processes can read: Python's standard library, shared libraries, time zones, NumPy."""
     paths = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sysconfig.get_config_var("LIBDIR")}
-    return {str(path) for path in paths if path} | {"/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"}
+    paths = {str(path) for path in paths if path} | {"/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"}
+    paths |= {"/usr/share/zoneinfo", str(_base() / "packages"), *_packages()}
+    return sorted(path for path in paths if not any(str(parent) in paths for parent in Path(path).parents))
 
 
 @functools.cache
 def system_call_filter() -> str:
-    """The seccomp program in hex, or "" where libseccomp is not there."""
+    """The seccomp program in hex, or "" where it cannot be made, with a warning that says why.
+
+    It allows by number, after a look at the architecture: calls by the 32-bit entry or the x32 numbers are refused too.
+    """
     try:
         import pyseccomp
-    except (ImportError, RuntimeError):  # the latter: no libseccomp
+    except (ImportError, RuntimeError) as error:  # the latter: no libseccomp
+        logger.warning("sandbox: no filter of system calls: %s", error)
         return ""
-    rules = pyseccomp.SyscallFilter(defaction=pyseccomp.ALLOW)
-    refused = [(name, ()) for name in _REFUSED]
-    refused += [(n, (pyseccomp.Arg(i, pyseccomp.MASKED_EQ, 2**32 - 1, value),)) for n, i, value in _REFUSED_VALUES]
-    refused += [("prlimit64", (pyseccomp.Arg(0, pyseccomp.NE, 0),))]  # of any process but the caller's own
-    for name, arguments in refused:
-        try:
-            rules.add_rule(pyseccomp.ERRNO(1), name, *arguments)
-        except (OSError, ValueError):
-            logger.debug("seccomp: no system call %s on this processor", name)
-    with tempfile.TemporaryFile() as file:
-        rules.export_bpf(file)
-        file.seek(0)
-        return file.read().hex()
+    refuse = pyseccomp.ERRNO(_REFUSAL)
+    try:
+        rules = pyseccomp.SyscallFilter(defaction=refuse)
+        rules.set_attr(pyseccomp.Attr.ACT_BADARCH, refuse)
+        for name in _ALLOWED:
+            if (number := _number(name)) is not None:
+                rules.add_rule_exactly(pyseccomp.ALLOW, number)
+        for (name, position), values in _ALLOWED_VALUES.items():
+            for value in values:
+                argument = pyseccomp.Arg(position, pyseccomp.MASKED_EQ, 2**32 - 1, value)
+                rules.add_rule_exactly(pyseccomp.ALLOW, _number(name), argument)
+        with tempfile.TemporaryFile() as file:
+            rules.export_bpf(file)
+            file.seek(0)
+            return file.read().hex()
+    except (OSError, ValueError) as error:
+        logger.warning("sandbox: no filter of system calls: %s", error)
+        return ""
+
+
+def _number(name: str) -> int | None:
+    """The number of a system call on this processor; None if it has no such call.
+
+    Raises:
+        ValueError: If libseccomp does not know the name at all.
+    """
+    import pyseccomp
+
+    number = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name)
+    if number == -1:
+        raise ValueError(f"libseccomp does not know the system call {name!r}")
+    return number if number >= 0 else None  # negative: another processor's
 
 
 @functools.cache
