@@ -13,7 +13,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from training import ENDS_CLEANLY, disk_that_takes, flags, launch, logged, tiny_model
+from training import ADAM_EPSILON, ENDS_CLEANLY, disk_that_takes, flags, launch, logged, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from xdlm_hf import LLaDAConfig
@@ -52,6 +52,7 @@ def options(base, output_dir, **changes):
         "global_batch_size": 8,
         "per_device_train_batch_size": 4,
         "learning_rate": 3e-3,
+        "adam_epsilon": ADAM_EPSILON,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
         "save_strategy": "no",
@@ -475,7 +476,7 @@ def test_bfloat16_weights_without_deepspeed_are_warned_about(base, tmp_path, cap
 
 def accelerate(*arguments):
     port = ("--main_process_port", "0")  # any free one
-    status, output = launch("-m", "accelerate.commands.launch", *port, *arguments, timeout=600, HF_HUB_OFFLINE="1")
+    status, output = launch("-m", "accelerate.commands.launch", *port, *arguments, HF_HUB_OFFLINE="1")
     assert status == 0, output[-3000:]
 
 
