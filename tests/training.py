@@ -66,9 +66,9 @@ def rows(number, seed=0):
     ]
 
 
-# Adam divides a gradient by its own size: where that is no more than rounding, its default epsilon of 1e-8 makes a whole
-# step of it, and weights differ by up to 5e-5 from one processor to the next. Under this one a rounding error of d moves
-# a weight by at most learning_rate * d / epsilon a step, 3d here, and weights stay within 2e-7.
+# Adam divides a gradient by its own size: where that is no more than rounding, the default epsilon of 1e-8 makes a
+# whole step of it, and weights differ by up to 2e-5 between processors. With this one a rounding error d of a gradient
+# moves a weight by at most learning_rate * d / epsilon = 3 d a step, and weights stay within 2e-7.
 ADAM_EPSILON = 1e-3
 
 
