@@ -156,7 +156,7 @@ class Terminal:
 
     Args:
         held: For some forward passes, by number, how many signals must have come before they go on. The program writes
-            `<signal 1>` and so on as they pass, since two that come at once are one to it.
+            `<held>` when it waits, and `<signal 1>` and so on as they come, since two at once are one to it.
     """
 
     def __init__(self, checkpoint, *arguments, held):
@@ -176,6 +176,8 @@ class Terminal:
         def wait_for_signals(*_):
             nonlocal passes, came
             passes += 1
+            if passes in held:
+                os.write(1, b"<held>")
             while came < held.get(passes, 0):
                 os.read(signals, 1)
                 came += 1
@@ -261,6 +263,7 @@ def test_in_a_terminal(terminal, tmp_path):
     session.read_until("\n> ")
     session.send("Who jumps?\n")
     session.read_until("step 5/64")
+    session.read_until("<held>")
     session.send("\x03")  # stops the answer
     drawn = session.read_until("neither question nor answer is kept.")
     assert "▁" in drawn and "\x1b[1;32m" in drawn and cursor_is_back(session.shown)
@@ -284,7 +287,7 @@ def test_in_a_terminal(terminal, tmp_path):
     session.send("\x03")  # gives up the line
     session.read_until("\n> ")
     session.send("Who jumps?\n")
-    session.read_until("step 1/4")
+    session.read_until("<held>")
     session.send("\x03")
     session.read_until("<signal 3>")
     session.send("\x03")  # leaves at once, in the middle of the step

@@ -333,8 +333,12 @@ def test_logits_processors_see_current_ids_and_change_the_result(model, prompt):
     assert (sequences[:, 9:] == 77).all()
     assert shapes == [((16, 17), (16, 512))] * 2
     stock = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1e6)])
-    plain = model.generate(steps=8, max_new_tokens=8)
-    assert len(plain.unique()) < 8 == len(model.generate(steps=8, max_new_tokens=8, logits_processor=stock).unique())
+    plain, penalized = (
+        model.generate(**prompt, steps=24, max_new_tokens=24, logits_processor=processor)[0].tolist()
+        for processor in (None, stock)
+    )
+    repeated = [[token for token in row[9:] if row.count(token) > 1] for row in (plain, penalized)]
+    assert len(repeated[0]) > 12 and not repeated[1]
 
 
 @pytest.mark.parametrize("sampler", ["confidence", "ancestral"])
