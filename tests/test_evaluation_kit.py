@@ -319,7 +319,7 @@ def cached_answers(folder):
         return 0
 
 
-# Its own process group, in pass 160: the answers take 64 passes each.
+# Its own process group, in pass 40: the answers take 16 passes each.
 KILLED_IN_THE_THIRD_ANSWER = """
 import os, signal, sys
 from eval import table16
@@ -329,7 +329,7 @@ forward, passes = LLaDAForDiffusionLM.forward, []
 
 def killed(self, *args, **kwargs):
     passes.append(1)
-    if len(passes) == 160:
+    if len(passes) == 40:
         os.killpg(0, signal.SIGKILL)
     return forward(self, *args, **kwargs)
 
@@ -382,9 +382,9 @@ class TestTable16:
 
     def test_kill_of_the_whole_group_and_go_on(self, checkpoint, data, tmp_path):
         """Killed in the middle of the third answer."""
-        slow = ["--batch_size", "1", "--steps", "64", "--max_new_tokens", "64"]
-        arguments = self.arguments(checkpoint, data, tmp_path / "killed", *slow)
-        folder = tmp_path / "killed" / "llada-xdlm-64"
+        one_by_one = ["--batch_size", "1", "--steps", "16", "--max_new_tokens", "16"]
+        arguments = self.arguments(checkpoint, data, tmp_path / "killed", *one_by_one)
+        folder = tmp_path / "killed" / "llada-xdlm-16"
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", KILLED_IN_THE_THIRD_ANSWER, *arguments]
         run = subprocess.run(command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
@@ -393,13 +393,13 @@ class TestTable16:
         assert done == before == 2 and not (folder / "manifest.json").exists()
         table16.main(arguments)
         assert item_lines(folder) - before == len(ROWS) - done  # only what was missing is generated
-        table16.main(self.arguments(checkpoint, data, tmp_path / "whole", *slow))
+        table16.main(self.arguments(checkpoint, data, tmp_path / "whole", *one_by_one))
         assert self.without_times(folder) == self.without_times(tmp_path / "whole" / folder.name)
 
     def without_times(self, folder):
         """The manifest without times, and without its folder's name."""
         manifest = json.loads((folder / "manifest.json").read_text())
-        assert manifest.pop("seconds") > 0 and manifest["forward_passes"] == len(ROWS) * 64
+        assert manifest.pop("seconds") > 0 and manifest["forward_passes"] == len(ROWS) * 16
         run = manifest["runs"]["xdlm_gsm8k"]
         assert run["command"].pop("output_dir") and run["model"].pop("use_cache")
         assert all(item.pop("seconds") > 0 for item in manifest["items"]["xdlm_gsm8k"])
