@@ -453,6 +453,11 @@ def test_base_models_have_no_chat(model, tokenizer, monkeypatch):
 # Batches and disconnects
 
 
+def slow(model, seconds=0.01):
+    """Makes every forward pass take a while, as a large model's does."""
+    return model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+
+
 @contextlib.contextmanager
 def held(model, condition):
     """Within, no forward pass begins before `condition` holds, as if the one before it took that long."""
