@@ -11,6 +11,7 @@ import sys
 import termios
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,29 +166,50 @@ def test_command_line_refusals(checkpoint, arguments, message):
 # The program in a terminal
 
 
-class Terminal:
-    """`xdlm-chat` in a pseudo-terminal; every forward pass takes a while, so that there is something to stop.
+PATIENCE = 120  # seconds before something is taken for lost; no verdict depends on what happens sooner
 
-    A fork of this process, which saves the seconds that importing takes.
+
+class Terminal:
+    """`xdlm-chat` in a pseudo-terminal: a fork of this process, which saves the seconds that importing takes.
+
+    Args:
+        held: For some forward passes, by number, how many signals must have come before they go on. The program writes
+            `<held>` when it waits, and `<signal 1>` and so on as they come, since two at once are one to it.
     """
 
-    def __init__(self, checkpoint, *arguments, seconds=0.05):
+    def __init__(self, checkpoint, *arguments, held):
         self.pid, self.master = pty.fork()
         if self.pid == 0:
-            self._run(["--model", str(checkpoint), "--device", "cpu", *arguments], seconds)
+            self._run(["--model", str(checkpoint), "--device", "cpu", *arguments], held)
         self.before = termios.tcgetattr(self.master)
         self.status = None
         self.shown, self.position = "", 0
 
-    def _run(self, arguments, seconds):
+    def _run(self, arguments, held):
         """The child's whole life."""
         status = 1
+        signals, writing = os.pipe()
+        passes = came = 0
+
+        def wait_for_signals(*_):
+            nonlocal passes, came
+            passes += 1
+            if passes in held:
+                os.write(1, b"<held>")
+            while came < held.get(passes, 0):
+                os.read(signals, 1)
+                came += 1
+                os.write(1, f"<signal {came}>".encode())
+
         try:
             sys.stdin, sys.stdout = open(0), open(1, "w", buffering=1)  # not those that pytest captures
             sys.stderr = sys.stdout
             os.environ |= {"TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
-            forward = LLaDAForDiffusionLM.forward
-            LLaDAForDiffusionLM.forward = lambda *args, **kwargs: (time.sleep(seconds), forward(*args, **kwargs))[1]
+            os.set_blocking(writing, False)
+            signal.set_wakeup_fd(writing)
+            torch.nn.modules.module.register_module_forward_pre_hook(
+                lambda module, args: wait_for_signals() if isinstance(module, LLaDAForDiffusionLM) else None
+            )
             main(arguments)
         except SystemExit as end:
             status = end.code
@@ -197,9 +219,9 @@ class Terminal:
             sys.stdout.flush()
             os._exit(status)
 
-    def read_until(self, text, seconds=60):
+    def read_until(self, text):
         """What is shown up to `text`, from behind what the last call found."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + PATIENCE
         while (found := self.shown.find(text, self.position)) < 0:
             assert time.monotonic() < end, f"{text!r} never came; last shown: {self.shown[-300:]!r}"
             if select.select([self.master], [], [], 0.1)[0]:
@@ -207,12 +229,19 @@ class Terminal:
         start, self.position = self.position, found + len(text)
         return self.shown[start : self.position]
 
+    def wait_for_rest(self):
+        """Until the program waits for something, such as the next letter of a line."""
+        end = time.monotonic() + PATIENCE
+        while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < end, "never at rest"
+            time.sleep(0.01)
+
     def send(self, text):
         os.write(self.master, text.encode())
 
     def wait(self):
         """Exit status; the rest of the output is read, so that the program can write it."""
-        end = time.monotonic() + 30
+        end = time.monotonic() + PATIENCE
         while (ended := os.waitpid(self.pid, os.WNOHANG))[0] == 0:
             assert time.monotonic() < end, f"still running: {self.shown[-500:]!r}"
             with contextlib.suppress(OSError):  # the other end is closed
@@ -247,14 +276,16 @@ def cursor_is_back(shown):
 
 
 def test_in_a_terminal(terminal, tmp_path):
-    session = terminal("--max_new_tokens", "64", "--steps", "64", "--mixing_ratio", "0.1")
+    # Six passes of the first answer, four of the second, and the third is left at its second.
+    session = terminal("--max_new_tokens", "64", "--steps", "64", "--mixing_ratio", "0.1", held={6: 1, 12: 4})
     session.read_until("\n> ")
     session.send("Who jumps?\n")
     session.read_until("step 5/64")
+    session.read_until("<held>")
     session.send("\x03")  # stops the answer
     drawn = session.read_until("neither question nor answer is kept.")
     assert "▁" in drawn and "\x1b[1;32m" in drawn and cursor_is_back(session.shown)
-    assert int(re.findall(r"Stopped after (\d+) of 64", drawn)[0]) < 64
+    assert "Stopped after 6 of 64" in drawn
     session.read_until("\n> ")
     session.send("/steps 4\n")
     session.read_until("steps = 4")
@@ -270,14 +301,14 @@ def test_in_a_terminal(terminal, tmp_path):
     session.read_until("\n> ")
     session.send("half a line")
     session.read_until("half a line")
-    time.sleep(0.5)  # readline notices a signal only while it waits for the next letter
+    session.wait_for_rest()  # readline notices a signal only while it waits for the next letter
     session.send("\x03")  # gives up the line
     session.read_until("\n> ")
     session.send("Who jumps?\n")
-    session.read_until("step 1/4")
+    session.read_until("<held>")
     session.send("\x03")
-    time.sleep(0.02)
-    session.send("\x03")  # leaves at once; where the first one has stopped the answer by now, from the prompt
+    session.read_until("<signal 3>")
+    session.send("\x03")  # leaves at once, in the middle of the step
     assert session.wait() == INTERRUPTED
     assert cursor_is_back(session.shown) and "Traceback" not in session.shown
     assert termios.tcgetattr(session.master) == session.before

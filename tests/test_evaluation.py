@@ -286,7 +286,7 @@ class TestThroughTheHarness:
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
         assert finished.returncode == 0, finished.stderr[-2000:]
         assert "exact_match" in finished.stdout and "Generating" in finished.stderr

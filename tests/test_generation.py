@@ -74,12 +74,13 @@ def small_model(**kwargs):
 # The released sampler
 
 
-@pytest.mark.parametrize("index", range(len(RECORDED)))
+# Without a prompt all positions of the first step are equal to the network: rounding alone, another on every processor,
+# chooses which are filled. So what was recorded without one can be repeated only where it was recorded.
+@pytest.mark.parametrize("index", [i for i, case in enumerate(RECORDED) if case["prompt"] == "batch"])
 def test_reference_compat_gives_the_recorded_tokens(model, expected, prompt, index):
     case = RECORDED[index]
-    inputs = prompt if case["prompt"] == "batch" else {"input_ids": torch.empty(2, 0, dtype=torch.long)}
     sequences = model.generate(
-        **inputs,
+        **prompt,
         steps=case["steps"],
         max_new_tokens=case["gen_length"],
         block_length=case["block_length"],
@@ -88,7 +89,7 @@ def test_reference_compat_gives_the_recorded_tokens(model, expected, prompt, ind
         reference_compat=True,
     )
     assert sequences.equal(expected[f"gen_{index}"])
-    changed = not sequences[:, : inputs["input_ids"].shape[1]].equal(inputs["input_ids"])
+    changed = not sequences[:, : prompt["input_ids"].shape[1]].equal(prompt["input_ids"])
     assert changed == case["prompt_changed"]
 
 
@@ -98,6 +99,20 @@ def test_at_k_0_the_default_sampler_is_llada(model, expected, prompt, index):
     options = {"steps": case["steps"], "max_new_tokens": case["gen_length"], "block_length": case["block_length"]}
     sequences = model.generate(**prompt, **options, cfg_scale=case.get("cfg_scale", 0.0))
     assert sequences.equal(expected[f"gen_{index}"])
+
+
+@pytest.mark.parametrize("index", [i for i, case in enumerate(RECORDED) if case["prompt"] == "none"])
+def test_without_a_prompt_the_first_step_of_what_was_recorded_is_a_tie(model, expected, index):
+    """One token, and confidences 4e-6 apart, which is float32 rounding of the logits; generating needs no prompt."""
+    case = RECORDED[index]
+    logits = model(torch.full((1, case["gen_length"]), MASK)).logits.detach()
+    confidences, tokens = logits.index_fill(-1, torch.tensor([MASK]), -torch.inf).softmax(-1).max(-1)
+    assert len(tokens.unique()) == 1
+    torch.testing.assert_close(confidences, confidences.mean().expand_as(confidences), rtol=1e-4, atol=0)
+    options = {"steps": case["steps"], "max_new_tokens": case["gen_length"], "block_length": case["block_length"]}
+    options |= {"mixing_ratio": case["k1"], "reference_compat": True}
+    sequences = model.generate(input_ids=torch.empty(2, 0, dtype=torch.long), **options)
+    assert sequences.shape == expected[f"gen_{index}"].shape and (sequences != MASK).all()
 
 
 def test_the_default_sampler_leaves_the_prompt_that_the_released_one_edits(model, prompt):
@@ -152,12 +167,14 @@ def test_the_unseen_padding_id_does_not_matter(model, prompt):
 
 def test_unconditional_generation_three_ways(model):
     by_default = model.generate(steps=4, max_new_tokens=16)
+    two_by_default = model.generate(steps=4, max_new_tokens=16, num_return_sequences=2)
     by_empty = model.generate(input_ids=torch.empty(2, 0, dtype=torch.long), steps=4, max_new_tokens=16)
     by_empty_text = model.generate(
         input_ids=torch.empty(1, 0), attention_mask=torch.empty(1, 0), steps=4, max_new_tokens=16
     )
     assert by_default.shape == (1, 16) and by_empty.shape == (2, 16)
-    assert by_default.equal(by_empty[:1]) and by_default.equal(by_empty_text)
+    # Equal shapes, since rounding, which breaks the tie of the first step, may depend on the number of rows.
+    assert two_by_default.equal(by_empty) and by_default.equal(by_empty_text)
 
 
 def test_model_generate_with_nothing_but_steps(model):
@@ -317,8 +334,12 @@ def test_logits_processors_see_current_ids_and_change_the_result(model, prompt):
     assert (sequences[:, 9:] == 77).all()
     assert shapes == [((16, 17), (16, 512))] * 2
     stock = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1e6)])
-    plain = model.generate(steps=8, max_new_tokens=8)
-    assert len(plain.unique()) < 8 == len(model.generate(steps=8, max_new_tokens=8, logits_processor=stock).unique())
+    plain, penalized = (
+        model.generate(**prompt, steps=24, max_new_tokens=24, logits_processor=processor)[0].tolist()
+        for processor in (None, stock)
+    )
+    repeated = [[token for token in row[9:] if row.count(token) > 1] for row in (plain, penalized)]
+    assert len(repeated[0]) > 12 and not repeated[1]
 
 
 @pytest.mark.parametrize("sampler", ["confidence", "ancestral"])

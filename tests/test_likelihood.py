@@ -71,7 +71,8 @@ class TestBound:
         (value,) = estimate(model, [pair], mc_samples=4096, batch_size=512)
         # Five standard errors: one false alarm in 1.7 million; the error must be small for that to mean anything.
         assert value.standard_error < 0.02 * abs(value)
-        assert abs(value - exact(model, *pair)) < 5 * value.standard_error + 1e-6
+        # One token at k = 0 has no spread, and float32 logits, sums of up to 48 products, are off by up to 1e-6.
+        assert abs(value - exact(model, *pair)) < 5 * value.standard_error + 1e-5
 
     def test_agrees_with_enumeration_under_the_cosine_schedule(self):
         model = make_model(0.1, "cosine")

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 SCRIPT = """
-import atexit, sys, threading, time
+import atexit, sys, threading
 import torch
 from xdlm_hf.processes import end_script
 
@@ -15,7 +15,8 @@ if "{group}":
     # DDP keeps the group alive in C++, so that its threads outlive its end.
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
 atexit.register(print, "registered", end=" ")
-threading.Thread(target=lambda: (time.sleep(0.3), print("thread", end=" "))).start()
+# Prints when the script is over; it is never printed if nothing waits for this thread then.
+threading.Thread(target=lambda: (threading.main_thread().join(), print("thread", end=" "))).start()
 class Shutdown:
     def __del__(self):
         print("taken apart", end=" ")
@@ -31,6 +32,6 @@ print("returned", end=" ")
 )
 def test_a_script_with_a_process_group_ends_as_python_does_but_is_not_taken_apart(group, said):
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT.replace("{group}", group)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", SCRIPT.replace("{group}", group)], capture_output=True, text=True, timeout=600
     )
     assert (run.returncode, run.stdout.split()) == (0, said.split()), run.stderr[-3000:]

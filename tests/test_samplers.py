@@ -27,8 +27,10 @@ def advance(sampler, canvas, i, logits=None):
     if logits is None:
         logits = torch.randn(len(canvas.ids), sampler.length, N) * 3
     whole = torch.nn.functional.pad(logits, (0, 0, sampler.start, 0))
-    mask = request.positions.dtype == torch.bool
-    return sampler.step(canvas, whole[request.positions].split(2) if mask else whole[:, request.positions], request)
+    if request.positions.dtype != torch.bool:
+        return sampler.step(canvas, whole[:, request.positions], request)
+    asked = whole[request.positions]
+    return sampler.step(canvas, asked.split(2 + len(asked) // 3), request)  # in chunks, as the network hands them over
 
 
 def logits_for(tokens, confidences):

@@ -1,7 +1,9 @@
 """xdlm-serve over a real socket, with OpenAI's client: answers, refusals, batches, disconnects, load with faults."""
 
 import asyncio
+import contextlib
 import copy
+import itertools
 import json
 import os
 import random
@@ -35,6 +37,7 @@ from xdlm_hf.serving_prompts import PromptReader, TokenFloor  # noqa: E402
 from xdlm_hf.serving_requests import Defaults, Limits, parse  # noqa: E402
 
 NAME = "tiny"
+PATIENCE = 120  # seconds before a test takes something for lost; no verdict depends on what happens sooner
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +82,18 @@ class Server:
 
     def stop(self):
         self.server.should_exit = True
-        self.thread.join(20)
+        self.thread.join(PATIENCE)
         assert not self.thread.is_alive() and not self.engine.alive
 
     def client(self, **options):
-        options = {"api_key": "none", "max_retries": 0, "timeout": 30} | options
+        options = {"api_key": "none", "max_retries": 0, "timeout": PATIENCE} | options
         return openai.OpenAI(base_url=self.url + "/v1", **options)
 
     def tasks(self):
         async def count():
             return len(asyncio.all_tasks())
 
-        return asyncio.run_coroutine_threadsafe(count(), self.loop).result(5)
+        return asyncio.run_coroutine_threadsafe(count(), self.loop).result(PATIENCE)
 
     def metric(self, name):
         return self.engine.metrics.registry.get_sample_value(name)
@@ -100,7 +103,7 @@ class Server:
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         lines = [f"POST {path} HTTP/1.1", "Host: x", "Connection: close", f"Content-Length: {len(body)}"]
         lines += list(headers) or ["Content-Type: application/json"]
-        with socket.create_connection(self.address, timeout=20) as connection:
+        with socket.create_connection(self.address, timeout=PATIENCE) as connection:
             try:
                 connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
             except (BrokenPipeError, ConnectionResetError):
@@ -112,8 +115,8 @@ class Server:
         return int(head.split()[1]), json.loads(content)
 
 
-def wait_until(condition, seconds=20):
-    end = time.monotonic() + seconds
+def wait_until(condition):
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
@@ -473,7 +476,7 @@ def test_api_key_queue_limit_and_failures(model, tokenizer, monkeypatch):
         gate, original = threading.Event(), model.generate
 
         def blocked(**options):
-            assert gate.wait(20)
+            assert gate.wait(PATIENCE)
             return original(**options)
 
         monkeypatch.setattr(model, "generate", blocked, raising=False)
@@ -488,7 +491,7 @@ def test_api_key_queue_limit_and_failures(model, tokenizer, monkeypatch):
             client.completions.create(**options)
         gate.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(PATIENCE)
         assert len(answers) == 2
 
         monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
@@ -521,10 +524,19 @@ def slow(model, seconds=0.01):
     return model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
 
 
+@contextlib.contextmanager
+def held(model, condition):
+    """Within, no forward pass begins before `condition` holds, as if the one before it took that long."""
+    handle = model.register_forward_pre_hook(lambda *_: wait_until(condition))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @pytest.mark.parametrize("seeds", [(None,) * 4, (1, 2, 3, 3)], ids=["without", "with"])
 def test_requests_with_equal_settings_share_a_batch(server, client, model, tokenizer, seeds):
     """Those with seeds too: at temperature 0 nothing is drawn."""
-    handle = slow(model)
     prompts = ["The", "The quick brown fox", "A lazy dog jumps over", "naïve"]
     texts = [reference(model, tokenizer, prompt)[1] for prompt in prompts]
     rows, batches = server.metric("xdlm_batch_rows_sum"), server.metric("xdlm_batch_rows_count")
@@ -534,7 +546,8 @@ def test_requests_with_equal_settings_share_a_batch(server, client, model, token
         options = {"model": NAME, "prompt": prompt, "max_tokens": length, "temperature": 0}
         answers[name] = client.completions.create(**options, seed=seed).choices[0].text
 
-    try:
+    gathered = threading.Event()
+    with held(model, gathered.is_set):
         threads = [threading.Thread(target=ask, args=("first", "The", 24))]  # holds the engine while others gather
         threads[0].start()
         wait_until(lambda: server.metric("xdlm_running_rows") == 1)
@@ -543,10 +556,10 @@ def test_requests_with_equal_settings_share_a_batch(server, client, model, token
         threads += [threading.Thread(target=ask, args=("other", "The", 32))]
         for thread in threads[1:]:
             thread.start()
+        wait_until(lambda: server.engine.queue_length == 5)
+        gathered.set()
         for thread in threads:
-            thread.join(30)
-    finally:
-        handle.remove()
+            thread.join(PATIENCE)
     assert [answers[prompt] for prompt in prompts] == texts  # left padding changes nothing
     assert server.metric("xdlm_batch_rows_sum") - rows == 6
     assert server.metric("xdlm_batch_rows_count") - batches == 3
@@ -598,11 +611,10 @@ def test_what_fits_a_request_depends_on_what_the_checkpoint_stores(model, tokeni
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_the_engine(server, client, model, stream):
-    handle = slow(model, 0.05)
     cancelled, steps = server.metric("xdlm_cancelled_total"), server.metric("xdlm_steps_total")
     body = json.dumps({"model": NAME, "prompt": "The", "max_tokens": 128, "stream": stream}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    try:
+    with held(model, lambda: server.metric("xdlm_cancelled_total") - cancelled == 2):
         gone, waiting = (socket.create_connection(server.address) for _ in range(2))
         gone.sendall(head.encode() + b"\r\n\r\n" + body)
         wait_until(lambda: server.metric("xdlm_running_rows") == 1)
@@ -612,17 +624,14 @@ def test_a_client_that_leaves_frees_the_engine(server, client, model, stream):
         wait_until(lambda: server.engine.queue_length == 0)  # leaves the queue at once
         gone.close()
         wait_until(lambda: server.metric("xdlm_running_rows") == 0)
-    finally:
-        handle.remove()
     assert server.metric("xdlm_cancelled_total") - cancelled == 2
-    assert server.metric("xdlm_steps_total") - steps < 128
+    assert server.metric("xdlm_steps_total") - steps == 1  # the one that was under way
     assert client.completions.create(model=NAME, prompt="The", max_tokens=8).choices
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_left_before_the_answer_began(server, model, stream):
     """Gone as soon as the body is read: the generator of a stream may then never start."""
-    handle = slow(model, 0.05)
     cancelled, steps = server.metric("xdlm_cancelled_total"), server.metric("xdlm_steps_total")
     body = json.dumps({"model": NAME, "prompt": "The", "max_tokens": 128, "stream": stream}).encode()
     messages = [{"type": "http.request", "body": body, "more_body": False}]
@@ -636,19 +645,16 @@ def test_a_client_that_left_before_the_answer_began(server, model, stream):
     scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1"}
     scope |= {"method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b""}
     scope |= {"headers": [(b"content-type", b"application/json")], "scheme": "http", "server": ("x", 80)}
-    try:
+    with held(model, lambda: server.metric("xdlm_cancelled_total") - cancelled == 1):
         asyncio.run(server.server.config.app(scope, receive, send))
         assert server.metric("xdlm_cancelled_total") - cancelled == 1
         wait_until(lambda: not server.engine.queue_length and server.metric("xdlm_running_rows") == 0)
-    finally:
-        handle.remove()
-    assert server.metric("xdlm_steps_total") - steps < 128
+    assert server.metric("xdlm_steps_total") - steps <= 1  # none, or the one that was under way
 
 
 def test_shutdown_ends_what_runs_and_what_waits(model, tokenizer):
     """When the time for what is in progress is over."""
     server = Server(model, tokenizer, ServerSettings(NAME, drain_timeout=0), max_batch_rows=1)
-    handle = slow(model, 0.05)
     errors = []
 
     def ask():
@@ -658,28 +664,30 @@ def test_shutdown_ends_what_runs_and_what_waits(model, tokenizer):
             errors.append(error.message)
 
     threads = [threading.Thread(target=ask) for _ in range(2)]
-    try:
+    with held(model, lambda: not server.engine.alive):
         for thread in threads:
             thread.start()
-        wait_until(lambda: server.engine.queue_length == 1)
+        wait_until(lambda: server.engine.queue_length == 1 and server.metric("xdlm_running_rows") == 1)
         server.stop()
         for thread in threads:
-            thread.join(10)
-        assert len(errors) == 2 and all("the server is shutting down" in error for error in errors)
-    finally:
-        handle.remove()
+            thread.join(PATIENCE)
+    assert len(errors) == 2 and all("the server is shutting down" in error for error in errors)
 
 
 def test_what_runs_and_what_waits_finishes_before_the_end(model, tokenizer):
     server = Server(model, tokenizer, ServerSettings(NAME, defaults=Defaults(block_length=8)), max_batch_rows=1)
-    handle = slow(model, 0.02)
     options = {"model": NAME, "prompt": "The", "max_tokens": 32}
-    texts, ended = {}, threading.Event()
+    texts, ended, shutting_down, passes = {}, threading.Event(), threading.Event(), itertools.count()
+
+    def after_the_first_block(*_):
+        if next(passes) >= 8:
+            assert shutting_down.wait(PATIENCE)
 
     def ask():
         texts["whole"] = server.client().completions.create(**options).choices[0].text
         assert not ended.is_set()
 
+    handle = model.register_forward_pre_hook(after_the_first_block)
     try:
         stream = iter(server.client().completions.create(**options, stream=True))
         texts["stream"] = next(stream).choices[0].text
@@ -688,11 +696,13 @@ def test_what_runs_and_what_waits_finishes_before_the_end(model, tokenizer):
         wait_until(lambda: server.engine.queue_length == 1)
         server.server.should_exit = True
         wait_until(lambda: refuses(server.address))
+        shutting_down.set()
         texts["stream"] += "".join(chunk.choices[0].text for chunk in stream)
-        waiting.join(20)
+        waiting.join(PATIENCE)
         server.stop()
         ended.set()
     finally:
+        shutting_down.set()
         handle.remove()
     assert texts["stream"] == texts["whole"] == reference(model, tokenizer, "The", 32)[1]
 
@@ -913,13 +923,25 @@ def test_two_hundred_concurrent_requests_with_faults(model, tokenizer, record_pr
     ]
 
     async def everybody():
-        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60) as client:
+        async with openai.AsyncOpenAI(
+            base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=PATIENCE
+        ) as client:
             return await asyncio.gather(*(one_of_many(i, client, server.address, kinds) for i in range(200)))
+
+    # 150 of the 200 want an answer and 17 leave. The engine goes on when 120 wait, with two settings: they are 9
+    # batches at most, and the 46 others one each at worst. That makes 150 rows in 56 batches.
+    full = threading.Event()
+
+    def crowded():
+        if server.engine.queue_length >= 120:
+            full.set()
+        return full.is_set()
 
     try:
         tasks = server.tasks()
         start = time.monotonic()
-        results = asyncio.run(everybody())
+        with held(model, crowded):
+            results = asyncio.run(everybody())
         seconds = time.monotonic() - start
         wait_until(lambda: not server.engine.queue_length and server.metric("xdlm_running_rows") == 0)
         wait_until(lambda: server.tasks() == tasks)

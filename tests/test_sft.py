@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import ENDS_CLEANLY, flags, launch, logged, tiny_model
+from training import ADAM_EPSILON, ENDS_CLEANLY, flags, launch, logged, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xdlm_hf.adapters import load_adapter
@@ -94,10 +94,10 @@ def test_two_processes_of_the_script_take_the_same_trajectory(base, tmp_path):
     """Rows of unequal length and weight, in batches of 2 x 2 and of 4."""
     rows = [{"prompt": "red" * (i % 5), "completion": "stop " * (1 + i % 4)} for i in range(24)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shared = {"data_files": tmp_path / "rows.jsonl", "global_batch_size": 4}
+    shared = {"data_files": tmp_path / "rows.jsonl", "global_batch_size": 4, "adam_epsilon": ADAM_EPSILON}
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ENDS_CLEANLY, str(RECIPE))
     run = options(base, tmp_path / "two", per_device_train_batch_size=2, **shared)
-    status, output = launch(*torchrun, *run, timeout=600, HF_HUB_OFFLINE="1")
+    status, output = launch(*torchrun, *run, HF_HUB_OFFLINE="1")
     assert status == 0, output[-3000:]
     llada_sft.main(options(base, tmp_path / "one", **shared))
     assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), abs=1e-5)

@@ -27,6 +27,7 @@ FILES = {
     "humaneval": "humaneval/HumanEval.jsonl",
     "mbpp": "mbpp/mbpp.jsonl",
 }
+PATIENCE = 120  # seconds before something is taken for lost; no verdict depends on what happens sooner
 COUNTS = {"gsm8k": 1319, "math": 5000, "math500": 500, "bbh": 6511, "humaneval": 164, "mbpp": 500}
 
 
@@ -126,24 +127,24 @@ class TestMath:
         ],
     )
     def test_equality(self, answer, gold, equal):
-        assert equality.equivalent(answer, gold) is equal
+        assert equality.equivalent(answer, gold, seconds=PATIENCE) is equal
 
     def test_comparison_that_does_not_end_is_ended(self):
         assert equality.equivalent("9^{9^{9^{9}}}", "3", seconds=2.0) is False
         # And the next one has a process again.
-        assert equality.equivalent("1+1", "2") is True
+        assert equality.equivalent("1+1", "2", seconds=PATIENCE) is True
 
     def test_comparison_ends_with_a_killed_harness(self):
         script = (
             "from xdlm_hf.evaluation import equality as e; e._worker = e._start(); print(e._worker.pid, flush=True)"
         )
-        script += "; e.equivalent('9^{9^{9^{9}}}', '3', seconds=60)"
+        script += "; e.equivalent('9^{9^{9^{9}}}', '3', seconds=600)"
         harness = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
         worker = int(harness.stdout.readline())
         time.sleep(0.5)
         harness.kill()
         harness.communicate()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + PATIENCE
         while running(worker) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not running(worker)

@@ -100,7 +100,7 @@ def test_trajectory_of_four_processes(whole_batch, tmp_path):
     reference, metrics = whole_batch
     options = {"output_dir": str(tmp_path), "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4")
-    status, output = launch(*torchrun, str(SCRIPT), json.dumps({**options, **SPLIT_OPTIONS}), timeout=600)
+    status, output = launch(*torchrun, str(SCRIPT), json.dumps({**options, **SPLIT_OPTIONS}))
     assert status == 0, output[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["processes"] == 4
@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_finite_stops_two_processes_under_zero_2(tmp_path):
     zero2 += (str(ROOT / "recipes" / "configs" / "zero2.yaml"), "--num_processes", "2")
     options = {"output_dir": str(tmp_path), "per_device_train_batch_size": 2, "max_grad_norm": 1.0}
     options |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-    status, output = launch(*zero2, str(SCRIPT), json.dumps({**options, "nan_in_step": 5}), timeout=600)
+    status, output = launch(*zero2, str(SCRIPT), json.dumps({**options, "nan_in_step": 5}))
     assert status != 0
     (message,) = set(re.findall(r"NonFiniteError: (.*)", output))
     pattern = r"step 5: the loss is not finite; its rows have the sample indices (\d+) \(t = (0\.\d+)\), (\d+) \(t = .*"
@@ -124,7 +124,7 @@ def test_a_loss_that_is_not_finite_stops_two_processes_under_zero_2(tmp_path):
     assert (int(first), int(second)) == (18, 19) and 0 < float(t) < 1  # rows 2 and 3 of the fifth batch of four
     assert message.endswith("No checkpoint was written from it; the last whole one is checkpoint-4.")
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["checkpoint-2", "checkpoint-4"]
-    status, output = launch(*zero2, str(SCRIPT), json.dumps({**options, "resume": True}), timeout=600)
+    status, output = launch(*zero2, str(SCRIPT), json.dumps({**options, "resume": True}))
     assert status == 0, output[-3000:]
     whole = trainer(**{**options, "output_dir": tmp_path / "whole", "per_device_train_batch_size": 4})
     whole.train()

@@ -11,10 +11,11 @@ sys.path.insert(0, str(HERE.parent))
 
 from training import losses, trainer  # noqa: E402
 
+SHARED = {"max_steps": 16, "adam_epsilon": 1e-8}  # the optimizer as it is by default
 RUNS = {
-    "mdlm": {"mixing_ratio": 0.0, "max_steps": 16},
-    "xdlm": {"mixing_ratio": 0.1, "max_steps": 16, "time_sampling": "stratified"},
-    "udlm": {"mixing_ratio": 1.0, "max_steps": 16, "noise_schedule": "cosine"},
+    "mdlm": {**SHARED, "mixing_ratio": 0.0},
+    "xdlm": {**SHARED, "mixing_ratio": 0.1, "time_sampling": "stratified"},
+    "udlm": {**SHARED, "mixing_ratio": 1.0, "noise_schedule": "cosine"},
 }
 
 
