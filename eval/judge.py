@@ -226,7 +226,9 @@ def judge(job, link):
     """("failed" | "wrong" | "pass", why) of one job: its trusted preamble, then its tests one by one."""
     try:
         link.reply()  # the program has run to its end
-    except (Failure, AssertionError) as error:
+    except AssertionError as error:  # the program's own, before any test
+        return "failed", joined("AssertionError", str(error))
+    except Failure as error:
         return "failed", str(error)
     namespace = {"__name__": "tests"}
     try:
