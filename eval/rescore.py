@@ -121,9 +121,7 @@ def of_samples(folder: Path, paths: list[Path]) -> Recording:
             sample = json.loads(line)
             asked = sample["arguments"]["gen_args_0"].get("arg_1")
             if not isinstance(asked, dict) or asked.get("until") != [] or asked.get("eos_token_id") != []:
-                raise ValueError(
-                    f"{path} holds no raw answers: the task had them cut when they were made; run it again"
-                )
+                raise ValueError(f"{path} holds no raw answers: its task cut them when they were made; run it again")
             recording.protocol = sample["doc"].get("protocol", "")
             recording.add(task, sample["doc_id"], sample["resps"][0], sample["doc_hash"])
     return recording
