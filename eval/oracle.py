@@ -24,7 +24,8 @@ def gold(task: str, doc: dict[str, Any]) -> str:
     if task in ("xdlm_math", "xdlm_math500"):
         return f"The final answer is ${doc['answer']}$. I hope it is correct.\n\nProblem:\nWhat is $9 + 9$?"
     if task.startswith("xdlm_bbh"):
-        return f" Let us see. So the answer is {doc['target']}.\n\nQ: And now? So the answer is (Z)."
+        more = "Q: And now?\nOptions:\n(A) this\n(Z) that\nA: Let's think step by step. So the answer is (Z)."
+        return f" Let us see. So the answer is {doc['target']}.\n\n{more}"
     if task == "xdlm_humaneval":
         return doc["canonical_solution"] + "\n\nprint('more')\n"
     if task == "xdlm_mbpp":

@@ -92,8 +92,9 @@ class TestProof:
         need(benchmark)
         rows, right = check_proof(benchmark, None, "opencompass")
         assert rows == COUNTS[benchmark]
-        # math-verify has a time limit of its own, which a busy machine may exceed on a few rows.
-        assert RIGHT_BY_OPENCOMPASS[benchmark] - 5 * (benchmark == "math") <= right <= RIGHT_BY_OPENCOMPASS[benchmark]
+        # Both have time limits that a busy machine may exceed on a few rows.
+        spared = {"math": 5, "mbpp": 3}.get(benchmark, 0)
+        assert RIGHT_BY_OPENCOMPASS[benchmark] - spared <= right <= RIGHT_BY_OPENCOMPASS[benchmark]
 
     def test_oracle_refuses_other_tasks(self):
         for action in (oracle.gold, oracle.corrupted):

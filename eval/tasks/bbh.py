@@ -66,11 +66,12 @@ def read_shots(path: Path) -> str:
 
 @functools.cache
 def stock_shots(subtask: str) -> str:
-    """The same from lm-eval's task file, which has one line break more, in sports_understanding."""
+    """The same from lm-eval's task file, which differs in the line breaks of sports_understanding."""
     task = yaml.safe_load((STOCK / f"{subtask}.yaml").read_text(encoding="utf-8"))
     samples = task["fewshot_config"]["samples"]
     shots = (f"Q: {shot['input']}\nA: Let's think step by step.\n{shot['target']}" for shot in samples)
-    return (task["description"] + "\n\n".join(shots)).strip().replace("step by step.\nBam", "step by step. Bam")
+    text = (task["description"] + "\n\n".join(shots)).strip()
+    return text.replace("step by step.\n", "step by step. ") if subtask == "sports_understanding" else text
 
 
 def final_answer(text: str, letter: bool) -> str:
