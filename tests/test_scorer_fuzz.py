@@ -1,4 +1,4 @@
-"""No answer ends a run: every scorer under both protocols on mangled answers, 10,000 each with the tests marked slow."""
+"""No answer ends a run: every scorer under both protocols on mangled answers, 10,000 each in the tests marked slow."""
 
 import functools
 import json
@@ -17,11 +17,10 @@ ANSWERS = [example["output"] for group in EXAMPLES.values() if isinstance(group,
 ANSWERS += [r"\fbox{5}", r"$\boxed\frac{1}{2}$", r"\boxed\{1,2\}", r"\boxed5 and {x}", "#### 1/2", "", " \n"]
 # What is put into answers: the marks that scorers look for, LaTeX, and characters that text tools stumble over.
 PIECES = (
-    r"\boxed \boxed{ \fbox{ \frac{1}{ \frac12 \sqrt \{ \} \left( $ $$ { } }} ( ) [ ] (A (B) & \\ \ \mathrm{ _ ^ -".split()
-    + r"\begin{pmatrix} \end{pmatrix} #### /0 1/3 , . 1,200 .5 nan inf None \infty \int_0^1x 1e999 -1e-999 %s%d{0}".split()
-    + "[BEGIN] [DONE] DONE BEGIN ' \" ``` ```python\n \\_ ** \x00 \x1b[2J \x7f \ud800 \udfff \ufeff \u202e \U0001f600".split(
-        " "
-    )
+    r"\boxed \boxed{ \fbox{ \frac{1}{ \frac12 \sqrt \{ \} \left( $ $$ { } }} ( ) [ ] (A (B) & \\ \ _ ^ -".split()
+    + r"\begin{pmatrix} \end{pmatrix} \mathrm{ \infty \int_0^1x #### /0 1/3 , . 1,200 .5 nan inf None".split()
+    + "1e999 -1e-999 %s%d{0} [BEGIN] [DONE] DONE BEGIN ' \" ``` ```python\n \\_ **".split(" ")
+    + "\x00 \x1b[2J \x7f \ud800 \udfff \ufeff \u202e \U0001f600".split(" ")
     + ["\u0663", "\u096b", "\u00b2", "\u2167", "\uff15", "9" * 5000, "0." + "0" * 400 + "1", "e\u0301" * 9, END_OF_TEXT]
     + [
         "\\boxed ",
