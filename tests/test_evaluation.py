@@ -213,7 +213,8 @@ class TestThroughTheHarness:
         results = evaluate(lm, rows_file)
         assert results["results"]["xdlm_gsm8k"]["exact_match,none"] == 1.0
         # Whole, and in the order of the file although batches are sorted by length.
-        assert answers(results) == [gold(PROMPT.format(row["question"])) for row in ROWS]
+        texts = [text.partition("<|endoftext|>")[0] for text in answers(results)]
+        assert texts == [gold(PROMPT.format(row["question"])) for row in ROWS]
         answer_with(monkeypatch, model, tokenizer, lambda prompt: corrupt(gold(prompt)))
         assert evaluate(lm, rows_file)["results"]["xdlm_gsm8k"]["exact_match,none"] == 0.0
 
