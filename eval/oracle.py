@@ -22,7 +22,10 @@ def gold(task: str, doc: dict[str, Any]) -> str:
         number = doc["answer"].partition("#### ")[2].replace(",", "")
         return f"\n{doc['answer']}\nThe answer is {number}\n\nQuestion: What is 9 + 9?"
     if task in ("xdlm_math", "xdlm_math500"):
-        return f"The final answer is ${doc['answer']}$. I hope it is correct.\n\nProblem:\nWhat is $9 + 9$?"
+        solution = doc["solution"]
+        if doc["protocol"] == "opencompass":  # a box in the original solution may end in what math-verify cannot read
+            solution = f"The final answer is ${doc['answer']}$. I hope it is correct."
+        return f"{solution}\n\nProblem:\nWhat is $9 + 9$?"
     if task.startswith("xdlm_bbh"):
         more = "Q: And now?\nOptions:\n(A) this\n(Z) that\nA: Let's think step by step. So the answer is (Z)."
         return f" Let us see. So the answer is {doc['target']}.\n\n{more}"
