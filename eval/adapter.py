@@ -37,6 +37,7 @@ from xdlm_hf.evaluation.arguments import DEFAULT_MAX_NEW_TOKENS, Arguments, at, 
 from xdlm_hf.evaluation.likelihood import Estimate, Pair, log_likelihoods, seeded_generator
 from xdlm_hf.evaluation.manifest import hardware, sandbox_layers
 from xdlm_hf.evaluation.processes import ProcessesLM
+from xdlm_hf.evaluation.protocols import END_OF_TEXT
 from xdlm_hf.evaluation.rows import READ
 from xdlm_hf.loading import end_ids
 
@@ -152,6 +153,8 @@ class XDLMEvalModel(ProcessesLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers in the order of the requests, each cut at its first stop string or end-of-text token.
+
+        A request with `eos_token_id: []` gets its whole answer, end-of-text tokens written as `protocols.END_OF_TEXT`.
 
         Requests with equal settings share batches, longest prompts first, so that padding is short and memory is known
         from the first batch on. Answers that would depend on their batch are made one by one (`Arguments.batch_all`).
@@ -336,7 +339,9 @@ class XDLMEvalModel(ProcessesLM):
         inputs = self._encode(contexts, self.max_length - settings["max_new_tokens"])
         output = self.model.generate(**inputs, generator=generator, return_dict_in_generate=True, **settings)
         self.num_forward_passes += output.num_forward_passes
-        return [self._cut(ids, stops) for ids in output.sequences[:, inputs["input_ids"].shape[1] :].tolist()]
+        # A task that asks for `eos_token_id: []` wants the whole answer, and cuts it by its own rules.
+        cut = self._raw if settings.get("eos_token_id") == [] else self._cut
+        return [cut(ids, stops) for ids in output.sequences[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _merge(self, asked: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Settings for `generate`, and the stop strings: the run's over the task's, in the library's names."""
@@ -387,10 +392,22 @@ class XDLMEvalModel(ProcessesLM):
         special = {stop for stop in stops if stop in self.tokenizer.all_special_tokens}
         ends = end_ids(self.model, self.tokenizer) | set(self.tokenizer.convert_tokens_to_ids(sorted(special)))
         ids = list(itertools.takewhile(lambda token_id: token_id not in ends, ids))
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._before_stops(self._decode(ids), stops)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _before_stops(self, text: str, stops: list[str]) -> str:
         for stop in filter(None, stops):
             text = text.split(stop)[0]
         return text
+
+    def _raw(self, ids: list[int], stops: list[str]) -> str:
+        """Text of a whole answer, each end-of-text token written as `END_OF_TEXT`, other special tokens dropped."""
+        end = end_ids(self.model, self.tokenizer)
+        groups = itertools.groupby(ids, lambda token_id: token_id in end)
+        parts = [END_OF_TEXT * len(list(group)) if ends else self._decode(list(group)) for ends, group in groups]
+        return self._before_stops("".join(parts), stops)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -1,60 +1,81 @@
-"""Whether two LaTeX answers are equal, by sympy, in a process that can be stopped.
+"""Whether two LaTeX answers are equal, in a process that can be stopped, by one of two rules.
 
-lm-eval's own comparison is not used, for two reasons. It lets sympy read as much of an answer as it understands, so
-that "0,5" is read as 0 and equals "0,1"; here every part of a list is compared, and all of it must be understood. And
-it limits the time with an alarm, which cannot interrupt one long operation on integers (`9^{9^{9}}`), and the memory
-not at all; here a process of its own is started when first needed, and replaced when it does not answer.
+- `equivalent`: the same text or, by sympy, symbolically equal. lm-eval's own comparison is not used, for two reasons.
+  It lets sympy read as much of an answer as it understands, so that "0,5" is read as 0 and equals "0,1"; here every
+  part of a list is compared, and all of it must be understood. And it limits the time with an alarm, which cannot
+  interrupt one long operation on integers (`9^{9^{9}}`), and the memory not at all.
+- `verified`: math-verify's extraction and comparison with the settings of OpenCompass's `MATHVerifyEvaluator`.
+
+Each rule has a process of its own, started when first needed and replaced when it does not answer. No answer raises:
+one that cannot be read, takes too long or too much memory is not equal.
 """
 
 import atexit
+import contextlib
 import ctypes
 import json
+import logging
 import resource
 import selectors
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 SECONDS = 5.0  # for one comparison, as lm-eval allows
+VERIFY_SECONDS = 20.0  # math-verify itself allows 5 s each to read the gold, to read the answer and to compare them
 _START_SECONDS = 120.0
 _MEMORY = 2 * 2**30
-_worker: subprocess.Popen | None = None
+_workers: dict[str, subprocess.Popen] = {}
 
 
 def equivalent(answer: str, gold: str, seconds: float = SECONDS) -> bool:
     """Whether two normalised answers are the same text or, within the time, symbolically equal."""
-    global _worker
-    if answer == gold:
-        return True
-    if _worker is None or _worker.poll() is not None:
-        _worker = _start()
+    return answer == gold or _ask("symbolic", answer, gold, seconds) is True
+
+
+def verified(text: str, gold: str, seconds: float = VERIFY_SECONDS) -> bool:
+    """Whether math-verify finds, within the time, the gold answer (LaTeX without dollars) in an answer's whole text."""
+    return _ask("verify", text, gold, seconds) is True
+
+
+def _ask(rule: str, answer: str, gold: str, seconds: float) -> bool | None:
+    """What the rule's process replies, or None when it does not."""
+    worker = _workers.get(rule)
+    if worker is None or worker.poll() is not None:
+        stop(rule)
+        worker = _workers[rule] = _start(rule)
     try:
-        _worker.stdin.write(json.dumps([answer, gold]) + "\n")
-        _worker.stdin.flush()
-        reply = _read_line(_worker, seconds)
+        worker.stdin.write(json.dumps([answer, gold]) + "\n")
+        worker.stdin.flush()
+        reply = _read_line(worker, seconds)
     except BrokenPipeError:
         reply = None
     if reply is None:
-        stop()
-    return reply == "true"
+        stop(rule)
+        logger.info("comparing with %.80r gave no result within %g s: not equal", gold, seconds)
+    return None if reply is None else json.loads(reply)
 
 
-def stop() -> None:
-    """Ends the process, if there is one."""
-    global _worker
-    if _worker is not None:
-        _worker.kill()
-        _worker.wait()
-        _worker.stdin.close()
-        _worker.stdout.close()
-        _worker = None
+def stop(*rules: str) -> None:
+    """Ends the processes of these rules (default: of all) that there are."""
+    for rule in rules or tuple(_workers):
+        worker = _workers.pop(rule, None)
+        if worker is not None:
+            worker.kill()
+            worker.wait()
+            with contextlib.suppress(BrokenPipeError):  # what was written last may still be in the buffer
+                worker.stdin.close()
+            worker.stdout.close()
 
 
-def _start() -> subprocess.Popen:
+def _start(rule: str) -> subprocess.Popen:
     # By path and not as a module: xdlm_hf itself would import torch.
     worker = subprocess.Popen(
-        [sys.executable, str(Path(__file__).resolve())],
+        [sys.executable, str(Path(__file__).resolve()), rule],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -107,33 +128,64 @@ def symbolically_equal(answer: str, gold: str) -> bool:
 def _difference_is_zero(answer: str, gold: str) -> bool:
     import sympy
     from sympy.parsing.latex import parse_latex
-    from sympy.parsing.latex.errors import LaTeXParsingError
 
-    try:
-        difference = parse_latex(answer, strict=True) - parse_latex(gold, strict=True)
-        return bool(sympy.simplify(difference) == 0)
-    # What sympy raises on text that is no formula, and on formulas it cannot subtract or simplify.
-    except (LaTeXParsingError, sympy.SympifyError, ArithmeticError, AttributeError, LookupError, MemoryError,
-            NotImplementedError, RecursionError, TypeError, ValueError):  # fmt: skip
-        return False
+    difference = parse_latex(answer, strict=True) - parse_latex(gold, strict=True)
+    return bool(sympy.simplify(difference) == 0)
 
 
-def main() -> None:
+def math_verify_equal(text: str, gold: str) -> bool:
+    """OpenCompass's `MATHVerifyEvaluator`; the prediction stands first in `verify`, as it does there."""
+    from math_verify import verify
+
+    return verify(*extract(text, gold))
+
+
+def extract(text: str, gold: str) -> tuple[list, list]:
+    """What math-verify takes of an answer and of the gold: its value and its text, or nothing.
+
+    Source: opencompass/evaluator/math_evaluator.py of the authors' repository. Its option `equations=True` is left out:
+    since math-verify 0.9 the parser does that by itself and warns of the option.
+    """
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    normalization = NormalizationConfig(
+        nits=False, malformed_operators=False, basic_latex=True, boxed="all", units=True
+    )
+    latex = LatexExtractionConfig(
+        boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=normalization
+    )
+    of_gold = [LatexExtractionConfig(), ExprExtractionConfig()]
+    return (
+        parse(text, extraction_mode="first_match", extraction_config=[latex]),
+        parse(f"${gold}$", extraction_mode="first_match", extraction_config=of_gold),
+    )
+
+
+RULES: dict[str, tuple[Callable[[str, str], bool], tuple[str, str]]] = {
+    "symbolic": (symbolically_equal, ("1+1", "2")),
+    "verify": (math_verify_equal, ("The final answer is $2$. I hope it is correct.", "2")),
+}
+
+
+def main(rule: str) -> None:
     """The worker: a JSON pair on each line in, true or false on each line out."""
-    ctypes.CDLL(None).prctl(
-        1, signal.SIGKILL, 0, 0, 0
-    )  # PR_SET_PDEATHSIG: a killed harness leaves no comparison behind
-
-    import sympy.parsing.latex  # noqa: F401  before the memory is limited
-
-    symbolically_equal("1+1", "2")  # loads the parser
+    # PR_SET_PDEATHSIG: a killed harness leaves no comparison behind.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+    equal, example = RULES[rule]
+    if not equal(*example):  # also loads the parser, before the memory is limited
+        raise SystemExit(f"{rule}: {example} must be equal")
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps(symbolically_equal(*json.loads(line))), flush=True)
+        try:
+            result = bool(equal(*json.loads(line)))
+        except Exception:  # sympy raises almost anything on text that is no formula: unreadable is not equal
+            result = False
+        print(json.dumps(result), flush=True)
 
 
 atexit.register(stop)
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -2,7 +2,8 @@
 
     xdlm-eval --model xdlm-oracle --tasks xdlm_table16 --confirm_run_unsafe_code
 
-must score 1 on every task, and `--model_args corrupt=True` 0.
+must score 1 on every task under `--metadata protocol=lenient`, and `--model_args corrupt=True` 0. Under `opencompass`
+some right answers are counted wrong (docs/evaluation.md lists how many).
 """
 
 import re
@@ -12,15 +13,22 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
+from xdlm_hf.evaluation.opencompass import BBH_FREE_FORM
+
 
 def gold(task: str, doc: dict[str, Any]) -> str:
     """The right answer to a row, in the form the task's shots show, and the beginning of what a model writes next."""
     if task == "xdlm_gsm8k":
-        return f"\n{doc['answer']}\n\nQuestion: What is 9 + 9?"
+        number = doc["answer"].partition("#### ")[2].replace(",", "")
+        return f"\n{doc['answer']}\nThe answer is {number}\n\nQuestion: What is 9 + 9?"
     if task in ("xdlm_math", "xdlm_math500"):
-        return f"\n{doc['solution']}\n\nProblem:\nWhat is $9 + 9$?"
+        solution = doc["solution"]
+        if doc["protocol"] == "opencompass":  # a box in the original solution may end in what math-verify cannot read
+            solution = f"The final answer is ${doc['answer']}$. I hope it is correct."
+        return f"{solution}\n\nProblem:\nWhat is $9 + 9$?"
     if task.startswith("xdlm_bbh"):
-        return f" Let us see. So the answer is {doc['target']}.\n\nQ: And now? So the answer is (Z)."
+        more = "Q: And now?\nOptions:\n(A) this\n(Z) that\nA: Let's think step by step. So the answer is (Z)."
+        return f" Let us see. So the answer is {doc['target']}.\n\n{more}"
     if task == "xdlm_humaneval":
         return doc["canonical_solution"] + "\n\nprint('more')\n"
     if task == "xdlm_mbpp":
@@ -35,15 +43,17 @@ def corrupted(task: str, doc: dict[str, Any]) -> str:
     if task == "xdlm_gsm8k":
         return re.sub(r"\d+", lambda number: number.group() + "1", gold(task, doc))
     if task in ("xdlm_math", "xdlm_math500"):
-        return f"\nThe final answer is $\\boxed{{{doc['answer']} + 1}}$."
+        return f"\nThe final answer is $\\boxed{{{doc['answer']} + 1}}$. I hope it is correct."
     if task.startswith("xdlm_bbh"):
         target = doc["target"]
-        letter = re.fullmatch(r"\(([A-Z])\)", target)
-        return f" So the answer is {f'({chr(ord(letter[1]) + 1)})' if letter else target + ' not'}."
+        if doc["subtask"] in BBH_FREE_FORM:
+            return f" So the answer is {target} not."
+        letter = re.fullmatch(r"\(([A-Z])\)", target)  # a few targets of multiple choice are no letters
+        return f" So the answer is ({chr(ord(letter[1]) + 1) if letter else 'Z'})."
     if task == "xdlm_humaneval":
         return "    return NotImplemented\n"
     if task == "xdlm_mbpp":
-        wrong = "".join(f"\ndef {name}(*args, **kwargs):\n    return 'no'\n" for name in doc["names"])
+        wrong = "".join(f'\ndef {name}(*args, **kwargs):\n    return "no"\n' for name in doc["names"])
         return f"{doc['code']}\n{wrong}[DONE]"
     return f" un{doc['word']}"
 

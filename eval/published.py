@@ -61,7 +61,10 @@ def markdown_table(manifests: Sequence[dict[str, Any]]) -> str:
     for manifest in sorted(manifests, key=lambda m: (m["steps"], m["row"], m["reference_compat"])):
         ours = scores_of(manifest)
         published = PUBLISHED.get((manifest["row"], manifest["steps"]), {})
-        row = manifest["row"] + (" (reference_compat)" if manifest["reference_compat"] else "")
+        # A manifest without a protocol is of a version that had no choice of them.
+        protocol = manifest.get("protocol", "no protocol named")
+        notes = [protocol] * (protocol != "opencompass") + ["reference_compat"] * manifest["reference_compat"]
+        row = manifest["row"] + (f" ({', '.join(notes)})" if notes else "")
         limited = any(run["limit"] is not None for run in manifest["runs"].values())
         count = str(sum(map(len, manifest["items"].values()))) + (" (limited)" if limited else "")
         cells = [f"{_show(ours.get(name), name)} / {_show(published.get(name), name)}" for name in _COLUMNS]

@@ -5,9 +5,10 @@
 
 A run that was killed goes on where it stopped: every finished answer is in lm-eval's response cache. Each row and
 number of steps has a folder with manifest.json (versions, commit, date, seeds, all settings, hashes of model and data,
-device, layers of the sandbox, every answer with its score, seconds and forward passes), to which other tasks can be
-added later; table16.md puts all of them beside the published figures. Under a launcher of several processes, each takes
-its share. Protocol, cost and what is known not to match: docs/evaluation.md.
+device, layers of the sandbox, every answer, uncut, with its score, seconds and forward passes), to which other tasks
+can be added later; table16.md puts all of them beside the published figures. `python -m eval.rescore` scores a folder
+again by another protocol. Under a launcher of several processes, each takes its share. Protocols, cost and what is
+known not to match: docs/evaluation.md.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from xdlm_hf.evaluation import TASKS
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
 from xdlm_hf.evaluation.arguments import Arguments
 from xdlm_hf.evaluation.cli import check_run
+from xdlm_hf.evaluation.protocols import PROTOCOLS
 from xdlm_hf.evaluation.published import BENCHMARKS, PUBLISHED, markdown_table
 from xdlm_hf.processes import end_script
 
@@ -55,6 +57,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peft_revision", help="the same of the adapter")
     parser.add_argument("--steps", default="32", help="one or more, e.g. 32,64,128,256")
     parser.add_argument("--tasks", default=",".join(BENCHMARKS), help=f"some of {','.join(BENCHMARKS)}")
+    parser.add_argument("--protocol", default=PROTOCOLS[0], choices=PROTOCOLS, help="how to ask and score")
     parser.add_argument("--limit", type=int, help="only the first rows of each task (of each subtask of bbh)")
     parser.add_argument("--data", default=os.environ.get("XDLM_DATA"), help="folder of local files, or hub@REVISION")
     parser.add_argument("--reference_compat", action="store_true", help="the authors' sampler, token for token")
@@ -73,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         steps, tasks = check_options(options)
         for count in steps:
-            check_folder(cell_folder(options, count), with_shas(model_settings(options, count)))
+            check_folder(cell_folder(options, count), claims(options, count))
     except ValueError as error:
         raise SystemExit(f"table16: {error}") from error
     for count in steps:
@@ -122,7 +125,7 @@ def run_cell(options: argparse.Namespace, steps: int, tasks: list[str]) -> None:
     """One row at one number of steps: from cache or model to manifest and table."""
     settings, folder = model_settings(options, steps), cell_folder(options, steps)
     rank = int(os.environ.get("RANK", "0"))
-    claimed = with_shas(settings)
+    claimed = claims(options, steps)
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         write(folder / "settings.json", claimed)
@@ -182,6 +185,11 @@ def cell_folder(options: argparse.Namespace, steps: int) -> Path:
     return options.output_dir / f"{options.row}-{steps}{suffix}"
 
 
+def claims(options: argparse.Namespace, steps: int) -> dict[str, Any]:
+    """What all answers of one folder have in common: settings, files of the model, and the protocol that asked."""
+    return {**with_shas(model_settings(options, steps)), "protocol": options.protocol}
+
+
 def with_shas(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with commits or content hashes, `model_sha` and `peft_sha`, in place of revisions."""
     named = {name: value for name, value in settings.items() if name not in ("revision", "peft_revision")}
@@ -224,7 +232,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
     """Writes JSON, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     text = json.dumps(content, indent=1, default=handle_non_serializable, ensure_ascii=False)
-    partial.write_text(text + "\n", encoding="utf-8")
+    # A half surrogate in an answer becomes its JSON escape.
+    partial.write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
     partial.replace(path)
 
 
@@ -260,6 +269,7 @@ def make_manifest(
         "steps": steps,
         "reference_compat": options.reference_compat,
         "settings": settings,
+        "protocol": options.protocol,
         "seed": options.seed,
         "published": PUBLISHED.get((options.row, steps)),
         "runs": {task: run for task in ordered},
@@ -285,14 +295,15 @@ def with_earlier_tasks(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _item(sample: dict[str, Any], costs: dict[str, dict]) -> dict[str, Any]:
+    """One answer, as the model gave it (nothing cut), with its scores and cost."""
     scores = {name: sample[name] for name in sample["metrics"]}
-    item = {"doc_id": sample["doc_id"], "prompt_hash": sample["prompt_hash"], "answer": sample["resps"][0][0]}
-    verdict = {"verdict": sample["filtered_resps"][0]} if sample["filter"] != "none" else {}
+    item = {name: sample[name] for name in ("doc_id", "doc_hash", "prompt_hash")} | {"answer": sample["resps"][0][0]}
+    verdict = {"verdict": sample["filtered_resps"][0][0]} if sample["filter"] != "none" else {}
     return {**item, **scores, **verdict, **costs.get(sample["prompt_hash"], {})}
 
 
 def _metadata(options: argparse.Namespace) -> dict[str, str]:
-    return {"data": options.data} if options.data else {}
+    return {"protocol": options.protocol, **({"data": options.data} if options.data else {})}
 
 
 def _version(package: str) -> str | None:

@@ -79,7 +79,8 @@ PROMPT = "Question: {}\nLet's think step by step\nAnswer:"
 
 def evaluate(lm, data, **kwargs):
     # Without lm-eval's own tasks, whose thousands of files take seconds to read.
-    tasks = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data": str(data)})
+    metadata = {"data": str(data), "protocol": "lenient"}
+    tasks = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
     # And without shots, which are longer than the tiny model.
     return lm_eval.simple_evaluate(lm, tasks=["xdlm_gsm8k"], task_manager=tasks, num_fewshot=0, **kwargs)
 
@@ -140,7 +141,7 @@ class TestTask:
     @pytest.mark.parametrize("text", ["", "no number", "####", "- , $ ."])
     def test_no_number_scores_zero(self, text):
         assert gsm8k.final_number(text) is None
-        assert gsm8k.process_results(ROWS[0], [text]) == {"exact_match": 0.0}
+        assert gsm8k.process_results({**ROWS[0], "protocol": "lenient"}, [text]) == {"exact_match": 0.0}
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -179,7 +180,7 @@ class TestTask:
         row = {"question": "one\u2028two\x85", "answer": "#### 1"}
         path = tmp_path / "rows.jsonl"
         path.write_bytes((json.dumps(row, ensure_ascii=False) + "\r\n").encode() * 2)
-        assert list(gsm8k.load(data=str(path))["test"]) == [row, row]
+        assert list(gsm8k.load(data=str(path))["test"]) == [row | {"protocol": "opencompass"}] * 2
 
     def test_undecodable_files_of_bbh(self, tmp_path):
         (tmp_path / "bbh" / "tasks").mkdir(parents=True)
@@ -211,7 +212,7 @@ class TestTask:
     def test_rows_of_the_hub(self, monkeypatch):
         monkeypatch.delenv("XDLM_DATA", raising=False)
         monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: ROWS)
-        assert list(gsm8k.load()["test"]) == ROWS
+        assert list(gsm8k.load()["test"]) == [{**row, "protocol": "opencompass"} for row in ROWS]
 
     def test_folder_by_environment_with_shots(self, monkeypatch, model, tokenizer, tmp_path):
         (tmp_path / "gsm8k").mkdir()
@@ -232,7 +233,7 @@ class TestTask:
     def test_real_gsm8k_gold_answers_score_one_and_corrupted_zero(self):
         if not (DATA / "gsm8k" / "test.jsonl").is_file():
             pytest.skip("no gsm8k/test.jsonl under XDLM_DATA")
-        rows = gsm8k.load(data=str(DATA))["test"]
+        rows = gsm8k.load(data=str(DATA), protocol="lenient")["test"]
         assert len(rows) == 1319
         assert all(gsm8k.process_results(row, [row["answer"]])["exact_match"] == 1 for row in rows)
         assert not any(gsm8k.process_results(row, [corrupt(row["answer"])])["exact_match"] for row in rows)
@@ -245,8 +246,9 @@ class TestThroughTheHarness:
         answer_with(monkeypatch, model, tokenizer, gold)
         results = evaluate(lm, rows_file)
         assert results["results"]["xdlm_gsm8k"]["exact_match,none"] == 1.0
-        # Cut at the task's stop string, and in the order of the file although batches are sorted by length.
-        assert answers(results) == [f" {row['answer']}\n" for row in ROWS]
+        # Whole, and in the order of the file although batches are sorted by length.
+        texts = [text.partition("<|endoftext|>")[0] for text in answers(results)]
+        assert texts == [gold(PROMPT.format(row["question"])) for row in ROWS]
         answer_with(monkeypatch, model, tokenizer, lambda prompt: corrupt(gold(prompt)))
         assert evaluate(lm, rows_file)["results"]["xdlm_gsm8k"]["exact_match,none"] == 0.0
 

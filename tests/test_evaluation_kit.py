@@ -21,9 +21,10 @@ from training import ENDS_CLEANLY
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.data import train_tokenizer
-from xdlm_hf.evaluation import TASKS, cli, published, table16
+from xdlm_hf.evaluation import TASKS, cli, published, rescore, table16
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
 from xdlm_hf.evaluation.likelihood import Estimate
+from xdlm_hf.evaluation.protocols import END_OF_TEXT
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [{"question": f"{'Well. ' * (n % 4)}What is {n} + {n}?", "answer": f"#### {2 * n}"} for n in range(7)]
@@ -213,6 +214,20 @@ class TestBatchesAndCaches:
         # One by one, and without the temperature 0 that greedy tasks ask for; another one is the task's own.
         assert [rows for rows, _ in asked] == [1, 1, 1]
         assert [settings.get("temperature") for _, settings in asked] == [None, None, 0.5]
+
+    def test_whole_answers_show_their_end_of_text(self, monkeypatch, model, tokenizer):
+        lm, generate = XDLMEvalModel(model, tokenizer=tokenizer, **SETTINGS), model.generate
+        first, second, eos = lm.tok_encode("W")[0], lm.tok_encode("h")[0], tokenizer.eos_token_id
+
+        def fixed(**kwargs):
+            output = generate(**kwargs)
+            output.sequences[:, -8:] = torch.tensor([first, eos, eos, second, eos, tokenizer.mask_token_id, eos, eos])
+            return output
+
+        monkeypatch.setattr(model, "generate", fixed)
+        end = END_OF_TEXT
+        assert lm.generate_until([generation("What", eos_token_id=[])]) == [f"W{end}{end}h{end}{end}{end}"]
+        assert lm.generate_until([generation("What")]) == ["W"]
 
 
 class TestLikelihoodThroughTheHarness:
@@ -538,6 +553,15 @@ class TestTable16:
         with pytest.raises(SystemExit, match=r"answers made with other settings \(seed=0, now 1\): name another"):
             table16.main(self.arguments(checkpoint, data, tmp_path, "--limit", "1", "--seed", "1"))
 
+    def test_other_protocol(self, checkpoint, data, tmp_path, capsys):
+        table16.main(self.arguments(checkpoint, data, tmp_path, "--limit", "2"))
+        with pytest.raises(SystemExit, match=r"other settings \(protocol='opencompass', now 'lenient'\)"):
+            table16.main(self.arguments(checkpoint, data, tmp_path, "--limit", "2", "--protocol", "lenient"))
+        rescore.main([str(tmp_path), "--protocol", "lenient", "--data", str(data)])
+        rescored = json.loads((tmp_path / "llada-xdlm-4" / "rescored_lenient.json").read_text())
+        assert [item["doc_id"] for item in rescored["items"]["xdlm_gsm8k"]] == [0, 1]
+        assert "generated with protocol=opencompass, scored with protocol=lenient" in capsys.readouterr().out
+
     def test_the_authors_sampler(self, monkeypatch, checkpoint, data, tmp_path):
         asked, generate = [], LLaDAForDiffusionLM.generate
         monkeypatch.setattr(LLaDAForDiffusionLM, "generate", lambda *a, **k: asked.append(k) or generate(*a, **k))
@@ -584,6 +608,7 @@ class TestPublished:
             "row": "llada",
             "steps": 32,
             "reference_compat": False,
+            "protocol": "opencompass",
             "runs": {"xdlm_gsm8k": {"limit": None}, "xdlm_mbpp": {"limit": None}},
             "scores": {"xdlm_gsm8k": {"exact_match,none": 0.25}, "xdlm_mbpp": {"pass_at_1,executed": 0.5}},
             "groups": {},

@@ -15,7 +15,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from xdlm_hf.evaluation import TASKS, cli, equality, oracle, sandbox
-from xdlm_hf.evaluation.tasks import bbh, code, competition_math, humaneval, mbpp
+from xdlm_hf.evaluation.tasks import bbh, code, competition_math, gsm8k, humaneval, mbpp
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("XDLM_DATA", ROOT.parent / "shared" / "data"))
@@ -29,6 +29,9 @@ FILES = {
 }
 PATIENCE = 120  # seconds before something is taken for lost; no verdict depends on what happens sooner
 COUNTS = {"gsm8k": 1319, "math": 5000, "math500": 500, "bbh": 6511, "humaneval": 164, "mbpp": 500}
+# What OpenCompass's own functions give the gold answers in the form of its shots; three targets of BBH cannot be won,
+# and one row of MBPP needs the setup code that is not run.
+RIGHT_BY_OPENCOMPASS = {"gsm8k": 1319, "math": 4927, "bbh": 6508, "humaneval": 164, "mbpp": 499}
 
 
 @pytest.fixture(autouse=True)
@@ -42,27 +45,30 @@ def need(benchmark):
         pytest.skip(f"no {FILES[benchmark]} under XDLM_DATA")
 
 
-def score(benchmark, corrupt, limit=None):
-    """Results of the oracle through the harness, and the number of rows."""
-    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data": str(DATA)})
+def score(benchmark, corrupt, limit=None, protocol="lenient"):
+    """Results of the oracle through the harness, and its samples."""
+    metadata = {"data": str(DATA), "protocol": protocol}
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
     model = oracle.OracleModel(corrupt=corrupt)
     results = lm_eval.simple_evaluate(
         model, tasks=[f"xdlm_{benchmark}"], task_manager=manager, limit=limit, confirm_run_unsafe_code=True
     )
     table = results["groups" if benchmark == "bbh" else "results"][f"xdlm_{benchmark}"]
-    return table, sum(map(len, results["samples"].values()))
+    return table, [sample for samples in results["samples"].values() for sample in samples]
 
 
-def check_proof(benchmark, limit):
-    name = "pass_at_1,executed" if benchmark in ("humaneval", "mbpp") else "exact_match,none"
-    right, count = score(benchmark, False, limit)
-    assert right[name] == 1.0
-    wrong, _ = score(benchmark, True, limit)
+def check_proof(benchmark, limit, protocol="lenient"):
+    """Scores right and corrupted answers; (rows, how many of the right ones were counted right)."""
+    metric = "pass_at_1" if benchmark in ("humaneval", "mbpp") else "exact_match"
+    name = f"{metric},{'executed' if metric == 'pass_at_1' else 'none'}"
+    right, samples = score(benchmark, False, limit, protocol)
+    assert right[name] == 1.0 or protocol == "opencompass"
+    wrong, _ = score(benchmark, True, limit, protocol)
     assert wrong[name] == 0.0
     if name.startswith("pass"):
         assert wrong["wrong,executed"] > 0.9 and wrong["timeout,executed"] == 0.0
         assert sum(wrong[f"{n},executed"] for n in ("pass_at_1", "wrong", "failed", "timeout")) == pytest.approx(1.0)
-    return count
+    return len(samples), sum(sample[metric] for sample in samples)
 
 
 class TestProof:
@@ -71,13 +77,25 @@ class TestProof:
     )
     def test_on_a_sample(self, benchmark, limit):
         need(benchmark)
-        assert check_proof(benchmark, limit) == limit * (27 if benchmark == "bbh" else 1)
+        rows = limit * (27 if benchmark == "bbh" else 1)
+        assert check_proof(benchmark, limit) == (rows, rows)
+        assert check_proof(benchmark, limit, "opencompass")[1] >= 0.95 * rows
 
     @pytest.mark.slow
     @pytest.mark.parametrize("benchmark", COUNTS)
     def test_on_everything(self, benchmark):
         need(benchmark)
-        assert check_proof(benchmark, None) == COUNTS[benchmark]
+        assert check_proof(benchmark, None) == (COUNTS[benchmark], COUNTS[benchmark])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("benchmark", RIGHT_BY_OPENCOMPASS)
+    def test_opencompass_on_everything(self, benchmark):
+        need(benchmark)
+        rows, right = check_proof(benchmark, None, "opencompass")
+        assert rows == COUNTS[benchmark]
+        # Both have time limits that a busy machine may exceed on a few rows.
+        spared = {"math": 5, "mbpp": 3}.get(benchmark, 0)
+        assert RIGHT_BY_OPENCOMPASS[benchmark] - spared <= right <= RIGHT_BY_OPENCOMPASS[benchmark]
 
     def test_oracle_refuses_other_tasks(self):
         for action in (oracle.gold, oracle.corrupted):
@@ -104,6 +122,16 @@ class TestMath:
             ("The final answer is $3.5$.\nNext", "3.5"),
             (r"The final answer is $\boxed{7}$. I hope", "7"),
             ("nothing of the kind", None),
+            (r"so \fbox{5}", "5"),
+            (r"so $\boxed\frac{1}{2}$ and more", r"\frac{1}{2}"),
+            (r"so $\boxed\{1,2\}$", r"\{1,2\}"),
+            (r"\boxed5 and {x}", "5"),
+            (r"\boxed{\boxed{4}}", "4"),
+            (r"$\boxed 72$ of $3$", "72"),
+            ("\\boxed", None),
+            (r"\boxed{" + "9" * 5000 + "}", None),
+            (r"The final answer is $.5$.", "0.5"),
+            (r"\boxed{12\,\mathrm{cm}}", "12"),
             (r"an open \boxed{", None),
         ],
     )
@@ -129,6 +157,25 @@ class TestMath:
     def test_equality(self, answer, gold, equal):
         assert equality.equivalent(answer, gold, seconds=PATIENCE) is equal
 
+    @pytest.mark.parametrize(
+        ("answer", "gold"),
+        [
+            (".5", "0.5"),
+            ("-.25", r"-\frac{1}{4}"),
+            (r"10\,\mathrm{cm}", r"10 \text{ cm}"),
+            (r"3\mathrm{~kg}", r"3\text{ kg}"),
+            (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", "\\begin{pmatrix}1&2\\\\3&4\n\\end{pmatrix}"),
+        ],
+    )
+    def test_same_answer_in_another_form(self, answer, gold):
+        doc = {"answer": gold, "protocol": "lenient"}
+        assert competition_math.process_results(doc, [f"so $\\boxed{{{answer}}}$"]) == {"exact_match": 1.0}
+
+    def test_matrices_that_differ(self):
+        doc = {"answer": r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", "protocol": "lenient"}
+        other = r"\boxed{\begin{pmatrix} 1 & 2 \\ 4 & 3 \end{pmatrix}}"
+        assert competition_math.process_results(doc, [other]) == {"exact_match": 0.0}
+
     def test_comparison_that_does_not_end_is_ended(self):
         assert equality.equivalent("9^{9^{9^{9}}}", "3", seconds=2.0) is False
         # And the next one has a process again.
@@ -136,7 +183,8 @@ class TestMath:
 
     def test_comparison_ends_with_a_killed_harness(self):
         script = (
-            "from xdlm_hf.evaluation import equality as e; e._worker = e._start(); print(e._worker.pid, flush=True)"
+            "from xdlm_hf.evaluation import equality as e; w = e._workers['symbolic'] = e._start('symbolic'); "
+            "print(w.pid, flush=True)"
         )
         script += "; e.equivalent('9^{9^{9^{9}}}', '3', seconds=600)"
         harness = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
@@ -152,6 +200,28 @@ class TestMath:
     def test_row_without_box(self):
         with pytest.raises(ValueError, match=r"row 3: the solution must hold its answer in \\boxed"):
             competition_math.parse_row({"problem": "a", "solution": "b"}, "row 3")
+
+
+class TestGSM8K:
+    @pytest.mark.parametrize(
+        ("text", "gold", "equal"),
+        [
+            ("#### 1/2", "2", False),
+            ("It is 1/2", "2", False),
+            ("It is 1/2", "0.5", True),
+            ("It is 6/3", "2", True),
+            ("He has 3 / 4 left", "0.75", True),
+            ("It is $1,000.00", "1000", True),
+            ("12-5", "5", True),
+            ("1/0", "0", False),
+            ("\u0663", "3", True),
+            ("9" * 5000, "9", False),
+            ("no number", "1", False),
+        ],
+    )
+    def test_final_number(self, text, gold, equal):
+        doc = {"answer": f"#### {gold}", "protocol": "lenient"}
+        assert gsm8k.process_results(doc, [text])["exact_match"] == equal
 
 
 class TestBBH:
@@ -176,9 +246,7 @@ class TestBBH:
         published = {p.stem: bbh.read_shots(p) for p in (DATA / "bbh" / "cot-prompts").glob("*.txt")}
         assert len(published) == 27
         for name, shots in published.items():
-            # One file has no line break after the opening words.
-            as_stock = shots.replace("step by step. Bam", "step by step.\nBam") if "Bam" in shots else shots
-            assert bbh.stock_shots(name).split() == as_stock.split(), name
+            assert bbh.stock_shots(name) == shots, name
             assert "canary" not in shots.lower() and shots.count("\nQ: ") >= 2
 
     def test_prompt(self, tmp_path):
@@ -198,7 +266,8 @@ class TestBBH:
 
 
 PROMPT = 'from typing import List\n\n\ndef helper(x):\n    return x\n\n\ndef f(x: int) -> int:\n    """ Doc. """\n'
-PROBLEM = {"prompt": PROMPT, "entry_point": "f", "test": "def check(c):\n    assert c(2) == helper(4)\n"}
+TEST = "def check(c):\n    assert c(2) == helper(4)\n"
+PROBLEM = {"prompt": PROMPT, "entry_point": "f", "test": TEST, "protocol": "lenient"}
 BODY = "    return 2 * x\n"
 
 
@@ -240,7 +309,7 @@ class TestPrograms:
         ],
     )
     def test_mbpp_programs(self, answer):
-        job = mbpp.job({"tests": ["", "assert f() == 1"], "names": ["f"]}, answer)
+        job = mbpp.job({"tests": ["", "assert f() == 1"], "names": ["f"], "protocol": "lenient"}, answer)
         assert sandbox.run(job).result == "pass", job.program
 
     def test_mbpp_rows(self):
@@ -268,7 +337,7 @@ class TestPrograms:
 
     def test_counts(self):
         for verdict, name in (("pass", "pass_at_1"), ("failed: NameError: x", "failed"), ("wrong", "wrong")):
-            counts = code.process_results({}, [verdict])
+            counts = code.process_results({}, [[verdict]])
             assert counts == {n: float(n == name) for n in ("pass_at_1", "wrong", "failed", "timeout")}
 
     def test_no_consent(self, monkeypatch):

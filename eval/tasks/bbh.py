@@ -1,7 +1,8 @@
 """BIG-Bench Hard: 27 subtasks of `{"input": ..., "target": ...}`, each with its own three worked examples.
 
 Local files: bbh/tasks/NAME.json and bbh/cot-prompts/NAME.txt, as published with the benchmark. Hub: SaylorTwift/bbh,
-with the worked examples from lm-eval's own task files (the same, but for one line break in sports_understanding).
+with the worked examples from lm-eval's own task files. Both protocols ask alike; they differ in where an answer ends
+and in what is taken of it.
 """
 
 import functools
@@ -13,26 +14,35 @@ import lm_eval.tasks
 import yaml
 from datasets import DatasetDict
 
+from xdlm_hf.evaluation import opencompass
+from xdlm_hf.evaluation.protocols import check_protocol, visible_text
 from xdlm_hf.evaluation.rows import as_test_split, load_rows, local_path, read_text, require_texts
 
+STOPS = {"opencompass": (), "lenient": ("\nQ:", "\n\n")}
 OPENING = "Follow the given examples and answer the question.\n"
 STOCK = Path(lm_eval.tasks.__file__).parent / "bbh" / "cot_fewshot"
 LETTER = re.compile(r"\(([A-Z])\)")
 
 
-def load(subtask: str, data: str | None = None, **_metadata) -> DatasetDict:
+def load(subtask: str, data: str | None = None, protocol: str = "opencompass", **_metadata) -> DatasetDict:
     """Reads one subtask with its prompts; `_metadata` is whatever else the run was given.
 
     Raises:
-        ValueError: If rows or examples cannot be read, or a row lacks input or target.
+        ValueError: If rows or examples cannot be read, a row lacks input or target, or the protocol is unknown.
     """
+    check_protocol(protocol)
     examples = local_path(data, f"bbh/cot-prompts/{subtask}.txt")
     shots = stock_shots(subtask) if examples is None else read_shots(examples)
 
     def parse_row(row: dict, where: str) -> dict[str, str]:
         require_texts(row, ("input", "target"), where)
         question = f"Q: {row['input']}\nA: Let's think step by step."
-        return {"prompt": f"{OPENING}{shots}\n\n{question}", "target": row["target"]}
+        return {
+            "prompt": f"{OPENING}{shots}\n\n{question}",
+            "target": row["target"],
+            "subtask": subtask,
+            "protocol": protocol,
+        }
 
     rows = load_rows(data, f"bbh/tasks/{subtask}.json", ("SaylorTwift/bbh", subtask, "test"), parse_row, read_examples)
     return as_test_split(rows)
@@ -57,11 +67,12 @@ def read_shots(path: Path) -> str:
 
 @functools.cache
 def stock_shots(subtask: str) -> str:
-    """The same from lm-eval's task file."""
+    """The same from lm-eval's task file, which differs in the line breaks of sports_understanding."""
     task = yaml.safe_load((STOCK / f"{subtask}.yaml").read_text(encoding="utf-8"))
     samples = task["fewshot_config"]["samples"]
     shots = (f"Q: {shot['input']}\nA: Let's think step by step.\n{shot['target']}" for shot in samples)
-    return (task["description"] + "\n\n".join(shots)).strip()
+    text = (task["description"] + "\n\n".join(shots)).strip()
+    return text.replace("step by step.\n", "step by step. ") if subtask == "sports_understanding" else text
 
 
 def final_answer(text: str, letter: bool) -> str:
@@ -80,5 +91,11 @@ def final_answer(text: str, letter: bool) -> str:
 
 def process_results(doc: dict, results: list[str]) -> dict[str, float]:
     """1.0 when the final answer is the target, else 0.0."""
-    target = doc["target"]
-    return {"exact_match": float(final_answer(results[0], bool(LETTER.fullmatch(target))) == target)}
+    text, target = visible_text(results[0], doc["protocol"], STOPS), doc["target"]
+    if doc["protocol"] == "lenient":
+        right = final_answer(text, bool(LETTER.fullmatch(target))) == target
+    elif doc["subtask"] in opencompass.BBH_FREE_FORM:
+        right = opencompass.bbh_free_form(text) == target
+    else:
+        right = opencompass.bbh_choice(text) == opencompass.bbh_choice(target)
+    return {"exact_match": float(right)}

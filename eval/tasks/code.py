@@ -1,11 +1,14 @@
-"""What the tasks that run programs share: fences, running, and the four counts."""
+"""What the tasks that run programs share: fences, running, the four counts, and pass@k."""
 
+import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 
-from xdlm_hf.evaluation.sandbox import VERDICTS, Job, run_all
+from xdlm_hf.evaluation.sandbox import VERDICTS, Job, Limits, Verdict, run_all
 
 FENCE = re.compile(r"```[\w+-]*\n(.*?)(?:```|$)", re.DOTALL)
+PASS_AT = (1, 5, 10, 20, 50, 100)  # those up to the number of samples are reported
 
 
 def unfenced(text: str) -> str:
@@ -15,16 +18,51 @@ def unfenced(text: str) -> str:
 
 
 def execute(
-    resps: Sequence[Sequence[str]], docs: Sequence[dict], job_of: Callable[[dict, str], Job]
+    resps: Sequence[Sequence[str]],
+    docs: Sequence[dict],
+    job_of: Callable[[dict, str], Job],
+    opencompass_seconds: float,
 ) -> list[list[str]]:
-    """lm-eval's filter: for every answer of every row, its verdict and why, such as "wrong" or "failed: NameError"."""
+    """lm-eval's filter: for every answer of every row, its verdict and why, such as "wrong" or "failed: NameError".
+
+    Under `opencompass` a program has `opencompass_seconds`; else the sandbox's own limit.
+    """
+    if not docs:
+        return []
     jobs = [job_of(doc, answer) for doc, answers in zip(docs, resps, strict=True) for answer in answers]
-    texts = iter([": ".join(filter(None, (verdict.result, verdict.why))) for verdict in run_all(jobs)])
+    if docs[0]["protocol"] == "opencompass":
+        verdicts = map(own_assertion_is_wrong, run_all(jobs, Limits(seconds=opencompass_seconds)))
+    else:
+        verdicts = run_all(jobs)
+    texts = iter([": ".join(filter(None, (verdict.result, verdict.why))) for verdict in verdicts])
     return [[next(texts) for _ in answers] for answers in resps]
 
 
-def process_results(doc: dict, results: list[str]) -> dict[str, float]:
-    """Which of the four it was, 1.0 or 0.0 each; they sum to 1."""
-    verdict = results[0].partition(":")[0]
-    counts = {name: float(verdict == name) for name in VERDICTS}
-    return {"pass_at_1": counts.pop("pass"), **counts}
+def own_assertion_is_wrong(verdict: Verdict) -> Verdict:
+    """OpenCompass counts every AssertionError as Wrong, that of the program before the tests too."""
+    own = verdict.result == "failed" and verdict.why.startswith("AssertionError")
+    return dataclasses.replace(verdict, result="wrong") if own else verdict
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that one of k samples drawn from n passes when c of the n do: 1 - C(n - c, k) / C(n, k).
+
+    The unbiased estimate of pass@k. Source: Chen et al., arXiv 2107.03374, Eq. 1.
+
+    Raises:
+        ValueError: Unless 1 <= k <= n and 0 <= c <= n.
+    """
+    if not (1 <= k <= n and 0 <= c <= n):
+        raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= c <= n, got k={k} with {c} of n={n} samples right")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def process_results(doc: dict, results: list[list[str]]) -> dict[str, float]:
+    """pass@k for the k of `PASS_AT` up to the number of samples, and the other verdicts as shares of the samples.
+
+    `pass_at_1` and the three others sum to 1.
+    """
+    verdicts = [text.partition(":")[0] for text in results[0]]
+    n = len(verdicts)
+    shares = {name: verdicts.count(name) / n for name in VERDICTS if name != "pass"}
+    return {f"pass_at_{k}": pass_at_k(n, verdicts.count("pass"), k) for k in PASS_AT if k <= n} | shares

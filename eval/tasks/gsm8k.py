@@ -1,6 +1,7 @@
 """GSM8K: rows `{"question": ..., "answer": "reasoning ... #### 42"}`, scored on the final number.
 
-Local file: gsm8k/test.jsonl. Hub: openai/gsm8k.
+Local file: gsm8k/test.jsonl. Hub: openai/gsm8k. Both protocols ask alike; they differ in where an answer ends and in
+the number taken of it.
 """
 
 import json
@@ -10,20 +11,29 @@ from pathlib import Path
 
 from datasets import DatasetDict
 
+from xdlm_hf.evaluation import opencompass
+from xdlm_hf.evaluation.protocols import check_protocol, visible_text
 from xdlm_hf.evaluation.rows import as_test_split, load_rows, require_texts
 
+STOPS = {"opencompass": (), "lenient": ("Question:",)}
 MARKER = "####"
-# A minus directly after a digit is a subtraction, not a sign: "12-5" holds 12 and 5.
-NUMBER = re.compile(r"(?:(?<!\d)-)?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
+_UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+# A minus directly after a digit is a subtraction, not a sign: "12-5" holds 12 and 5. A fraction is one number.
+NUMBER = re.compile(rf"((?:(?<!\d)-)?\$?{_UNSIGNED})(?: ?/ ?(\$?{_UNSIGNED}))?")
 
 
-def load(data: str | None = None, **_metadata) -> DatasetDict:
+def load(data: str | None = None, protocol: str = "opencompass", **_metadata) -> DatasetDict:
     """Reads the rows lm-eval asks for; `_metadata` is whatever else the run was given.
 
     Raises:
-        ValueError: If the rows cannot be read, or one lacks a question or a final number.
+        ValueError: If the rows cannot be read, one lacks a question or a final number, or the protocol is unknown.
     """
-    return as_test_split(load_rows(data, "gsm8k/test.jsonl", ("openai/gsm8k", "main", "test"), parse_row))
+    check_protocol(protocol)
+
+    def with_protocol(row: dict, where: str) -> dict[str, str]:
+        return {**parse_row(row, where), "protocol": protocol}
+
+    return as_test_split(load_rows(data, "gsm8k/test.jsonl", ("openai/gsm8k", "main", "test"), with_protocol))
 
 
 def shots() -> list[dict[str, str]]:
@@ -43,15 +53,26 @@ def parse_row(row: dict, where: str) -> dict[str, str]:
 def final_number(text: str) -> Decimal | None:
     """The number after the first `####`, else the last number of the text's first paragraph, else None.
 
-    Commas and `$` are dropped, and the value is compared, so `$1,000.00` equals `1000`. What follows a blank line is
-    left out because a base model goes on with another question.
+    Commas and `$` are dropped, and the value is compared, so `$1,000.00` equals `1000`, and `1/2` is a half. What
+    follows a blank line is left out because a base model goes on with another question.
     """
     marked = NUMBER.search(text, text.find(MARKER)) if MARKER in text else None
     first_paragraph = text.strip().split("\n\n")[0]
-    numbers = [marked.group()] if marked else NUMBER.findall(first_paragraph)
-    return Decimal(numbers[-1].replace(",", "").replace("$", "")) if numbers else None
+    numbers = [marked.groups()] if marked else NUMBER.findall(first_paragraph)
+    if not numbers:
+        return None
+    try:
+        numerator, denominator = (Decimal(re.sub(r"[,$]", "", part or "1")) for part in numbers[-1])
+        return numerator / denominator if denominator != 1 else numerator
+    except ArithmeticError:  # division by 0, or more digits than a Decimal's exponent can count
+        return None
 
 
 def process_results(doc: dict, results: list[str]) -> dict[str, float]:
     """1.0 when the answer's final number equals the row's, else 0.0."""
-    return {"exact_match": float(final_number(results[0]) == final_number(doc["answer"]))}
+    text = visible_text(results[0], doc["protocol"], STOPS)
+    if doc["protocol"] == "opencompass":
+        right = opencompass.gsm8k_equal(opencompass.gsm8k_number(text), opencompass.gsm8k_gold(doc["answer"]))
+    else:
+        right = final_number(text) == final_number(doc["answer"])
+    return {"exact_match": float(right)}

@@ -1,40 +1,57 @@
 """HumanEval: complete a function from its docstring; scored by running the benchmark's `check`.
 
-Local file: humaneval/HumanEval.jsonl. Hub: openai/openai_humaneval.
+Local file: humaneval/HumanEval.jsonl, or any file of such rows (HumanEval+). Hub: openai/openai_humaneval.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 
 from datasets import DatasetDict
 
+from xdlm_hf.evaluation import opencompass
+from xdlm_hf.evaluation.protocols import check_protocol, visible_text
 from xdlm_hf.evaluation.rows import as_test_split, load_rows, require_texts
 from xdlm_hf.evaluation.sandbox import Job, require_consent
 from xdlm_hf.evaluation.tasks import code
 
 process_results = code.process_results
+STOPS = {"opencompass": (), "lenient": ()}
+QUESTION = {"opencompass": "", "lenient": "Complete the following python code:\n"}
 FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 # A line that may stand at the margin after a function without ending the program.
 GOES_ON = re.compile(r"[\s@#)\]}]|(?:async +)?def |class |import |from |$")
 
 
-def load(data: str | None = None, **_metadata) -> DatasetDict:
+def load(data: str | None = None, protocol: str = "opencompass", **_metadata) -> DatasetDict:
     """Reads the rows lm-eval asks for; `_metadata` is whatever else the run was given.
 
     Raises:
-        ValueError: If the rows cannot be read, one lacks a field, or nobody has consented to running code.
+        ValueError: If the rows cannot be read, one lacks a field, nobody has consented to running code, or the protocol
+            is unknown.
     """
+    check_protocol(protocol)
     require_consent()
+    parse = functools.partial(parse_row, protocol=protocol)
     hub = ("openai/openai_humaneval", None, "test")
-    return as_test_split(load_rows(data, "humaneval/HumanEval.jsonl", hub, parse_row))
+    return as_test_split(load_rows(data, "humaneval/HumanEval.jsonl", hub, parse))
 
 
-def parse_row(row: dict, where: str) -> dict[str, str]:
+def parse_row(row: dict, where: str, protocol: str) -> dict[str, str]:
     require_texts(row, FIELDS, where)
-    return {name: row[name] for name in FIELDS}
+    fields = {name: row[name] for name in FIELDS}
+    return {**fields, "context": QUESTION[protocol] + row["prompt"], "protocol": protocol}
 
 
 def program(doc: dict, answer: str) -> str:
+    """The program a raw answer stands for under the row's protocol."""
+    text = visible_text(answer, doc["protocol"], STOPS)
+    if doc["protocol"] == "opencompass":
+        return f"{doc['prompt']}{opencompass.humaneval_body(text)}\n"
+    return lenient_program(doc, text)
+
+
+def lenient_program(doc: dict, answer: str) -> str:
     """The program an answer stands for.
 
     An answer that defines the function itself is appended to the prompt, whose own definition, a docstring alone, it
@@ -61,4 +78,4 @@ def job(doc: dict, answer: str) -> Job:
 
 
 def execute(resps: Sequence[Sequence[str]], docs: Sequence[dict]) -> list[list[str]]:
-    return code.execute(resps, docs, job)
+    return code.execute(resps, docs, job, opencompass.HUMANEVAL_SECONDS)

@@ -1,6 +1,7 @@
 """MBPP: write a function that passes three assertions; scored by running them.
 
 Local file: mbpp/mbpp.jsonl, of which the test split (task_id 11 to 510) is used. Hub: google-research-datasets/mbpp.
+Both protocols ask alike; they differ in the program taken of an answer, and `opencompass` leaves out `test_setup_code`.
 """
 
 import ast
@@ -12,30 +13,36 @@ from pathlib import Path
 
 from datasets import DatasetDict
 
+from xdlm_hf.evaluation import opencompass
 from xdlm_hf.evaluation.judge import top_level_names
+from xdlm_hf.evaluation.protocols import check_protocol, visible_text
 from xdlm_hf.evaluation.rows import as_test_split, load_rows, require_texts
 from xdlm_hf.evaluation.sandbox import Job, require_consent
 from xdlm_hf.evaluation.tasks import code
 
 process_results = code.process_results
+STOPS = {"opencompass": ("[DONE]",), "lenient": ("[DONE]",)}
 TEST_IDS = range(11, 511)
 
 
-def load(data: str | None = None, **_metadata) -> DatasetDict:
+def load(data: str | None = None, protocol: str = "opencompass", **_metadata) -> DatasetDict:
     """Reads the rows lm-eval asks for; `_metadata` is whatever else the run was given.
 
     Raises:
-        ValueError: If the rows cannot be read, one lacks a field, or nobody has consented to running code.
+        ValueError: If the rows cannot be read, one lacks a field, nobody has consented to running code, or the protocol
+            is unknown.
     """
+    check_protocol(protocol)
     require_consent()
-    rows = load_rows(data, "mbpp/mbpp.jsonl", ("google-research-datasets/mbpp", "full", "test"), parse_row)
+    parse = functools.partial(parse_row, protocol=protocol)
+    rows = load_rows(data, "mbpp/mbpp.jsonl", ("google-research-datasets/mbpp", "full", "test"), parse)
     rows = [row for row in rows if row["task_id"] in TEST_IDS]
     if not rows:
         raise ValueError(f"mbpp: no rows with task_id {TEST_IDS[0]} to {TEST_IDS[-1]}, the test split")
     return as_test_split(rows)
 
 
-def parse_row(row: dict, where: str) -> dict:
+def parse_row(row: dict, where: str, protocol: str = "opencompass") -> dict:
     """One row with its `prompt`, and the `names` that its tests call and its own solution defines."""
     require_texts(row, ("text", "code"), where)
     tests, setup = row.get("test_list"), row.get("test_setup_code") or ""
@@ -47,7 +54,8 @@ def parse_row(row: dict, where: str) -> dict:
         "prompt": prompt(row["text"], tests),
         "code": row["code"],
         "names": sorted(used & top_level_names(row["code"])),
-        "tests": [setup, *tests],
+        "tests": [setup if protocol == "lenient" else "", *tests],
+        "protocol": protocol,
     }
 
 
@@ -64,7 +72,13 @@ def shots() -> list[dict[str, str]]:
     return json.loads(prompts)["mbpp"]
 
 
-def program(answer: str) -> str:
+def program(doc: dict, answer: str) -> str:
+    """The program in a raw answer under the row's protocol."""
+    text = visible_text(answer, doc["protocol"], STOPS)
+    return opencompass.mbpp_program(text) if doc["protocol"] == "opencompass" else lenient_program(text)
+
+
+def lenient_program(answer: str) -> str:
     """The program in an answer: between [BEGIN] and [DONE] where they stand, without fences or quotes around it."""
     text = answer.partition("[BEGIN]")[2] if "[BEGIN]" in answer else answer
     text = re.split(r"\[?DONE\]?", text)[0]
@@ -73,8 +87,8 @@ def program(answer: str) -> str:
 
 
 def job(doc: dict, answer: str) -> Job:
-    return Job(program(answer), doc["tests"], doc["names"])
+    return Job(program(doc, answer), doc["tests"], doc["names"])
 
 
 def execute(resps: Sequence[Sequence[str]], docs: Sequence[dict]) -> list[list[str]]:
-    return code.execute(resps, docs, job)
+    return code.execute(resps, docs, job, opencompass.MBPP_SECONDS)
