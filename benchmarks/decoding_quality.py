@@ -27,7 +27,8 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
-from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
+from xdlm_hf.training.arguments import XDLMTrainingArguments
+from xdlm_hf.training.trainer import XDLMTrainer
 
 LETTERS, CYCLES, GIVEN, ANSWER, BLOCK, K = 64, 4, 32, 64, 16, 0.1
 MASK, EOS = LETTERS + CYCLES, LETTERS + CYCLES + 1  # after the letters come the names of the cycles

@@ -19,11 +19,11 @@ from measure import interleaved_seconds, machine, peak_bytes
 from torch import Tensor
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, NoiseKernel, posterior, sample_posterior
-from xdlm_hf.denoising import chunk_slices
-from xdlm_hf.posterior import begin_step, finish_step
-from xdlm_hf.released import ReferenceAncestralSampler
-from xdlm_hf.samplers import ConfidenceSampler
-from xdlm_hf.schedules import LinearSchedule
+from xdlm_hf.diffusion.reverse import begin_step, finish_step
+from xdlm_hf.diffusion.schedules import LinearSchedule
+from xdlm_hf.generation.confidence import ConfidenceSampler
+from xdlm_hf.generation.network import chunk_slices
+from xdlm_hf.generation.released import ReferenceAncestralSampler
 
 N, MASK, K, NEW = 126464, 126336, 0.1, 256
 TIMES = (1.0, 0.75, 0.5, 0.25)  # over which ancestral steps are averaged

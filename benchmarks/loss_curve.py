@@ -15,8 +15,11 @@ import numpy as np
 import torch
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
-from xdlm_hf.data import PackedDataset, hold_out, python_reference_documents, train_tokenizer
-from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
+from xdlm_hf.data.packing import PackedDataset
+from xdlm_hf.data.readers import hold_out, python_reference_documents
+from xdlm_hf.data.tokenizer import train_tokenizer
+from xdlm_hf.training.arguments import XDLMTrainingArguments
+from xdlm_hf.training.trainer import XDLMTrainer
 
 LENGTH, VOCABULARY, MIXING_RATIO = 64, 262, 0.1
 LOGGING = 5  # steps

@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 import demo  # noqa: E402
 
-from xdlm_hf.data import PackedDataset, hold_out, python_reference_documents  # noqa: E402
+from xdlm_hf.data.packing import PackedDataset  # noqa: E402
+from xdlm_hf.data.readers import hold_out, python_reference_documents  # noqa: E402
 
 MIXING_RATIOS = (0.0, 0.1, 1.0)
 STEPS = (8, 32)

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from measure import machine
 
-from xdlm_hf.data import load_documents, python_reference_documents, train_tokenizer
-from xdlm_hf.stream import PackedStream
+from xdlm_hf.data.readers import load_documents, python_reference_documents
+from xdlm_hf.data.stream import PackedStream
+from xdlm_hf.data.tokenizer import train_tokenizer
 
 FILES = 4
 

@@ -24,8 +24,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from xdlm_hf.data import PackedDataset, hold_out, python_reference_documents
-from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
+from xdlm_hf.data.packing import PackedDataset
+from xdlm_hf.data.readers import hold_out, python_reference_documents
+from xdlm_hf.training.arguments import XDLMTrainingArguments
+from xdlm_hf.training.trainer import XDLMTrainer
 
 GROUPS = 20  # of the jackknife
 T_EPS = (1e-3, 0.1)

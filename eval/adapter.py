@@ -32,7 +32,6 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import xdlm_hf
-from xdlm_hf.adapters import load_adapter
 from xdlm_hf.evaluation.arguments import DEFAULT_MAX_NEW_TOKENS, Arguments, at, check_checkpoint, check_room
 from xdlm_hf.evaluation.likelihood import Estimate, Pair, log_likelihoods, seeded_generator
 from xdlm_hf.evaluation.manifest import hardware, sandbox_layers
@@ -40,6 +39,7 @@ from xdlm_hf.evaluation.processes import ProcessesLM
 from xdlm_hf.evaluation.protocols import END_OF_TEXT
 from xdlm_hf.evaluation.rows import READ
 from xdlm_hf.loading import end_ids
+from xdlm_hf.training.adapters import load_adapter
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,12 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import xdlm_hf
-from xdlm_hf.data import check_tokenizer
+from xdlm_hf.data.tokenizer import check_tokenizer
 from xdlm_hf.evaluation.manifest import content_sha, hub_commit
-from xdlm_hf.generation_config import BEYOND_REFERENCE, XDLMGenerationConfig
+from xdlm_hf.generation.confidence import check_blocks
+from xdlm_hf.generation.config import XDLMGenerationConfig
+from xdlm_hf.generation.released import BEYOND_REFERENCE
 from xdlm_hf.loading import DTYPES
-from xdlm_hf.samplers import check_blocks
 
 DEFAULT_MAX_NEW_TOKENS = 256
 

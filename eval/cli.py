@@ -31,7 +31,7 @@ from xdlm_hf.evaluation import adapter as adapter  # registers the model
 from xdlm_hf.evaluation import oracle as oracle  # registers its own
 from xdlm_hf.evaluation.arguments import DEFAULT_MAX_NEW_TOKENS, Arguments, check_checkpoint, check_settings
 from xdlm_hf.evaluation.likelihood import Estimate
-from xdlm_hf.processes import end_script
+from xdlm_hf.training.processes import end_script
 
 
 def main() -> None:

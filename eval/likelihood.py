@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xdlm_hf.kernel import NoiseKernel
-from xdlm_hf.losses import diffusion_loss
-from xdlm_hf.schedules import Schedule, get_schedule
+from xdlm_hf.diffusion.losses import diffusion_loss
+from xdlm_hf.diffusion.noise import NoiseKernel
+from xdlm_hf.diffusion.schedules import Schedule, get_schedule
 
 
 class Estimate(float):

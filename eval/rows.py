@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets
 
-from xdlm_hf.revisions import pin_revision, revision_to_read
+from xdlm_hf.training.revisions import pin_revision, revision_to_read
 
 HUB = "hub"
 

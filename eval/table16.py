@@ -33,7 +33,7 @@ from xdlm_hf.evaluation.arguments import Arguments
 from xdlm_hf.evaluation.cli import check_run
 from xdlm_hf.evaluation.protocols import PROTOCOLS
 from xdlm_hf.evaluation.published import BENCHMARKS, PUBLISHED, markdown_table
-from xdlm_hf.processes import end_script
+from xdlm_hf.training.processes import end_script
 
 BASE = "GSAI-ML/LLaDA-8B-Base"
 # Checkpoint (None: --checkpoint must name it, since none is public) and sampler settings of each row.

@@ -32,8 +32,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import xdlm_hf
-from xdlm_hf.data import hold_out, python_reference_documents, train_tokenizer
-from xdlm_hf.display import history_table
+from xdlm_hf.data.readers import hold_out, python_reference_documents
+from xdlm_hf.data.tokenizer import train_tokenizer
+from xdlm_hf.watch.display import history_table
 
 CONFIGS = Path(__file__).parent / "configs"
 MARKER = ".xdlm-demo"  # tells a folder of the demo, which a new run replaces, from anything else

@@ -43,21 +43,17 @@ from pathlib import Path
 import recipe
 from recipe import ModelArguments, PlanArguments
 
-from xdlm_hf.checkpoints import recorded_data
-from xdlm_hf.data import (
-    PackedDataset,
-    check_source,
-    hold_out,
-    load_documents,
-    python_reference_documents,
-    train_tokenizer,
-)
+from xdlm_hf.data.packing import PackedDataset
+from xdlm_hf.data.readers import check_source, hold_out, load_documents, python_reference_documents
+from xdlm_hf.data.source_files import SourceFiles, find_files
+from xdlm_hf.data.stream import PackedStream
+from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.loading import read_tokenizer
-from xdlm_hf.processes import found_by_the_first, run_script
-from xdlm_hf.revisions import pin_revision, revision_to_read
-from xdlm_hf.source_files import SourceFiles, find_files
-from xdlm_hf.stream import PackedStream
-from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
+from xdlm_hf.training.arguments import XDLMTrainingArguments
+from xdlm_hf.training.checkpoints import recorded_data
+from xdlm_hf.training.processes import found_by_the_first, run_script
+from xdlm_hf.training.revisions import pin_revision, revision_to_read
+from xdlm_hf.training.trainer import XDLMTrainer
 
 TOKENIZER_DOCUMENTS = 100_000  # that a tokenizer is trained on
 

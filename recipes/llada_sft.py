@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import recipe
 from recipe import ModelArguments, PlanArguments
 
-from xdlm_hf.conversations import (
+from xdlm_hf.data.conversations import (
     EOS_IN_LOSS,
     LOSS_WEIGHTING,
     TURNS,
@@ -38,8 +38,9 @@ from xdlm_hf.conversations import (
     load_conversations,
     set_chat_template,
 )
-from xdlm_hf.processes import run_script
-from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
+from xdlm_hf.training.arguments import XDLMTrainingArguments
+from xdlm_hf.training.processes import run_script
+from xdlm_hf.training.trainer import XDLMTrainer
 
 
 @dataclass

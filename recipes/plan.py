@@ -12,10 +12,11 @@ from rich.table import Table
 from transformers.training_args import OptimizerNames
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
-from xdlm_hf.adapters import add_adapters
 from xdlm_hf.loading import read_config
-from xdlm_hf.planning import (
-    ADAMW,
+from xdlm_hf.training.adapters import add_adapters
+from xdlm_hf.training.arguments import XDLMTrainingArguments
+from xdlm_hf.training.optimizers import ADAMW, optimizer_of
+from xdlm_hf.training.planning import (
     GIB,
     LAYOUTS,
     RESERVED,
@@ -29,11 +30,9 @@ from xdlm_hf.planning import (
     layouts,
     loss_bytes,
     memory,
-    optimizer_of,
     run_flops,
 )
-from xdlm_hf.storage import Disk, check_disk, loading_bytes, number_of_saves, planned_disk
-from xdlm_hf.trainer import XDLMTrainingArguments
+from xdlm_hf.training.storage import Disk, check_disk, loading_bytes, number_of_saves, planned_disk
 
 _CONFIGS = Path(__file__).parent / "configs" / "models"
 # Configs that a plan can be made from where the Hub cannot be asked.

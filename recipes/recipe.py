@@ -25,13 +25,20 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
-from xdlm_hf.adapters import add_adapters, load_adapter, quantization_4bit
-from xdlm_hf.checkpoints import UNFINISHED, explained_failure, last_whole_checkpoint, refuse_other_run, whole_model
-from xdlm_hf.data import check_tokenizer
+from xdlm_hf.data.tokenizer import check_tokenizer
 from xdlm_hf.loading import load_weights, read_config, read_tokenizer
-from xdlm_hf.precision import check_trained_dtype
-from xdlm_hf.processes import found_by_the_first
-from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments, model_bytes
+from xdlm_hf.training.adapters import add_adapters, load_adapter, quantization_4bit
+from xdlm_hf.training.arguments import XDLMTrainingArguments
+from xdlm_hf.training.checkpoints import (
+    UNFINISHED,
+    explained_failure,
+    last_whole_checkpoint,
+    refuse_other_run,
+    whole_model,
+)
+from xdlm_hf.training.precision import check_trained_dtype
+from xdlm_hf.training.processes import found_by_the_first
+from xdlm_hf.training.trainer import XDLMTrainer, model_bytes
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 

@@ -1,4 +1,4 @@
-"""Settings for every test: one thread, fixed seeds, Hypothesis profiles.
+"""Settings for every test: threads, fixed seeds, Hypothesis profiles.
 
 Markers (declared in setup.cfg, left out of a plain `pytest`): `slow` takes more than a minute on one core, `gpu` needs
 a CUDA device, `hub` needs to reach a model or data hub. Run one kind with, for example, `pytest -m slow`.
@@ -24,8 +24,8 @@ settings.register_profile(
 settings.register_profile("explore", deadline=None, max_examples=600, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-# More threads would change the order of sums, hence last digits, from one machine to the next.
-torch.set_num_threads(1)
+# One thread, unless asked otherwise: two workers with more would fight for the cores.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)

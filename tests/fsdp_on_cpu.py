@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 
 import llada_cpt  # noqa: E402
 
-from xdlm_hf.processes import end_script  # noqa: E402
-from xdlm_hf.trainer import XDLMTrainingArguments  # noqa: E402
+from xdlm_hf.training.arguments import XDLMTrainingArguments  # noqa: E402
+from xdlm_hf.training.processes import end_script  # noqa: E402
 
 
 def main():

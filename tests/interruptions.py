@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from training import RecordingTrainer, state, trainer
 
-from xdlm_hf.checkpoints import RUN_RECORD, UNFINISHED, last_checkpoint
-from xdlm_hf.checksums import CHECKSUMS
-from xdlm_hf.preemption import PREEMPTED_STATUS
-from xdlm_hf.processes import run_script
+from xdlm_hf.training.checkpoints import RUN_RECORD, UNFINISHED, last_checkpoint
+from xdlm_hf.training.checksums import CHECKSUMS
+from xdlm_hf.training.preemption import PREEMPTED_STATUS
+from xdlm_hf.training.processes import run_script
 
 OPTIONS = {"max_steps": 40, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 3, "save_seconds": 0.4}
 

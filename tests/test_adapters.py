@@ -7,7 +7,7 @@ import pytest
 import torch
 from training import state, tiny_model, trainer
 
-from xdlm_hf.adapters import NOISE_FILE, add_adapters, load_adapter, quantization_4bit, save_noise
+from xdlm_hf.training.adapters import NOISE_FILE, add_adapters, load_adapter, quantization_4bit, save_noise
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -112,7 +112,7 @@ def test_a_device_that_cannot_do_4_bits_is_refused(monkeypatch):
 def test_4_bits_are_for_the_blocks_alone(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from xdlm_hf.training_metrics import flops_per_token
+    from xdlm_hf.training.metrics import flops_per_token
 
     whole = tiny_model(d_model=64, mlp_hidden_size=128)
     whole.save_pretrained(tmp_path)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
-from xdlm_hf.cache import CanvasCache, CanvasLayer, RefreshPlan
+from xdlm_hf.generation.cache import CanvasCache, CanvasLayer, RefreshPlan
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "tiny-llada"
 

@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
-from xdlm_hf.chat import INTERRUPTED, Chat, main
-from xdlm_hf.data import train_tokenizer
+from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.loading import end_ids, end_of_turn_ids, load
+from xdlm_hf.serving.chat import INTERRUPTED, Chat, main
 
 
 @pytest.fixture(scope="module")

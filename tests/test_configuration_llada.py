@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig
 
 import xdlm_hf  # noqa: F401  (registers the model type)
-from xdlm_hf.configuration_llada import LLaDAConfig
+from xdlm_hf.models.llada.configuration_llada import LLaDAConfig
 
 FIXTURE = Path(__file__).parent / "fixtures" / "tiny-llada"
 

@@ -8,7 +8,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from xdlm_hf.conversations import (
+from xdlm_hf.data.collator import DiffusionCollator
+from xdlm_hf.data.conversations import (
     ConversationDataset,
     ConversationFormat,
     hold_out_records,
@@ -16,7 +17,7 @@ from xdlm_hf.conversations import (
     messages_of,
     set_chat_template,
 )
-from xdlm_hf.data import CHAT_TEMPLATE, DiffusionCollator, train_tokenizer
+from xdlm_hf.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 
 TWO_TURNS = [
     {"role": "user", "content": "Which dog?"},

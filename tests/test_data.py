@@ -12,18 +12,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from xdlm_hf.data import (
-    MASK,
-    SPECIAL_TOKENS,
-    DiffusionCollator,
-    PackedDataset,
-    check_tokenizer,
-    hold_out,
-    load_documents,
-    python_reference_documents,
-    train_tokenizer,
-)
-from xdlm_hf.stream import PackedStream
+from xdlm_hf.data.collator import DiffusionCollator
+from xdlm_hf.data.packing import PackedDataset
+from xdlm_hf.data.readers import hold_out, load_documents, python_reference_documents
+from xdlm_hf.data.stream import PackedStream
+from xdlm_hf.data.tokenizer import MASK, SPECIAL_TOKENS, check_tokenizer, train_tokenizer
 
 TEXTS = [f"Document {i} says: " + "word " * (i % 7) + f"end {i}." for i in range(60)]
 
@@ -298,7 +291,7 @@ def test_corrupted_lines_are_skipped_only_when_asked_for_and_counted(tmp_path, c
     files = [str(tmp_path / "*.jsonl")]
     with pytest.raises(ValueError, match=r"0\.jsonl, line 2: not valid JSON .*; repair it, remove it or skip_corr"):
         list(load_documents(data_files=files))
-    with caplog.at_level(logging.WARNING, "xdlm_hf.data"):
+    with caplog.at_level(logging.WARNING, "xdlm_hf.data.readers"):
         documents = load_documents(data_files=files, skip_corrupted=True)
         assert [d["text"] for d in documents] == ["one", "two"] * shards and documents.num_shards == shards
     for shard in range(shards):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from xdlm_hf.data import train_tokenizer
-from xdlm_hf.display import TokenPieces, harmless, history_table, step_text, token_bytes, token_changes, visible
+from xdlm_hf.data.tokenizer import train_tokenizer
+from xdlm_hf.watch.display import TokenPieces, harmless, history_table, step_text, token_bytes, token_changes, visible
 
 MASK = 0
 

@@ -19,7 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
-from xdlm_hf.data import train_tokenizer
+from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.evaluation import TASKS, cli
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
 from xdlm_hf.evaluation.tasks import bbh, gsm8k

@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from training import ENDS_CLEANLY
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
-from xdlm_hf.data import train_tokenizer
+from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.evaluation import TASKS, cli, published, rescore, table16
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
 from xdlm_hf.evaluation.likelihood import Estimate

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from xdlm_hf import NoiseKernel, diffusion_loss, fused_linear_diffusion_loss, kl_divergence, losses
+from xdlm_hf import NoiseKernel, diffusion_loss, fused_linear_diffusion_loss, kl_divergence
+from xdlm_hf.diffusion import losses
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from loss import dense_loss  # noqa: E402

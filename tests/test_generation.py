@@ -18,17 +18,10 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
-from xdlm_hf import (
-    LinearSchedule,
-    LLaDAConfig,
-    LLaDAForDiffusionLM,
-    NoiseKernel,
-    XDLMGenerationConfig,
-    denoising,
-    posterior,
-)
-from xdlm_hf.released import ReferenceAncestralSampler
-from xdlm_hf.samplers import AncestralSampler
+from xdlm_hf import LinearSchedule, LLaDAConfig, LLaDAForDiffusionLM, NoiseKernel, XDLMGenerationConfig, posterior
+from xdlm_hf.generation import loop as denoising
+from xdlm_hf.generation.ancestral import AncestralSampler
+from xdlm_hf.generation.released import ReferenceAncestralSampler
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "tiny-llada"
 RECORDED = json.loads((CHECKPOINT / "expected_generation.json").read_text())

@@ -3,42 +3,35 @@
 import ast
 import configparser
 import re
+import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
 
 import xdlm_hf
-from xdlm_hf.data import train_tokenizer
+from xdlm_hf.data.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-# A module may import from its own layer and from those above it in this list, never from below.
-LAYERS = [
-    ["schedules"],
-    ["kernel"],
-    ["posterior", "losses", "refinement"],
-    ["samplers"],
-    ["cache", "spans"],
-    ["denoising"],
-    ["released"],
-    ["generation_config"],
-    ["configuration_llada", "modeling_llada", "generation", "hub"],
-    ["preemption", "checksums", "data", "precision"],
-    ["source_files"],
-    ["adapters", "checkpoints", "processes", "training_metrics", "display"],
-    ["planning", "stream", "conversations", "revisions", "streamers", "trace", "loading"],
-    ["trainer", "storage", "serving_fields", "serving_answers"],
-    ["serving_prompts"],
-    ["serving_requests"],
-    ["serving_engine"],
-    ["serving_app"],
-    ["serving", "chat"],
-]
-CORE = [module for layer in LAYERS[:3] for module in layer]
-LIBRARY = sorted((ROOT / "xdlm_hf").glob("*.py"))
+# What a package, or a module beside the packages, may import from besides itself.
+MAY_IMPORT = {
+    "diffusion": set(),
+    "generation": {"diffusion"},
+    "models": {"diffusion", "generation"},
+    "data": set(),
+    "training": {"diffusion", "generation", "models", "data"},
+    "watch": set(),
+    "loading": {"data", "models"},
+    "serving": {"generation", "data", "watch", "loading"},
+    "hub": {"models"},
+}
+LIBRARY = sorted((ROOT / "xdlm_hf").rglob("*.py"))
+MODULES = [path for path in LIBRARY if path.stem != "__init__"]
+PACKAGES = sorted(path.parent for path in LIBRARY if path.stem == "__init__" and path.parent.name != "xdlm_hf")
 SHIPPED = LIBRARY + [
     path for folder in ("eval", "recipes", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))
 ]
@@ -48,51 +41,97 @@ def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
 def imports(path: Path) -> list[str]:
-    """Every module a file imports, at any depth; siblings as `xdlm_hf.<name>`, however they are written."""
+    """Every module a file imports, at any depth, by its whole name."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join(filter(None, ["xdlm_hf" if node.level else "", node.module]))
-            # `from . import kernel` and `from xdlm_hf import kernel` name modules, not only objects.
-            found += [f"{module}.{alias.name}" for alias in node.names] if module == "xdlm_hf" else [module]
+            package = module_name(path).rpartition(".")[0]
+            module = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
+            # `from . import noise` names modules, not only objects.
+            found += [f"{module}.{a.name}" if f"{module}.{a.name}" in NAMES else module for a in node.names]
     return found
 
 
+NAMES = {module_name(path) for path in MODULES}
+
+
 def siblings(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in imports(path) if name.startswith("xdlm_hf.")}
+    return {name for name in imports(path) if name.startswith("xdlm_hf")}
 
 
 def test_the_checks_see_files_and_imports():
     # Guards the guards: a moved folder or a changed parser must not make the tests below pass on nothing.
-    assert {"xdlm_hf/kernel.py", "eval/adapter.py"} <= {relative(path) for path in SHIPPED}
-    assert {"kernel"} <= siblings(ROOT / "xdlm_hf" / "posterior.py")
-    assert "torch" in imports(ROOT / "xdlm_hf" / "schedules.py")
+    assert {"xdlm_hf/diffusion/noise.py", "eval/adapter.py"} <= {relative(path) for path in SHIPPED}
+    assert "xdlm_hf.diffusion.noise" in siblings(ROOT / "xdlm_hf" / "diffusion" / "reverse.py")
+    assert "xdlm_hf.generation.cache" in siblings(ROOT / "xdlm_hf" / "models" / "llada" / "modeling_llada.py")
+    assert "torch" in imports(ROOT / "xdlm_hf" / "diffusion" / "schedules.py")
 
 
-def test_every_module_has_a_layer():
-    modules = {path.stem for path in LIBRARY} - {"__init__"}
-    assert modules == {module for layer in LAYERS for module in layer}
-
-
-@pytest.mark.parametrize("path", [p for p in LIBRARY if p.stem != "__init__"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_imports_point_one_way(path):
-    depth = {module: i for i, layer in enumerate(LAYERS) for module in layer}
-    # An unknown sibling (the package's own root, the evaluation) counts as lying below everything.
-    below = {name for name in siblings(path) if depth.get(name, len(LAYERS)) > depth[path.stem]}
-    assert not below, f"{path.stem} imports {sorted(below)}, which lie below it"
+    place = path.relative_to(ROOT / "xdlm_hf").parts[0].removesuffix(".py")
+    # The package's own root and the evaluation count as lying below everything.
+    others = {(name.split(".") + ["xdlm_hf"])[1] for name in siblings(path)} - {place}
+    assert others <= MAY_IMPORT[place], f"{relative(path)} imports from {sorted(others - MAY_IMPORT[place])}"
 
 
 def test_imports_make_no_cycle():
-    TopologicalSorter({path.stem: siblings(path) for path in LIBRARY if path.stem != "__init__"}).prepare()
+    TopologicalSorter({module_name(path): siblings(path) for path in MODULES}).prepare()
 
 
-@pytest.mark.parametrize("module", CORE)
-def test_core_needs_nothing_but_torch(module):
-    top_level = {name.split(".")[0] for name in imports(ROOT / "xdlm_hf" / f"{module}.py")}
+@pytest.mark.parametrize("path", sorted((ROOT / "xdlm_hf" / "diffusion").rglob("*.py")), ids=relative)
+def test_the_mathematics_needs_nothing_but_torch(path):
+    top_level = {name.split(".")[0] for name in imports(path)}
     assert top_level - sys.stdlib_module_names <= {"torch", "xdlm_hf"}
+
+
+def test_the_mathematics_loads_without_transformers_and_accelerate():
+    script = (
+        "import sys; sys.modules['transformers'] = sys.modules['accelerate'] = None; "
+        "from xdlm_hf.diffusion import posterior, diffusion_loss, StationaryProcess; from xdlm_hf import kl_divergence"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_importing_the_package_imports_no_transformers():
+    script = "import sys, xdlm_hf; assert not {'transformers', 'accelerate', 'datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("first", ["import xdlm_hf, transformers", "import transformers, xdlm_hf"])
+def test_model_types_are_registered_in_either_order(first):
+    script = f"{first}; print(type(transformers.AutoConfig.for_model('llada')).__module__)"
+    printed = subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert printed.stdout.strip() == "xdlm_hf.models.llada.configuration_llada"
+
+
+def test_public_names_are_all_there():
+    assert set(xdlm_hf.__all__) <= set(dir(xdlm_hf))
+    for name in xdlm_hf.__all__:
+        assert getattr(xdlm_hf, name).__name__ == name
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=relative)
+def test_a_package_lists_its_modules(package):
+    source = (package / "__init__.py").read_text(encoding="utf-8")
+    docstring = ast.get_docstring(ast.parse(source), clean=False)
+    listed = re.findall(r"^ *(\w+)  +\S", docstring, flags=re.MULTILINE)
+    there = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
+    assert len(listed) == len(set(listed)) and set(listed) == there - {"__init__"}
+
+
+def test_every_package_is_installed():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    packages = {module_name(path).removesuffix(".__init__") for path in LIBRARY if path.stem == "__init__"}
+    assert set(config["options"]["packages"].split()) == packages | {"xdlm_hf.evaluation"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=relative)
@@ -165,15 +204,6 @@ def test_readme_examples_run_as_they_stand(tmp_path, capsys):
     assert len(printed) == 2 and printed[0].startswith("The capital of France is")
     for example in others:
         exec(example, names)
-
-
-def test_readme_map_has_one_line_per_file():
-    mapped = re.findall(r"^- `([^`]+\.py)`: \S", README, flags=re.MULTILINE)
-    assert len(mapped) == len(set(mapped)), "a file is listed twice"
-    listed = set(mapped)
-    files = {relative(path) for path in SHIPPED}
-    assert not files - listed, "not in README's map"
-    assert not {name for name in listed if not (ROOT / name).is_file()}, "in README's map, but not there"
 
 
 def test_ci_runs_what_the_readme_says():

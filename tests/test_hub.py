@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.hub import export_for_hub, model_card
 
-FIXTURE = Path(__file__).parent / "fixtures" / "tiny-llada"
+ROOT = Path(__file__).resolve().parent.parent
+FIXTURE = ROOT / "tests" / "fixtures" / "tiny-llada"
 
 # Runs in another process, with an import hook that refuses the package, and exports once more from what it loaded.
 REMOTE = """
@@ -127,22 +129,24 @@ def test_export_loads_with_the_package_and_leaves_no_trace(model, tmp_path):
         assert "auto_map" not in json.loads((tmp_path / name / "plain" / "config.json").read_text())
 
 
-def test_transformers_own_registration_works_too(tmp_path):
-    script = (
-        "import sys; from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM; "
-        "LLaDAConfig.register_for_auto_class(); LLaDAForDiffusionLM.register_for_auto_class('AutoModelForCausalLM'); "
-        "LLaDAForDiffusionLM.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
-    )
-    root = Path(__file__).parent.parent
-    subprocess.run(
-        [sys.executable, "-c", script, str(FIXTURE), str(tmp_path)], check=True, cwd=root, capture_output=True
-    )
-    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
-        "AutoConfig": "configuration_llada.LLaDAConfig",
-        "AutoModelForCausalLM": "modeling_llada.LLaDAForDiffusionLM",
-    }
-    for name in ("configuration_llada.py", "modeling_llada.py", "kernel.py", "schedules.py", "generation.py"):
-        assert (tmp_path / name).read_text() == (root / "xdlm_hf" / name).read_text()
+@pytest.mark.parametrize("cls", [LLaDAConfig, LLaDAForDiffusionLM])
+def test_transformers_own_registration_names_the_export(cls):
+    # It copies the files of one folder alone, and the model's code is spread over several.
+    with pytest.raises(ValueError, match=r"register_for_auto_class .* use xdlm_hf\.export_for_hub"):
+        cls.register_for_auto_class()
+
+
+def test_exported_code_is_the_package_code(model, tmp_path):
+    folder = export_for_hub(model, tmp_path / "export")
+    sources = {path.stem: path for path in (ROOT / "xdlm_hf").rglob("*.py")}
+    exported = sorted(folder.glob("*.py"))
+    assert {"configuration_llada", "modeling_llada", "noise", "schedules", "generate"} <= {p.stem for p in exported}
+    for path in exported:
+        ours, theirs = (p.read_text().splitlines() for p in (sources[path.stem], path))
+        changed = [(a, b) for a, b in zip(ours, theirs, strict=True) if a != b]
+        assert all(
+            re.match(r"\s*from \.+[\w.]+ import", a) and re.match(r"\s*from \.\w+ import", b) for a, b in changed
+        )
 
 
 def test_card_states_the_facts(model):

@@ -9,8 +9,8 @@ from tokenizers.normalizers import Lowercase
 from transformers import AutoModelForCausalLM
 
 from xdlm_hf import XDLMGenerationConfig
-from xdlm_hf.data import train_tokenizer
-from xdlm_hf.spans import position_mask
+from xdlm_hf.data.tokenizer import train_tokenizer
+from xdlm_hf.generation.spans import position_mask
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "tiny-llada"
 MASK = 510

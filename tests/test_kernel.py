@@ -20,8 +20,8 @@ from reference import (
     one_hot,
     transition,
 )
-from xdlm_hf.kernel import NoiseKernel
-from xdlm_hf.schedules import get_schedule
+from xdlm_hf.diffusion.noise import NoiseKernel
+from xdlm_hf.diffusion.schedules import get_schedule
 
 FALSE_ALARM = 1e-6
 DRAWS = 40_000

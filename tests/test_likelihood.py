@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
+from xdlm_hf.diffusion.losses import diffusion_loss
+from xdlm_hf.diffusion.schedules import get_schedule
 from xdlm_hf.evaluation.likelihood import Estimate, Pair, log_likelihoods
-from xdlm_hf.losses import diffusion_loss
-from xdlm_hf.schedules import get_schedule
 
 N, MASK = 5, 4
 

@@ -27,9 +27,10 @@ from reference import (
     exact_softmax,
     udlm_rate,
 )
-from xdlm_hf.kernel import NoiseKernel
-from xdlm_hf.losses import diffusion_loss, fused_linear_diffusion_loss, kl_divergence
-from xdlm_hf.schedules import get_schedule
+from xdlm_hf.diffusion.losses import diffusion_loss, kl_divergence
+from xdlm_hf.diffusion.noise import NoiseKernel
+from xdlm_hf.diffusion.ops.fused import fused_linear_diffusion_loss
+from xdlm_hf.diffusion.schedules import get_schedule
 
 N = VOCABULARY
 GRID = [(k, m) for k in MIXING_RATIOS for m in MASK_IDS]
@@ -789,7 +790,7 @@ def test_row_blocks_change_nothing(rows, monkeypatch):
         return loss.detach(), total.detach(), per_token, *gradients
 
     whole = everything()
-    monkeypatch.setattr("xdlm_hf.losses._BLOCK_ELEMENTS", {"cpu": rows * N, "other": rows * N})
+    monkeypatch.setattr("xdlm_hf.diffusion.ops.rows.BLOCK_ELEMENTS", {"cpu": rows * N, "other": rows * N})
     assert all(torch.equal(a, b) for a, b in zip(everything(), whole, strict=True))
 
 

@@ -12,7 +12,7 @@ from test_configuration_llada import LLADA_8B, TINY
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, LLaDAModel
-from xdlm_hf.modeling_llada import LLaDABlock, rotary_angles
+from xdlm_hf.models.llada.modeling_llada import LLaDABlock, rotary_angles
 
 FIXTURE = Path(__file__).parent / "fixtures" / "tiny-llada"
 LORA_TARGETS = r".*blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"

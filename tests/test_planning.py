@@ -14,14 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from training import arguments, tiny_model, trainer
 from transformers import Trainer
 
-from xdlm_hf.adapters import add_adapters
-from xdlm_hf.losses import diffusion_loss, fused_linear_diffusion_loss
-from xdlm_hf.planning import (
-    ADAMW,
+from xdlm_hf.diffusion.losses import diffusion_loss
+from xdlm_hf.diffusion.ops.fused import fused_linear_diffusion_loss
+from xdlm_hf.training.adapters import add_adapters
+from xdlm_hf.training.optimizers import ADAMW, OPTIMIZERS, optimizer_of
+from xdlm_hf.training.planning import (
     GIB,
     LAYOUTS,
     NF4_BYTES,
-    OPTIMIZERS,
     Run,
     activation_bytes,
     check_fit,
@@ -29,7 +29,6 @@ from xdlm_hf.planning import (
     layouts,
     loss_bytes,
     memory,
-    optimizer_of,
     run_flops,
     state_bytes,
     step_bytes,

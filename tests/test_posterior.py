@@ -25,9 +25,10 @@ from reference import (
     one_hot,
     udlm_posterior,
 )
-from xdlm_hf.kernel import NoiseKernel
-from xdlm_hf.posterior import _BLOCK_ELEMENTS, posterior, sample_posterior
-from xdlm_hf.schedules import get_schedule
+from xdlm_hf.diffusion.categorical import _BLOCK_ELEMENTS
+from xdlm_hf.diffusion.noise import NoiseKernel
+from xdlm_hf.diffusion.reverse import posterior, sample_posterior
+from xdlm_hf.diffusion.schedules import get_schedule
 
 FALSE_ALARM = 1e-6
 DRAWS = 40_000
@@ -304,7 +305,7 @@ def test_extreme_uniform_numbers_never_choose_a_token_of_probability_zero(u, mon
     def constant(shape, generator, device):
         return torch.full(shape, u, dtype=torch.float64, device=device)
 
-    monkeypatch.setattr("xdlm_hf.posterior.uniform", constant)
+    monkeypatch.setattr("xdlm_hf.diffusion.reverse.uniform", constant)
     logits = torch.randn(N, generator=torch.Generator().manual_seed(2))
     logits[-1] = -torch.inf
     z_s = draw(logits, 0, 1.0, 0.0, NoiseKernel(N, 0.5, 0), n=3)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from test_recipe import partitioned
 from training import arguments, launch, tiny_model, trainer
 
-from xdlm_hf.adapters import LORA_TARGETS, add_adapters
-from xdlm_hf.precision import NonFiniteError, check_trained_dtype, keeps_float32_copies, non_finite_weights
-from xdlm_hf.trainer import XDLMTrainer
+from xdlm_hf.training.adapters import LORA_TARGETS, add_adapters
+from xdlm_hf.training.precision import NonFiniteError, check_trained_dtype, keeps_float32_copies, non_finite_weights
+from xdlm_hf.training.trainer import XDLMTrainer
 
 SCRIPT = Path(__file__).parent / "training.py"
 SAVES = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}

@@ -8,9 +8,9 @@ import pytest
 from training import SCRIPT, RecordingTrainer, launch, losses, parameter_gap, state, trainer
 
 import xdlm_hf.preemption
-from xdlm_hf.checksums import damage
-from xdlm_hf.preemption import PREEMPTED_STATUS, Preempted
-from xdlm_hf.processes import run_script
+from xdlm_hf.training.checksums import damage
+from xdlm_hf.training.preemption import PREEMPTED_STATUS, Preempted
+from xdlm_hf.training.processes import run_script
 
 
 def terminated(output_dir, **options):

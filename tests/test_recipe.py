@@ -17,9 +17,9 @@ from training import ADAM_EPSILON, ENDS_CLEANLY, disk_that_takes, flags, launch,
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from xdlm_hf import LLaDAConfig
-from xdlm_hf.adapters import load_adapter
-from xdlm_hf.checkpoints import UNFINISHED
-from xdlm_hf.data import train_tokenizer
+from xdlm_hf.data.tokenizer import train_tokenizer
+from xdlm_hf.training.adapters import load_adapter
+from xdlm_hf.training.checkpoints import UNFINISHED
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "llada_cpt.py"

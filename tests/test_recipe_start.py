@@ -14,7 +14,7 @@ from training import launch, logged, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xdlm_hf import LLaDAConfig
-from xdlm_hf.processes import run_script
+from xdlm_hf.training.processes import run_script
 
 sys.path.insert(0, str(RECIPE.parent))
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from xdlm_hf.refinement import (
+from xdlm_hf.generation.confidence import ConfidenceSampler
+from xdlm_hf.generation.refinement import (
     BudgetRefinement,
     LoopGuard,
     NoRefinement,
@@ -11,7 +12,6 @@ from xdlm_hf.refinement import (
     SwitchedOff,
     ThresholdRefinement,
 )
-from xdlm_hf.samplers import ConfidenceSampler
 
 MASK, N = 0, 6
 

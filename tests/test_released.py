@@ -12,7 +12,7 @@ from released import IntegerNetwork, agrees, audit_setting, integer_model, recor
 from safetensors.torch import load_file
 
 from xdlm_hf import LogLinearSchedule, NoiseKernel, XDLMGenerationConfig
-from xdlm_hf.released import ReferenceAncestralSampler, ReferenceConfidenceSampler, edit_budget
+from xdlm_hf.generation.released import ReferenceAncestralSampler, ReferenceConfidenceSampler, edit_budget
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = json.loads((FIXTURES / "released-sampler" / "cases.json").read_text())

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training import (
+    ADAM_EPSILON,
     LENGTH,
     RecordingTrainer,
     arguments,
@@ -34,11 +35,13 @@ from training import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from xdlm_hf import LLaDAForDiffusionLM
-from xdlm_hf.checkpoints import RUN_RECORD, UNFINISHED, check_same_run, last_checkpoint
-from xdlm_hf.checksums import CHECKSUMS, damage, write_checksums
-from xdlm_hf.data import hold_out, load_documents, train_tokenizer
-from xdlm_hf.stream import PackedStream
-from xdlm_hf.trainer import NonFiniteError, XDLMTrainer
+from xdlm_hf.data.readers import hold_out, load_documents
+from xdlm_hf.data.stream import PackedStream
+from xdlm_hf.data.tokenizer import train_tokenizer
+from xdlm_hf.training.checkpoints import RUN_RECORD, UNFINISHED, check_same_run, last_checkpoint
+from xdlm_hf.training.checksums import CHECKSUMS, damage, write_checksums
+from xdlm_hf.training.precision import NonFiniteError
+from xdlm_hf.training.trainer import XDLMTrainer
 
 SCRIPT = Path(__file__).parent / "training.py"
 SAVES = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
@@ -443,7 +446,7 @@ def test_another_tokenizer_is_refused(tmp_path):
 def test_what_may_differ_is_said(finished, tmp_path, caplog):
     changes = {"time_sampling": "stratified", "noise_seed": 1, "t_eps": 0.01, "learning_rate": 1e-3}
     run = trainer(tmp_path, **{**SAVES, "max_steps": 9, **changes})
-    with caplog.at_level(logging.WARNING, "xdlm_hf.checkpoints"):
+    with caplog.at_level(logging.WARNING, "xdlm_hf.training.checkpoints"):
         run.train(resume_from_checkpoint=str(finished / "rows" / "checkpoint-8"))
     for part in (
         "t_eps=0.001, this run 0.01: times are drawn differently",
@@ -461,7 +464,7 @@ def test_what_may_differ_is_said(finished, tmp_path, caplog):
         ({"optim": "adafactor"}, "has optimizer=adamw_torch.*, this run adafactor: its state means nothing to another"),
         ({"optim": "lion_32bit"}, "this run lion_32bit: its state"),
         ({"optim_args": "foo=1"}, "this run adamw_torch.*:foo=1: its state"),
-        ({"dtype": "bfloat16"}, r"has weight_dtype=\['torch.float32'\], this run \['torch.bfloat16'\]: weights and"),
+        ({"dtype": "float64"}, r"has weight_dtype=\['torch.float32'\], this run \['torch.float64'\]: weights and"),
         ({"lora": {"lora_alpha": 8}}, "has lora lora_alpha=4, this run 8: the adapters' weights would mean another"),
         ({"lora": {"r": 4}}, "has lora r=2, this run 4"),
         ({"lora": {"target_modules": ["q_proj"]}}, r"has lora target_modules=\['q_proj', 'v_proj'\], this run"),
@@ -502,7 +505,7 @@ def adapted(tmp_path_factory):
         ({"max_grad_norm": 0.5}, "max_grad_norm=1.0, this run 0.5: gradients are clipped differently"),
         ({"adam_beta1": 0.8}, "adam_beta1=0.9, this run 0.8: the former stays in force"),
         ({"adam_beta2": 0.95}, "adam_beta2=0.999, this run 0.95: the former stays in force"),
-        ({"adam_epsilon": 1e-6}, "adam_epsilon=1e-08, this run 1e-06: the former stays in force"),
+        ({"adam_epsilon": 1e-6}, "adam_epsilon=0.001, this run 1e-06: the former stays in force"),
         ({"bf16": True}, "precision=as the weights, this run bf16: the network is computed in another"),
         ({"lora": {"lora_dropout": 0.5}}, r"lora_dropout=\[0.0\], this run \[0.5\]: adapters are trained with other"),
     ],
@@ -518,10 +521,10 @@ def test_other_changes_of_the_optimization_are_said(finished, adapted, tmp_path,
 
 
 def test_the_betas_of_the_checkpoint_stay_in_force(finished, tmp_path):
-    run = trainer(tmp_path, **{**SAVES, "max_steps": 9, "adam_beta2": 0.5, "adam_epsilon": 1e-3})
+    run = trainer(tmp_path, **{**SAVES, "max_steps": 9, "adam_beta2": 0.5, "adam_epsilon": 1e-6})
     run.train(resume_from_checkpoint=str(finished / "rows" / "checkpoint-8"))
     group = run.optimizer.param_groups[0]
-    assert (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
+    assert (group["betas"], group["eps"]) == ((0.9, 0.999), ADAM_EPSILON)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -605,7 +608,7 @@ def test_another_number_of_processes_is_allowed_for_rows_and_said(finished, tmp_
     status, output = launch(*torchrun, json.dumps(options))
     assert status == 0, output[-3000:]
     run = trainer(tmp_path / "one", **SAVES)
-    with caplog.at_level(logging.WARNING, "xdlm_hf.checkpoints"):
+    with caplog.at_level(logging.WARNING, "xdlm_hf.training.checkpoints"):
         run.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-6"))
     assert "world_size=2, this run 1: the same rows and the same noise" in caplog.text
     whole = json.loads((finished / "rows" / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]

@@ -13,10 +13,10 @@ from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
 from safetensors.torch import load_file
 from training import ENDS_CLEANLY, flags, launch, logged, tiny_model
 
-from xdlm_hf.checkpoints import RUN_RECORD
-from xdlm_hf.checksums import write_checksums
-from xdlm_hf.data import train_tokenizer
-from xdlm_hf.revisions import pin_revision
+from xdlm_hf.data.tokenizer import train_tokenizer
+from xdlm_hf.training.checkpoints import RUN_RECORD
+from xdlm_hf.training.checksums import write_checksums
+from xdlm_hf.training.revisions import pin_revision
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from xdlm_hf.kernel import NoiseKernel
-from xdlm_hf.refinement import BudgetRefinement, Canvas, most_confident
-from xdlm_hf.samplers import AncestralSampler, ConfidenceSampler
-from xdlm_hf.schedules import CosineSchedule, LinearSchedule
+from xdlm_hf.diffusion.noise import NoiseKernel
+from xdlm_hf.diffusion.schedules import CosineSchedule, LinearSchedule
+from xdlm_hf.generation.ancestral import AncestralSampler
+from xdlm_hf.generation.canvas import Canvas
+from xdlm_hf.generation.confidence import ConfidenceSampler
+from xdlm_hf.generation.refinement import BudgetRefinement, most_confident
 
 MASK, N = 0, 6
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xdlm_hf.schedules import SCHEDULES, CosineSchedule, LinearSchedule, LogLinearSchedule, get_schedule
+from xdlm_hf.diffusion.schedules import SCHEDULES, CosineSchedule, LinearSchedule, LogLinearSchedule, get_schedule
 
 NAMES = ("linear", "cosine", "loglinear")
 

@@ -26,15 +26,16 @@ pytest.importorskip("prometheus_client", reason="serving needs the extra `serve`
 pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
 openai = pytest.importorskip("openai", reason="the tests of the server use OpenAI's client")
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, XDLMGenerationConfig, serving  # noqa: E402
-from xdlm_hf.data import train_tokenizer  # noqa: E402
-from xdlm_hf.serving import main  # noqa: E402
-from xdlm_hf.serving_answers import Answer  # noqa: E402
-from xdlm_hf.serving_app import ServerSettings  # noqa: E402
-from xdlm_hf.serving_engine import Engine, Job  # noqa: E402
-from xdlm_hf.serving_fields import NEUTRAL, RequestError, read_fields  # noqa: E402
-from xdlm_hf.serving_prompts import PromptReader, TokenFloor  # noqa: E402
-from xdlm_hf.serving_requests import Defaults, Limits, parse  # noqa: E402
+from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, XDLMGenerationConfig  # noqa: E402
+from xdlm_hf.data.tokenizer import train_tokenizer  # noqa: E402
+from xdlm_hf.serving import server as serving  # noqa: E402
+from xdlm_hf.serving.answers import Answer  # noqa: E402
+from xdlm_hf.serving.app import ServerSettings  # noqa: E402
+from xdlm_hf.serving.engine import Engine, Job  # noqa: E402
+from xdlm_hf.serving.fields import NEUTRAL, RequestError, read_fields  # noqa: E402
+from xdlm_hf.serving.prompts import PromptReader, TokenFloor  # noqa: E402
+from xdlm_hf.serving.requests import Defaults, Limits, parse  # noqa: E402
+from xdlm_hf.serving.server import main  # noqa: E402
 
 NAME = "tiny"
 PATIENCE = 120  # seconds before a test takes something for lost; no verdict depends on what happens sooner

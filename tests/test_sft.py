@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from training import ADAM_EPSILON, ENDS_CLEANLY, flags, launch, logged, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from xdlm_hf.adapters import load_adapter
-from xdlm_hf.data import train_tokenizer
+from xdlm_hf.data.tokenizer import train_tokenizer
+from xdlm_hf.training.adapters import load_adapter
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "llada_sft.py"
 CONFIG = RECIPE.parent / "configs" / "llada_8b_sft.yaml"

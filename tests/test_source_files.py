@@ -10,10 +10,11 @@ import shutil
 import pytest
 from training import RecordingTrainer, arguments, parameter_gap, state, tiny_model
 
-from xdlm_hf.checkpoints import last_checkpoint, recorded_data
-from xdlm_hf.data import hold_out, train_tokenizer
-from xdlm_hf.source_files import find_files
-from xdlm_hf.stream import PackedStream
+from xdlm_hf.data.readers import hold_out
+from xdlm_hf.data.source_files import find_files
+from xdlm_hf.data.stream import PackedStream
+from xdlm_hf.data.tokenizer import train_tokenizer
+from xdlm_hf.training.checkpoints import last_checkpoint, recorded_data
 
 NUMBERS = range(100)  # documents of one file
 TEXTS = {name: [f"{name} number {i} {'many ' * (i % 5)}words" for i in NUMBERS] for name in "abc"}
@@ -235,8 +236,8 @@ def test_a_change_of_one_byte_anywhere_in_a_file_is_seen(tmp_path):
 
 
 def test_large_files_are_sampled_at_both_ends_and_between(tmp_path, monkeypatch):
-    monkeypatch.setattr("xdlm_hf.source_files._SAMPLE", 10)
-    monkeypatch.setattr("xdlm_hf.source_files._SAMPLES", 4)
+    monkeypatch.setattr("xdlm_hf.data.source_files._SAMPLE", 10)
+    monkeypatch.setattr("xdlm_hf.data.source_files._SAMPLES", 4)
     path = tmp_path / "a.txt"
     path.write_bytes(bytes(100))
     before, seen = find_files([str(path)]).fingerprint["files"], []

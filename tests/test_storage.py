@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from test_planning import llada_8b, model_like, run_of
 from training import trainer
 
-from xdlm_hf.planning import GIB, LAYOUTS, optimizer_of
-from xdlm_hf.storage import (
+from xdlm_hf.training.optimizers import optimizer_of
+from xdlm_hf.training.planning import GIB, LAYOUTS
+from xdlm_hf.training.storage import (
     Disk,
     check_disk,
     checkpoint_bytes,

@@ -16,8 +16,8 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer, TextDiffusionStreamer
 
-from xdlm_hf.data import train_tokenizer
-from xdlm_hf.streamers import HistoryStreamer, LiveStreamer
+from xdlm_hf.data.tokenizer import train_tokenizer
+from xdlm_hf.watch.streamers import HistoryStreamer, LiveStreamer
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "tiny-llada"
 MASK, EOS = 510, 500

@@ -9,8 +9,8 @@ import zlib
 import pytest
 import torch
 
-from xdlm_hf.data import train_tokenizer
-from xdlm_hf.trace import change_counts, plot_history, save_trace
+from xdlm_hf.data.tokenizer import train_tokenizer
+from xdlm_hf.watch.trace import change_counts, plot_history, save_trace
 
 MASK = 5  # of the tokenizers that train_tokenizer makes
 

@@ -28,10 +28,11 @@ from training import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-from xdlm_hf.checkpoints import refuse_other_run
-from xdlm_hf.data import DiffusionCollator, train_tokenizer
-from xdlm_hf.losses import diffusion_loss
-from xdlm_hf.trainer import XDLMTrainer, nelbo_metrics
+from xdlm_hf.data.collator import DiffusionCollator
+from xdlm_hf.data.tokenizer import train_tokenizer
+from xdlm_hf.diffusion.losses import diffusion_loss
+from xdlm_hf.training.checkpoints import refuse_other_run
+from xdlm_hf.training.trainer import XDLMTrainer, nelbo_metrics
 
 SCRIPT = Path(__file__).parent / "training.py"
 ROOT = SCRIPT.parent.parent

@@ -9,8 +9,8 @@ import torch
 from training import LENGTH, MASK, launch, losses, stream, tiny_model, trainer
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
-from xdlm_hf.trainer import XDLMTrainer
-from xdlm_hf.training_metrics import TrainingMetrics, flops_per_token, peak_tflops
+from xdlm_hf.training.metrics import TrainingMetrics, flops_per_token, peak_tflops
+from xdlm_hf.training.trainer import XDLMTrainer
 
 SCRIPT = Path(__file__).parent / "training.py"
 OPTIONS = {"train_rows": 20, "max_steps": 6, "mixing_ratio": 0.5, "logging_steps": 2, "logging_first_step": False}

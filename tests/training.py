@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import save_file
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
-from xdlm_hf.data import PackedDataset, train_tokenizer
-from xdlm_hf.precision import _local_part
-from xdlm_hf.processes import run_script
-from xdlm_hf.stream import PackedStream
-from xdlm_hf.trainer import XDLMTrainer, XDLMTrainingArguments
+from xdlm_hf.data.packing import PackedDataset
+from xdlm_hf.data.stream import PackedStream
+from xdlm_hf.data.tokenizer import train_tokenizer
+from xdlm_hf.training.arguments import XDLMTrainingArguments
+from xdlm_hf.training.precision import _local_part
+from xdlm_hf.training.processes import run_script
+from xdlm_hf.training.trainer import XDLMTrainer
 
 VOCAB, MASK, LENGTH = 48, 5, 12
 SCRIPT = str(pathlib.Path(__file__))

@@ -1,47 +1,62 @@
-"""XDLM discrete diffusion language models in Transformers: LLaDA checkpoints, noise, losses, sampling, training."""
+"""XDLM discrete diffusion language models in Transformers: LLaDA checkpoints, noise, losses, sampling, training.
 
-import types
+`xdlm_hf.diffusion` needs torch alone; everything that needs Transformers is imported when it is asked for.
+"""
+
+import importlib
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from wrapt import when_imported
 
-from . import posterior
-from .configuration_llada import LLaDAConfig
-from .generation import DiffusionGenerateOutput, XDLMGenerationConfig
-from .hub import export_for_hub
-from .kernel import NoiseKernel
-from .losses import diffusion_loss, fused_linear_diffusion_loss, kl_divergence
-from .modeling_llada import LLaDAForDiffusionLM, LLaDAModel
-from .posterior import sample_posterior
-from .samplers import AncestralSampler, ConfidenceSampler
-from .schedules import CosineSchedule, LinearSchedule, LogLinearSchedule, get_schedule
+from .diffusion import (
+    CosineSchedule,
+    LinearSchedule,
+    LogLinearSchedule,
+    NoiseKernel,
+    NoiseProcess,
+    StationaryProcess,
+    diffusion_loss,
+    fused_linear_diffusion_loss,
+    get_schedule,
+    kl_divergence,
+    posterior,
+    sample_posterior,
+)
 
 __version__ = "0.1.0"
 
-# Registered classes win over a checkpoint's remote code and need no trust_remote_code. Both model classes give the
-# network with logits, as the auto_map of the public checkpoints does.
-AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
-AutoModel.register(LLaDAConfig, LLaDAForDiffusionLM, exist_ok=True)
-AutoModelForCausalLM.register(LLaDAConfig, LLaDAForDiffusionLM, exist_ok=True)
+# Public names that need Transformers, and where they are.
+_IMPORTED_ON_DEMAND = {
+    "AncestralSampler": "generation.ancestral",
+    "ConfidenceSampler": "generation.confidence",
+    "DiffusionGenerateOutput": "generation.generate",
+    "LLaDAConfig": "models.llada.configuration_llada",
+    "LLaDAForDiffusionLM": "models.llada.modeling_llada",
+    "LLaDAModel": "models.llada.modeling_llada",
+    "XDLMGenerationConfig": "generation.config",
+    "XDLMTrainer": "training.trainer",
+    "XDLMTrainingArguments": "training.arguments",
+    "export_for_hub": "hub",
+}
 
 
-class _PosteriorModule(types.ModuleType):
-    """`xdlm_hf.posterior` names a module and the function in it; this lets one name be both."""
+@when_imported("transformers")
+def _register_model_types(_: Any) -> None:
+    from .models.registry import register
 
-    def __call__(self, *args: Any, **kwargs: Any):
-        return self.posterior(*args, **kwargs)
-
-
-posterior.__class__ = _PosteriorModule
+    register()
 
 
 def __getattr__(name: str) -> Any:
-    # Training needs accelerate and datasets, which loading and generating do without.
-    if name in ("XDLMTrainer", "XDLMTrainingArguments"):
-        from . import trainer
+    if name not in _IMPORTED_ON_DEMAND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_IMPORTED_ON_DEMAND[name]}", __name__), name)
+    globals()[name] = value
+    return value
 
-        return getattr(trainer, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_IMPORTED_ON_DEMAND})
 
 
 __all__ = [
@@ -55,6 +70,8 @@ __all__ = [
     "LinearSchedule",
     "LogLinearSchedule",
     "NoiseKernel",
+    "NoiseProcess",
+    "StationaryProcess",
     "XDLMGenerationConfig",
     "XDLMTrainer",
     "XDLMTrainingArguments",

@@ -1,14 +1,16 @@
 """Export of a model for the Hub: weights, code files that load without this package, tokenizer and model card."""
 
+import ast
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from .configuration_llada import LLaDAConfig
-from .modeling_llada import LLaDAForDiffusionLM
+from .models.llada.configuration_llada import LLaDAConfig
+from .models.llada.modeling_llada import LLaDAForDiffusionLM
 
 PAPER = "arXiv 2602.01362"
 _SPECIAL_TOKENS = ("mask_token_id", "eos_token_id", "pad_token_id")
@@ -58,7 +60,8 @@ def export_for_hub(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as partial:
         whole = Path(partial) / folder.name
-        with _saved_as_code(model):
+        whole.mkdir()
+        with _auto_map(model.config, _write_code(model, whole)):
             model.save_pretrained(whole)
         if tokenizer is not None:
             tokenizer.save_pretrained(whole)
@@ -163,22 +166,69 @@ def _validate_tokenizer(tokenizer: PreTrainedTokenizerBase, config: LLaDAConfig)
 
 
 @contextmanager
-def _saved_as_code(model: LLaDAForDiffusionLM) -> Iterator[None]:
-    """Within it, `save_pretrained` copies the code files and writes `auto_map`; other models are not affected after."""
-    config_class, model_class = type(model.config), type(model)
-    before = config_class._auto_class, model_class._auto_class
-    auto_map = getattr(model.config, "auto_map", None)
-    # Saving adds the two registered classes; AutoModel gives the class with logits too, as in the public checkpoints.
-    model.config.auto_map = {"AutoModel": f"{model_class.__module__.split('.')[-1]}.{model_class.__name__}"}
-    config_class.register_for_auto_class()
-    model_class.register_for_auto_class("AutoModelForCausalLM")
+def _auto_map(config: LLaDAConfig, auto_map: dict[str, str]) -> Iterator[None]:
+    """Within it, the config names the classes beside it; afterwards it says what it said before."""
+    before = getattr(config, "auto_map", None)
+    config.auto_map = auto_map
     try:
         yield
     finally:
-        config_class._auto_class, model_class._auto_class = before
-        del model.config.auto_map
-        if auto_map is not None:
-            model.config.auto_map = auto_map
+        del config.auto_map
+        if before is not None:
+            config.auto_map = before
+
+
+def _write_code(model: LLaDAForDiffusionLM, folder: Path) -> dict[str, str]:
+    """Copy the modules that the model needs into `folder`, flat; the `auto_map` that names its classes.
+
+    The Hub's loader follows relative imports within one folder, so every module is written under its own name alone and
+    imports its siblings from there.
+    """
+    names = {"AutoConfig": type(model.config), "AutoModel": type(model), "AutoModelForCausalLM": type(model)}
+    for module, path in _needed_modules([cls.__module__ for cls in names.values()]).items():
+        (folder / f"{_leaf(module)}.py").write_text(_flattened(module, path), encoding="utf-8")
+    return {auto: f"{_leaf(cls.__module__)}.{cls.__name__}" for auto, cls in names.items()}
+
+
+def _needed_modules(modules: Iterable[str]) -> dict[str, Path]:
+    """These modules of the package and all that they import, by name, with their files."""
+    found: dict[str, Path] = {}
+    waiting = list(modules)
+    while waiting:
+        module = waiting.pop()
+        if module in found:
+            continue
+        found[module] = Path(find_spec(module).origin)
+        waiting += [target for _, target in _relative_imports(module, found[module])]
+    leaves = [_leaf(module) for module in found]
+    if len(set(leaves)) < len(leaves):
+        raise ValueError(f"two modules of the same name cannot stand in one folder: {sorted(found)}.")
+    return found
+
+
+def _relative_imports(module: str, path: Path) -> list[tuple[ast.ImportFrom, str]]:
+    """Import statements that name modules of the package relatively, each with a module that it names."""
+    found, package = [], module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            dots = "." * node.level
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found += [(node, resolve_name(dots + name, package)) for name in names]
+    return found
+
+
+def _flattened(module: str, path: Path) -> str:
+    """The source of a module with its relative imports from siblings in the same folder."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for node, target in _relative_imports(module, path):
+        before = f"from {'.' * node.level}{node.module or ''} import"
+        after = f"from .{_leaf(target) if node.module else ''} import"
+        lines[node.lineno - 1] = lines[node.lineno - 1].replace(before, after, 1)
+    return "".join(lines)
+
+
+def _leaf(module: str) -> str:
+    return module.rpartition(".")[2]
 
 
 __all__ = ["export_for_hub", "model_card"]

@@ -9,8 +9,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .configuration_llada import LLaDAConfig
-from .data import check_tokenizer
+from .data.tokenizer import check_tokenizer
+from .models.llada.configuration_llada import LLaDAConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

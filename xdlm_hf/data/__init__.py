@@ -1,0 +1,12 @@
+"""Text to rows and batches.
+
+readers        documents from files and the Hub
+tokenizer      special tokens, training, checks
+packing        rows of one length
+source_files   which files a run reads, and whether they changed
+stream         rows packed while documents are read, resumable anywhere
+conversations  chat templates, prompts and answers as rows
+collator       rows to batches
+"""
+
+import transformers  # noqa: F401  registers the model types before any module here is loaded

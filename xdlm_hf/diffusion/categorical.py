@@ -1,0 +1,113 @@
+"""Exact draws from categorical distributions, without random numbers of the vocabulary's size.
+
+Shapes: M rows, N vocabulary.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+# Logits that are read in float32 at a time: what stays in a CPU's cache, 64 MB on a GPU.
+_BLOCK_ELEMENTS = {"cpu": 2**18, "other": 2**24}
+
+
+def uniform(
+    shape: tuple[int, ...],
+    generator: torch.Generator | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Uniform numbers in [0, 1), by default float64: a float32 draw cannot resolve events rarer than 6e-8.
+
+    Drawn where the generator lives and then moved, so that one CPU seed gives one result on every device.
+    """
+    source = generator.device if generator is not None else device
+    return torch.rand(shape, generator=generator, device=source, dtype=dtype).to(device)
+
+
+def masked_logits(logits: Tensor, absorbing_ids: Sequence[int]) -> Tensor:
+    """A float32-or-wider copy of the logits with the rows of absorbing tokens at -inf (p_m = 0 when k < 1)."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logits = logits.to(dtype, copy=True)
+    for token_id in absorbing_ids:
+        logits[..., token_id] = -torch.inf
+    return logits
+
+
+def refuse_undefined(undefined: Tensor) -> None:
+    """Raise ValueError if any of the positions has no distribution: logits that are NaN or inf, or -inf throughout.
+
+    Synchronizes with the device; call once per step.
+    """
+    if undefined.any():
+        raise ValueError(
+            "cannot draw a token: some logits are NaN or inf, or every token of a position is excluded (-inf). "
+            "Weights in float16 may overflow, bfloat16 does not; a logits processor may exclude too much."
+        )
+
+
+def draw_from_weights(weights: Tensor, u: Tensor) -> Tensor:
+    """The token at quantile u of each row, by inverting the cumulative sum in float64 on two levels.
+
+    Groups of about sqrt(N) tokens first, then within the group: one cheap sum over the vocabulary, no random numbers
+    of its size, and every token keeps its probability to 1e-7 (float32 noise would starve rare ones).
+
+    Args:
+        weights: (M, N), not negative, float32 or float64; each row's sum is positive.
+        u: (M, 1) float64 in [0, 1).
+
+    Returns:
+        Token ids, (M,); never one of weight 0. Any id for a row whose sum is NaN: nothing waits for the device here,
+        see `refuse_undefined`.
+    """
+    n = weights.shape[-1]
+    group = math.isqrt(n - 1) + 1
+    whole = n - n % group
+    sums = weights[:, :whole].unflatten(-1, (-1, group)).sum(-1)
+    if whole < n:
+        sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=-1)
+    chosen, rest = _invert(sums.double(), u)
+    columns = chosen * group + torch.arange(group, device=weights.device)
+    inside = torch.where(columns < n, weights.gather(-1, columns.clamp_max(n - 1)), 0.0)
+    within, _ = _invert(inside.double(), rest)
+    return (chosen * group + within).squeeze(-1).clamp_max(n - 1)  # beyond it where NaN
+
+
+def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """First index whose cumulative weight exceeds u of the total, and where in its own weight u falls; (M, 1) each."""
+    cdf = weights.cumsum(-1)
+    # Strictly below the total also after rounding, so that an index of weight 0 is never the answer.
+    target = torch.minimum(u * cdf[:, -1:], torch.nextafter(cdf[:, -1:], torch.zeros_like(u)))
+    index = torch.searchsorted(cdf, target, right=True).clamp_max(weights.shape[-1] - 1)  # beyond it where NaN
+    weight = weights.gather(-1, index)
+    return index, ((target - (cdf.gather(-1, index) - weight)) / weight).clamp(0, 1)
+
+
+def chunk_blocks(chunks: Iterable[Tensor], absorbing_ids: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+    """`_weight_blocks` of logits that come in chunks; the slices count through all of them."""
+    start = 0
+    for chunk in chunks:
+        for part, weights in _weight_blocks(chunk, absorbing_ids):
+            yield slice(start + part.start, start + part.stop), weights
+        start += len(chunk)
+        del chunk  # before the next one is made
+
+
+def _weight_blocks(logits: Tensor, absorbing_ids: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (part, exp(logit - max)) of logits (M, N), a few rows at a time, absorbing tokens 0."""
+    for part in row_blocks(len(logits), logits):
+        block = masked_logits(logits[part], absorbing_ids)
+        yield part, block.sub_(block.amax(-1, keepdim=True)).exp_()
+
+
+def row_blocks(m: int, logits: Tensor) -> Iterator[slice]:
+    """Slices of m rows, each of as many rows of `logits` (..., N) as are read at a time."""
+    return row_slices(m, logits.shape[-1], logits.device, _BLOCK_ELEMENTS)
+
+
+def row_slices(m: int, vocab_size: int, device: torch.device, elements: Mapping[str, int]) -> Iterator[slice]:
+    """Slices of m rows of N numbers, each of about `elements["cpu"]` or, on any other device, `elements["other"]`."""
+    rows = max(1, elements["cpu" if device.type == "cpu" else "other"] // vocab_size)
+    return (slice(start, min(start + rows, m)) for start in range(0, m, rows))

@@ -1,0 +1,203 @@
+"""The loss fused with the output layer: the logits of a chunk of tokens at a time, never of all.
+
+Shapes: B batch, L length, D width, N vocabulary, M tokens with a loss.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..noise import NoiseDistribution, NoiseKernel
+from ..objective import Reading, TokenTerms, limit_terms, token_losses
+from .rows import add_peaks, gradient_scalars, per_device, read_logits, row_gradients, set_peaks, work_dtype
+
+# Tokens whose logits the fused loss holds at a time.
+CHUNK_TOKENS = {"cpu": 192, "other": 1024}
+
+
+@torch.compiler.disable
+def fused_linear_diffusion_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    x_0: Tensor,
+    z_t: Tensor,
+    alpha_t: Tensor,
+    d_alpha_t: Tensor,
+    kernel: NoiseKernel,
+    token_weights: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`diffusion_loss(hidden @ weight.T, ...)` without the logits of more than `chunk_size` tokens at a time.
+
+    The logits of a chunk of tokens are made, read and dropped. In float32 the same pass adds the chunk's share to the
+    gradients. A trained float16 or bfloat16 head would round its gradient at every chunk: there the backward pass
+    makes the logits again, a slice of the vocabulary for all tokens at a time, so that each row is rounded once.
+
+    Args:
+        hidden: Last hidden states, (B, L, D).
+        weight: Output layer without bias, (N, D).
+        x_0, z_t, alpha_t, d_alpha_t, kernel: As in `diffusion_loss`.
+        token_weights: Weight of each token in the sum, (B, L); default 1 for all.
+        chunk_size: Tokens per chunk; default 192 on a CPU, 1024 on a GPU.
+
+    Returns:
+        `(total, per_token)`: the scalar sum of token_weights * loss, which carries the gradient to `hidden` and
+        `weight`, and the unweighted losses in nats, (B, L), detached. float64 for float64 `hidden`, else float32.
+
+    Raises:
+        ValueError: As `diffusion_loss`, or if `weight`, its dtype, `token_weights` or `chunk_size` do not fit.
+
+    Under autocast the product runs in autocast's dtype, as that of `torch.nn.functional.linear`.
+    """
+    terms = limit_terms(x_0, z_t, alpha_t, d_alpha_t, kernel)
+    return fused_loss(hidden, weight, tuple(x_0.shape), terms, kernel, token_weights, chunk_size)
+
+
+@torch.compiler.disable
+def fused_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    shape: tuple[int, int],
+    terms: TokenTerms,
+    noise: NoiseDistribution,
+    token_weights: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`fused_linear_diffusion_loss` of ids of the given shape (B, L), from the terms of their tokens in order."""
+    if hidden.ndim != 3 or tuple(hidden.shape[:2]) != shape:
+        raise ValueError(f"hidden of shape {tuple(hidden.shape)} must be (B, L, D) for ids {shape}.")
+    if tuple(weight.shape) != (noise.vocab_size, hidden.shape[-1]):
+        raise ValueError(
+            f"weight of shape {tuple(weight.shape)} must be (N, D) = ({noise.vocab_size}, {hidden.shape[-1]})."
+        )
+    hidden, weight = _as_autocast_would(hidden), _as_autocast_would(weight)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one, or run under autocast.")
+    if chunk_size is None:
+        chunk_size = per_device(CHUNK_TOKENS, hidden)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} must be positive.")
+    if token_weights is None:
+        token_weights = torch.ones(shape, dtype=torch.float64, device=hidden.device)
+    if tuple(token_weights.shape) != shape:
+        raise ValueError(f"token_weights of shape {tuple(token_weights.shape)} must be {shape}.")
+    tokens, token_weights = hidden.reshape(-1, hidden.shape[-1]), token_weights.detach().double().reshape(-1)
+    scored = terms.scale > 0
+    if not scored.all():  # at k = 0 the masked positions alone go through the output layer
+        tokens, token_weights, terms = tokens[scored], token_weights[scored], terms.rows(scored)
+    with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    objective = _Objective(terms, token_weights, noise, chunk_size)
+    total, losses = _FusedLinearLoss.apply(tokens, weight, objective, with_gradient)
+    per_token = torch.zeros(scored.shape, dtype=losses.dtype, device=losses.device)
+    per_token[scored] = losses
+    return total, per_token.reshape(shape)
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """What the fused loss needs besides hidden states and head."""
+
+    terms: TokenTerms
+    token_weights: Tensor  # (M,) float64
+    noise: NoiseDistribution
+    chunk_size: int
+
+
+class _FusedLinearLoss(torch.autograd.Function):
+    """Weighted sum and losses (M,) of hidden (M, D) through the head (N, D)."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, objective: _Objective, with_gradient: bool):
+        # Chunks may add up their shares of a gradient that is float32 or wider, and need not where none is added up.
+        full_precision = weight.dtype in (torch.float32, torch.float64)
+        ctx.by_chunks = full_precision or (weight.dtype == torch.bfloat16 and not ctx.needs_input_grad[1])
+        ctx.save_for_backward(hidden, weight)
+        ctx.dtype, ctx.objective = hidden.dtype, objective
+        needed = ctx.needs_input_grad[:2] if with_gradient and ctx.by_chunks else (False, False)
+        ctx.reading, *ctx.gradients = _by_chunks(hidden, weight, needed, with_gradient, objective)
+        losses = token_losses(ctx.reading, objective.terms)
+        total, per_token = (x.to(work_dtype(hidden)) for x in ((objective.token_weights * losses).sum(), losses))
+        ctx.mark_non_differentiable(per_token)
+        return total, per_token
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total: Tensor, _):
+        needed = ctx.needs_input_grad[:2]
+        if ctx.by_chunks:
+            # Handed over and not copied, being as large as the head: a second backward pass makes them anew.
+            gradients, ctx.gradients = ctx.gradients, None
+            if gradients is None:
+                _, *gradients = _by_chunks(*ctx.saved_tensors, needed, True, ctx.objective)
+            gradients = [gradient if gradient is None else gradient.mul_(grad_total) for gradient in gradients]
+        else:
+            gradients = _by_slices(*ctx.saved_tensors, needed, grad_total, ctx.reading, ctx.objective)
+        return *(gradient if gradient is None else gradient.to(ctx.dtype) for gradient in gradients), None, None
+
+
+def _by_chunks(
+    hidden: Tensor, weight: Tensor, needed: tuple[bool, bool], with_gradient: bool, objective: _Objective
+) -> tuple[Reading, Tensor | None, Tensor | None]:
+    """Reading of the logits hidden @ weight.T, and the gradients needed, from the logits of some tokens at a time."""
+    tokens, noise = hidden.shape[0], objective.noise
+    size = math.ceil(tokens / max(1, math.ceil(tokens / objective.chunk_size)))  # no small chunk is left over
+    grad_hidden = torch.empty_like(hidden, dtype=work_dtype(hidden)) if needed[0] else None
+    grad_weight = torch.empty_like(weight) if needed[1] else None
+    buffer, readings = hidden.new_empty(size, weight.shape[0]), []
+    for start in range(0, max(1, tokens), max(1, size)):
+        rows = slice(start, start + size)
+        chunk, terms = hidden[rows], objective.terms.rows(rows)
+        logits = torch.mm(chunk, weight.T, out=buffer[: chunk.shape[0]])
+        readings.append(read_logits(logits, terms, noise, with_gradient))
+        if any(needed):
+            gradient_terms = gradient_scalars(readings[-1], terms, noise, objective.token_weights[rows], logits)
+            row_gradients(logits, logits, gradient_terms, noise)
+        if grad_hidden is not None:
+            set_peaks(logits, gradient_terms, to_zero=True)
+            grad_hidden[rows] = torch.mm(logits, weight)
+            add_peaks(grad_hidden[rows], weight, gradient_terms)
+        if grad_weight is not None:
+            set_peaks(logits, gradient_terms)
+            grad_weight.addmm_(logits.T, chunk, beta=int(start > 0))
+    return Reading.joined(readings), grad_hidden, grad_weight
+
+
+def _by_slices(
+    hidden: Tensor,
+    weight: Tensor,
+    needed: tuple[bool, bool],
+    grad_total: Tensor,
+    reading: Reading,
+    objective: _Objective,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients needed, from the logits of all tokens for a slice of the vocabulary at a time."""
+    token_weights, noise = objective.token_weights * grad_total.double(), objective.noise
+    gradient_terms = gradient_scalars(reading, objective.terms, noise, token_weights, hidden)
+    grad_hidden = torch.zeros_like(hidden, dtype=work_dtype(hidden)) if needed[0] else None
+    grad_weight = torch.empty_like(weight) if needed[1] else None
+    # An eighth of a chunk, as it stands beside the gradient of the weight; products like multiples of 64.
+    width = 64 * math.ceil(objective.chunk_size * weight.shape[0] / (8 * 64 * max(1, hidden.shape[0])))
+    buffer = hidden.new_empty(min(width, weight.shape[0]) * hidden.shape[0])
+    for first in range(0, weight.shape[0], width):
+        part = weight[first : first + width]
+        logits = buffer[: hidden.shape[0] * part.shape[0]].view(hidden.shape[0], part.shape[0])
+        torch.mm(hidden, part.T, out=logits)
+        row_gradients(logits, logits, gradient_terms, noise, first)
+        if grad_hidden is not None:
+            set_peaks(logits, gradient_terms, first, to_zero=True)
+            grad_hidden += torch.mm(logits, part)
+        if grad_weight is not None:
+            set_peaks(logits, gradient_terms, first)
+            torch.mm(logits.T, hidden, out=grad_weight[first : first + width])
+    if grad_hidden is not None:
+        add_peaks(grad_hidden, weight, gradient_terms)
+    return grad_hidden, grad_weight
+
+
+def _as_autocast_would(x: Tensor) -> Tensor:
+    device = x.device.type
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if casts else x

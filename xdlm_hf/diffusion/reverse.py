@@ -1,0 +1,210 @@
+"""The reverse step q(z_s | z_t, x), dense and as an exact draw from four parts (Eqs. 11, 16, 18).
+
+    f_t(x, e) = alpha_t x_e + beta_t r(e)                                     Eq. 10
+    q(z_s = e | z_t, x) = f_s(x, e) f_ts(e, z_t) / f_t(x, z_t)                Eq. 11
+    f_ts(e, z) = a_ts [e = z] + b_ts r(z),  a_ts = alpha_t / alpha_s,  b_ts = 1 - a_ts
+
+Of the noise, Eq. 11 needs b_t(z_t), b_ts(z_t) and the distribution of noise at s. `ReverseStep` holds these: one
+formula serves every process whose noise is constant over ordinary tokens, f_t(x, e) = alpha_t x_e + b_t(e).
+
+t = 0 is clean, t = 1 is noise, s < t. N counts every row of the output layer, [MASK] included.
+Shapes: B batch, L length, N vocabulary.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .categorical import chunk_blocks, draw_from_weights, refuse_undefined, row_blocks, uniform
+from .checks import check_step
+from .noise import NoiseDistribution, NoiseKernel
+
+
+def posterior(p_x0: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: NoiseKernel) -> Tensor:
+    """Distribution of z_s given z_t and a (predicted) clean distribution, Eq. 11.
+
+        q(z_s = e | z_t, x) = f_s(x, e) f_ts(e, z_t) / f_t(x, z_t)
+
+    Args:
+        p_x0: Clean-token probabilities, (B, L, N), zero at [MASK] when k < 1.
+        z_t: Noisy token ids, (B, L). Not modified.
+        alpha_s, alpha_t: Signal rates, (B,) or (B, 1), 0 <= alpha_t <= alpha_s <= 1.
+        kernel: The noise kernel.
+
+    Returns:
+        Probabilities, (B, L, N), summing to 1 over N; float64 for a float64 `p_x0`, float32 otherwise.
+
+    Raises:
+        ValueError: If some alpha_s < alpha_t, a rate leaves [0, 1], an id is not in [0, N), or shapes disagree.
+
+    Source: Lemma 3.3. k = 0 gives Eq. 16 (MDLM), k = 1 gives Eq. 18 (UDLM).
+    """
+    alpha_s, alpha_t = check_step(p_x0, z_t, alpha_s, alpha_t, kernel.vocab_size)
+    return dense_posterior(p_x0, z_t, stationary_step(z_t, alpha_s, alpha_t, kernel))
+
+
+def sample_posterior(
+    logits: Tensor,
+    z_t: Tensor,
+    alpha_s: Tensor,
+    alpha_t: Tensor,
+    kernel: NoiseKernel,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw z_s exactly from Eq. 11 with x = softmax(logits), without a [B, L, N] posterior.
+
+    Eq. 11 is a mixture of four draws: stay, draw from p, draw uniformly, go to [MASK]. Choosing among them needs p
+    only at z_t, and a bound on it settles most positions: the vocabulary is read only where the draw needs p.
+
+    Args:
+        logits: Network output, (B, L, N), float of any dtype; the rows of absorbing tokens are ignored. Not modified.
+        z_t: Noisy token ids, (B, L). Not modified.
+        alpha_s, alpha_t: Signal rates, (B,) or (B, 1), 0 <= alpha_t <= alpha_s <= 1.
+        kernel: The noise kernel.
+        generator: Source of randomness; may live on another device than `logits`.
+
+    Returns:
+        Token ids z_s, (B, L), of the dtype of `z_t`.
+
+    Raises:
+        ValueError: As `posterior`, or if logits that the draw needs are NaN or all -inf.
+    """
+    alpha_s, alpha_t = check_step(logits, z_t, alpha_s, alpha_t, kernel.vocab_size)
+    return draw_posterior(logits, z_t, stationary_step(z_t, alpha_s, alpha_t, kernel), generator)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The noise between s and t
+
+
+@dataclass(frozen=True)
+class ReverseStep:
+    """The noise of one reverse step, all that Eq. 11 needs besides the network; float64."""
+
+    alpha_s: Tensor  # (B, 1)
+    alpha_t: Tensor  # (B, 1)
+    b_t: Tensor  # (B, L), noise at z_t: f_t(p, z_t) = alpha_t p(z_t) + b_t
+    b_ts: Tensor  # (B, L), noise into z_t between s and t: f_ts(e, z_t) = a_ts [e = z_t] + b_ts
+    noise_s: NoiseDistribution  # b_s(e) / beta_s
+
+
+def stationary_step(z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: NoiseKernel) -> ReverseStep:
+    """The step of a stationary kernel, whose noise is r at every time: b_t = beta_t r and b_ts = (1 - a_ts) r."""
+    alpha_s, alpha_t = alpha_s.double(), alpha_t.double()
+    r_z = kernel._rate(z_t, torch.float64)
+    # 1 - alpha_t / alpha_s, so written that nothing cancels as s -> t; 0 where both are pure noise
+    b_ts = torch.where(alpha_s > alpha_t, (alpha_s - alpha_t) / alpha_s.clamp_min(1e-300), 0.0)
+    return ReverseStep(alpha_s, alpha_t, (1 - alpha_t) * r_z, b_ts * r_z, kernel)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Dense
+
+
+def dense_posterior(p_x0: Tensor, z_t: Tensor, step: ReverseStep) -> Tensor:
+    """Eq. 11 as probabilities (B, L, N), of the dtype of `p_x0` but float32 at least; see `posterior`."""
+    z_t, noise = z_t.long(), step.noise_s
+    p_x0 = p_x0 if p_x0.dtype == torch.float64 else p_x0.float()
+    p_z = p_x0.gather(-1, z_t[..., None]).squeeze(-1).double()
+    stay, from_p, from_uniform, to_special = four_way_weights(p_z, step)
+
+    probs = from_p[..., None].to(p_x0.dtype) * p_x0
+    probs += (from_uniform / noise.uniform_size)[..., None].to(p_x0.dtype)
+    for token_id, share in noise.special_shares.items():
+        if noise.uniform_size < probs.shape[-1]:  # uniform noise leaves special tokens out
+            probs[..., token_id] = 0.0
+        probs[..., token_id] += (to_special * share).to(p_x0.dtype)
+    return probs.scatter_add_(-1, z_t[..., None], stay[..., None].to(p_x0.dtype))
+
+
+def four_way_weights(p_z: Tensor, step: ReverseStep) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Eq. 11 as a mixture of four draws; the weights sum to 1.
+
+        stay at z_t       a_ts f_s(p, z_t) / f_t(p, z_t)
+        draw from p       b_ts(z_t) alpha_s / f_t(p, z_t)
+        draw uniformly    b_ts(z_t) beta_s k / f_t(p, z_t)
+        go to a special   b_ts(z_t) beta_s (1 - k) / f_t(p, z_t)
+
+    Args:
+        p_z: p at z_t, (B, L).
+        step: The noise; k is its uniform share at s.
+
+    Returns:
+        Four (B, L) float64 tensors, in the order above.
+    """
+    # Without noise into z_t (an unmasked token at k = 0) it stays for certain, also where p_z and with it f_t vanish.
+    leave = torch.where(step.b_ts > 0, step.b_ts / (step.alpha_t * p_z + step.b_t), 0.0)
+    from_p, from_noise = leave * step.alpha_s, leave * (1 - step.alpha_s)
+    k = step.noise_s.mixing_ratio
+    return 1 - from_p - from_noise, from_p, from_noise * k, from_noise * (1 - k)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# As an exact draw
+
+
+def draw_posterior(logits: Tensor, z_t: Tensor, step: ReverseStep, generator: torch.Generator | None = None) -> Tensor:
+    """z_s, (B, L), drawn from Eq. 11 with x = softmax(logits); see `sample_posterior`."""
+    draw = begin_step(z_t.long(), step, generator)
+    rows, logits = draw.needs_p.flatten().nonzero().squeeze(-1), logits.flatten(0, 1)
+    chunks = (logits[rows[part]] for part in row_blocks(len(rows), logits))
+    return finish_step(draw, chunks, generator).to(z_t.dtype)
+
+
+@dataclass(frozen=True)
+class StepDraw:
+    """A reverse step up to the point where it needs the network; (B, L) each."""
+
+    z_t: Tensor  # int64
+    step: ReverseStep
+    noise: Tensor  # int64, a draw from the noise at s: where "uniformly" or "to a special" leads
+    choice: Tensor  # float64 in [0, 1): below b_ts alpha_s / f_t takes p, below b_ts / f_t leaves z_t
+    most: Tensor  # float64, b_ts / b_t: the largest probability of leaving that any p can give
+    needs_p: Tensor  # bool, where the answer depends on p
+
+
+def begin_step(z_t: Tensor, step: ReverseStep, generator: torch.Generator | None = None) -> StepDraw:
+    """Draw all that Eq. 11 leaves to chance but the token from p, and see where p matters.
+
+    f_t(p, z) >= b_t(z), so z_t is left with probability b_ts / b_t at most, and at an absorbing token, where p is 0,
+    with exactly that. Most positions are thus settled without logits: a choice above the bound stays, and a [MASK] that
+    does not choose p needs none. Nothing is validated, and nothing synchronizes with the device.
+    """
+    most = torch.where(step.b_t > 0, step.b_ts / step.b_t, 0.0)
+    absorbing = torch.zeros_like(z_t, dtype=torch.bool)
+    for token_id in step.noise_s.absorbing_ids:
+        absorbing |= z_t == token_id
+    choice = uniform(z_t.shape, generator, z_t.device)
+    noise = step.noise_s.sample_prior(z_t.shape, generator, z_t.device).to(z_t.dtype)
+    needs_p = choice < torch.where(absorbing, most * step.alpha_s, most)
+    return StepDraw(z_t, step, noise, choice, most, needs_p)
+
+
+def finish_step(draw: StepDraw, chunks: Iterable[Tensor], generator: torch.Generator | None = None) -> Tensor:
+    """z_s, (B, L), from the logits of the M positions in `draw.needs_p`, in row-major order.
+
+    They come in chunks (m, N) of any lengths, so that the head's product need never exist whole; what is drawn does not
+    depend on how they are cut. The token from p is drawn where it is needed: p at z_t may still say that the position
+    stays, or takes noise.
+
+    Raises:
+        ValueError: As `refuse_undefined`.
+    """
+    step, needed = draw.step, draw.needs_p
+    z_s = torch.where(draw.choice < draw.most, draw.noise, draw.z_t)
+    alpha_s, alpha_t = (rate.expand(needed.shape)[needed] for rate in (step.alpha_s, step.alpha_t))
+    z_t, noise, choice, b_t, b_ts = (x[needed] for x in (draw.z_t, draw.noise, draw.choice, step.b_t, step.b_ts))
+    u = uniform((len(z_t), 1), generator, z_t.device)
+    drawn, undefined = torch.empty_like(z_t), torch.zeros_like(choice, dtype=torch.bool)
+    for part, weights in chunk_blocks(chunks, step.noise_s.absorbing_ids):
+        p_z = (weights.gather(-1, z_t[part, None]) / weights.sum(-1, keepdim=True)).squeeze(-1).double()
+        leave = b_ts[part] / (alpha_t[part] * p_z + b_t[part])
+        otherwise = torch.where(choice[part] < leave, noise[part], z_t[part])
+        from_p = choice[part] < leave * alpha_s[part]
+        drawn[part] = torch.where(from_p, draw_from_weights(weights, u[part]), otherwise)
+        undefined[part] = p_z.isnan()
+    refuse_undefined(undefined)
+    z_s[needed] = drawn
+    return z_s

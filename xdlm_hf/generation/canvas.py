@@ -1,0 +1,65 @@
+"""State of a generation, and one step's view of it.
+
+Shapes: B batch, T whole length (prompt and answer), C columns of a step.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """State of a generation, replaced (never modified) by each step."""
+
+    ids: Tensor  # (B, T) int64
+    holes: Tensor  # (B, T) bool, positions still to be filled
+    generated: Tensor  # (B, T) bool, positions that generation owns: never prompt, padding or fixed text
+    num_edits: Tensor  # (B,) int64, filled tokens that were replaced by another token
+    num_remasked: Tensor | None = None  # (B,) int64, filled tokens that became holes again; None without a policy
+    undefined: Tensor | None = None  # (B,) bool, rows where a token was written whose confidence is NaN
+    memory: dict[str, Tensor] = field(default_factory=dict)  # (B, ...) each, what a policy or sampler remembers
+
+    def select(self, rows: Tensor) -> "Canvas":
+        """Some rows of the batch, (rows,)."""
+        tensors = {name: x[rows] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors, memory={name: x[rows] for name, x in self.memory.items()})
+
+
+@dataclass(frozen=True)
+class Look:
+    """One step's view of the columns it has predictions for, (B, C) unless said otherwise."""
+
+    canvas: Canvas
+    columns: Tensor  # int64
+    valid: Tensor | None  # bool, columns that count; the others repeat the last one. None: all count
+    ids: Tensor  # int64, current tokens
+    holes: Tensor  # bool, holes of the current block
+    editable: Tensor  # bool, filled by generation and open to change
+    in_block: Tensor  # bool, in the current block
+    predicted: Tensor  # int64
+    conf_predicted: Tensor
+    conf_current: Tensor
+    step: int  # of the whole generation, from 0
+    done: int  # steps of this block before this one
+    steps_per_block: int
+    fill_steps_left: int  # of the whole generation, this one included; 0 in a step that only refines
+    polish_steps_left: int  # this one included, in a step that only refines; else 0
+    generator: torch.Generator | None = None
+
+    @property
+    def disagrees(self) -> Tensor:
+        """Filled tokens in whose place the network prefers another one."""
+        return self.editable & (self.predicted != self.ids) & (self.conf_predicted >= self.conf_current)
+
+    def recall(self, name: str, default: int | float) -> Tensor:
+        """The memory `name` at the columns, or the default where nothing was remembered yet."""
+        kept = self.canvas.memory.get(name)
+        return torch.full_like(self.conf_predicted, default) if kept is None else kept.gather(1, self.columns)
+
+    def write(self, whole: Tensor, values: Tensor) -> Tensor:
+        """`whole` (B, T) with the values at the columns; what only fills a row up writes what the last column does."""
+        if self.valid is not None:
+            values = torch.where(self.valid, values, values[:, -1:])
+        return whole.scatter(1, self.columns, values)

@@ -1,0 +1,223 @@
+"""What a step may take back: policies that edit or re-mask tokens already filled, one class each.
+
+A policy sees a `Look`: what the network says in this step about the columns it was asked for. `edit` picks filled
+tokens that become the predicted ones, `remask` filled tokens that become holes again. Policies hold no state; what one
+must remember per position lives in `Canvas.memory`. Any policy works with any weights; only XDLM's budget follows k.
+
+Shapes: B batch, T whole length, C columns looked at. Confidences are probabilities under the untempered softmax.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..diffusion.categorical import uniform
+from .canvas import Look
+
+REMASK_SCHEDULES = ("cap", "rescale", "confidence")
+
+
+class Refinement(ABC):
+    """Interface. Both methods return (B, C) bool."""
+
+    edits = True  # False: never edits, so filled positions need no logits
+    remasks = False  # True: filled tokens of the current block may become holes again
+
+    @abstractmethod
+    def edit(self, look: Look, fill: Tensor) -> Tensor:
+        """Filled tokens to replace by the predicted ones; `fill` are the holes that this step fills."""
+
+    def remask(self, look: Look) -> Tensor:
+        """Filled tokens to turn into holes again; the step fills as many holes more, as far as there are any."""
+        return torch.zeros_like(look.holes)
+
+    def remember(self, look: Look, filled: Tensor, edited: Tensor) -> dict[str, Tensor]:
+        """What the canvas remembers after the step, by name, (B, T) each."""
+        return look.canvas.memory
+
+
+class NoRefinement(Refinement):
+    """A token once filled stays: LLaDA's sampler, XDLM at k = 0."""
+
+    edits = False
+
+    def edit(self, look: Look, fill: Tensor) -> Tensor:
+        return torch.zeros_like(fill)
+
+
+class BudgetRefinement(Refinement):
+    """XDLM's refinement, Algorithm 1 of the paper: the most confident disagreements, within a budget.
+
+    After a step at most floor(k / (1 - k) * tokens filled so far) edits, none at the first step; what finds no
+    candidate carries over. Steps that only refine spread what is left evenly. Without limit at k = 1.
+
+    Args:
+        mixing_ratio: k in [0, 1].
+    """
+
+    def __init__(self, mixing_ratio: float):
+        self.mixing_ratio = mixing_ratio
+
+    def edit(self, look: Look, fill: Tensor) -> Tensor:
+        return most_confident(look.conf_predicted, look.disagrees, self.allowance(look, fill))
+
+    def allowance(self, look: Look, fill: Tensor) -> Tensor:
+        """u_i, (B,): edits that this step may make."""
+        canvas = look.canvas
+        if look.step == 0 and not look.polish_steps_left:
+            return torch.zeros_like(canvas.num_edits)
+        filled = (canvas.generated & ~canvas.holes).sum(-1) + fill.sum(-1)
+        if self.mixing_ratio == 1:
+            return filled
+        # The nudge keeps whole numbers whole: 0.1 / 0.9 * 9 may come out just below 1.
+        # In float64: an integer tensor times a Python float would be float32, and the nudge lost in its rounding.
+        budget = (filled.double() * (self.mixing_ratio / (1 - self.mixing_ratio)) + 1e-9).floor().long()
+        left = budget - canvas.num_edits
+        return -(-left // look.polish_steps_left) if look.polish_steps_left else left
+
+
+class ThresholdRefinement(Refinement):
+    """Threshold editing, as in LLaDA2.1: every filled token whose replacement's confidence reaches the threshold.
+
+    Args:
+        threshold: In (0, 1].
+    """
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+
+    def edit(self, look: Look, fill: Tensor) -> Tensor:
+        return look.disagrees & (look.conf_predicted >= self.threshold)
+
+
+class RemaskingRefinement(Refinement):
+    """ReMDM's re-masking (Wang et al., arXiv 2503.00307): a block's filled tokens become holes with probability sigma.
+
+    A block of n steps goes from alpha_t = j / n to alpha_s = (j + 1) / n. The largest sigma that keeps the marginals is
+    sigma_max = min(1, (1 - alpha_s) / alpha_t), 0 in the last step; so no hole is left.
+
+        cap           sigma = min(rate, sigma_max)
+        rescale       sigma = rate * sigma_max
+        confidence    sigma = rate * sigma_max * softmax(-psi), psi the confidence a token was filled with: on average
+                      `rate` tokens at most, the least sure ones first
+
+    Args:
+        schedule: One of `REMASK_SCHEDULES`.
+        rate: In (0, 1].
+    """
+
+    edits, remasks = False, True
+
+    def __init__(self, schedule: str, rate: float):
+        self.schedule, self.rate = schedule, rate
+
+    def edit(self, look: Look, fill: Tensor) -> Tensor:
+        return torch.zeros_like(fill)
+
+    def remask(self, look: Look) -> Tensor:
+        candidates = look.editable & look.in_block
+        u = uniform(candidates.shape, look.generator, candidates.device)
+        return candidates & (u < self.sigma(look, candidates))
+
+    def sigma(self, look: Look, candidates: Tensor) -> Tensor | float:
+        """Probability of each candidate to become a hole, float or (B, C)."""
+        alpha_t, alpha_s = look.done / look.steps_per_block, (look.done + 1) / look.steps_per_block
+        largest = min(1.0, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 1.0
+        if self.schedule == "cap":
+            return min(self.rate, largest)
+        if self.schedule == "rescale":
+            return self.rate * largest
+        psi = look.recall("confidence", 0.0).double()
+        share = torch.where(candidates, -psi, -torch.inf).softmax(-1)
+        return self.rate * largest * share.nan_to_num(0.0)  # a row without candidates has no softmax
+
+    def remember(self, look: Look, filled: Tensor, edited: Tensor) -> dict[str, Tensor]:
+        if self.schedule != "confidence":
+            return look.canvas.memory
+        confidence = torch.where(filled, look.conf_predicted, look.recall("confidence", 0.0))
+        return {**look.canvas.memory, "confidence": remembered(look, "confidence", confidence)}
+
+
+class SwitchedOff(Refinement):
+    """Another policy, but for the last steps that fill: what they do is final (k = 0 from there on).
+
+    Args:
+        policy: The policy.
+        last_steps: Steps at the end of filling in which it is silent.
+    """
+
+    def __init__(self, policy: Refinement, last_steps: int):
+        self.policy, self.last_steps = policy, last_steps
+        self.edits, self.remasks = policy.edits, policy.remasks
+
+    def _off(self, look: Look) -> bool:
+        return 0 < look.fill_steps_left <= self.last_steps
+
+    def edit(self, look: Look, fill: Tensor) -> Tensor:
+        return torch.zeros_like(fill) if self._off(look) else self.policy.edit(look, fill)
+
+    def remask(self, look: Look) -> Tensor:
+        return torch.zeros_like(look.holes) if self._off(look) else self.policy.remask(look)
+
+    def remember(self, look: Look, filled: Tensor, edited: Tensor) -> dict[str, Tensor]:
+        return self.policy.remember(look, filled, edited)
+
+
+class LoopGuard(Refinement):
+    """Another policy, kept from going round in circles.
+
+    A position is edited at most `max_edits` times, and never back to the token that its last edit replaced: without
+    this, two tokens that each favour the other's replacement swap for ever.
+
+    Args:
+        policy: The policy.
+        max_edits: Edits of one position, at least 1.
+    """
+
+    def __init__(self, policy: Refinement, max_edits: int):
+        self.policy, self.max_edits = policy, max_edits
+        self.edits, self.remasks = policy.edits, policy.remasks
+
+    def edit(self, look: Look, fill: Tensor) -> Tensor:
+        allowed = look.recall("edits", 0) < self.max_edits
+        allowed &= look.predicted != look.recall("replaced", -1).long()
+        return self.policy.edit(replace(look, editable=look.editable & allowed), fill)
+
+    def remask(self, look: Look) -> Tensor:
+        return self.policy.remask(look)
+
+    def remember(self, look: Look, filled: Tensor, edited: Tensor) -> dict[str, Tensor]:
+        memory = dict(self.policy.remember(look, filled, edited))
+        # float64 holds every id exactly, and one dtype serves all memories.
+        edits = look.recall("edits", 0).double() + edited
+        replaced = torch.where(edited, look.ids.double(), look.recall("replaced", -1).double())
+        memory["edits"] = remembered(look, "edits", edits)
+        memory["replaced"] = remembered(look, "replaced", replaced, empty=-1)
+        return memory
+
+
+def remembered(look: Look, name: str, values: Tensor, empty: float = 0) -> Tensor:
+    """The memory `name`, (B, T) float64, with `values` (B, C) at the columns of the look."""
+    kept = look.canvas.memory.get(name)
+    kept = torch.full(look.canvas.ids.shape, empty, dtype=torch.double, device=values.device) if kept is None else kept
+    return look.write(kept, values.double())
+
+
+def most_confident(priority: Tensor, candidates: Tensor, count: Tensor) -> Tensor:
+    """Mask of the `count` candidates of highest priority in each row; equal priorities: the lower position first.
+
+    Args:
+        priority: (B, C), finite.
+        candidates: (B, C) bool.
+        count: (B,) int64; a count below 0 takes none, one above the number of candidates takes all.
+
+    Returns:
+        (B, C) bool.
+    """
+    order = torch.where(candidates, priority, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+    return candidates & (rank < count[:, None])

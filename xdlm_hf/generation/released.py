@@ -1,0 +1,294 @@
+"""`reference_compat=True`: the authors' released samplers, as they run, to audit published numbers.
+
+Everything that the released code does otherwise than the exact samplers is in this module:
+
+    confidence sampler   any [MASK] is a hole and any other token may be edited, in prompt and padding too; the mask row
+                         is not excluded; confidences are a softmax in the dtype of the logits; `torch.topk` over the
+                         whole row decides ties; edits are budgeted for each block, and what a block leaves is dropped
+    guidance             the unconditional text hides every token that was not [MASK] at the start, padding included;
+                         both texts are one batch, and their logits are combined in their own dtype
+    padding              is masked in attention, but counted in positions; nothing becomes padding after end-of-text
+    ancestral sampler    T + 1 passes on the release's time grid, the dense posterior drawn with Gumbel noise
+
+At temperature 0 the confidence sampler gives the released tokens wherever the network gives the released logits, on the
+same kind of device: a GPU's `torch.topk` breaks ties in another way than a CPU's.
+
+Shapes: B batch, T whole length (prompt and answer), N rows of the output layer, M positions asked for.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diffusion.categorical import masked_logits, refuse_undefined, uniform
+from ..diffusion.noise import NoiseKernel
+from ..diffusion.reverse import posterior
+from ..diffusion.schedules import LogLinearSchedule, Schedule
+from .ancestral import AncestralSampler
+from .canvas import Canvas
+from .confidence import REMASKING, check_blocks
+from .network import Network
+from .sampler import Request, Sampler
+
+# What this package adds to the released confidence sampler.
+BEYOND_REFERENCE = (
+    "confidence_threshold",
+    "confidence_factor",
+    "early_stop",
+    "use_cache",
+    "cache_refresh",
+    "refinement",
+    "edit_threshold",
+    "remask_rate",
+    "max_edits_per_token",
+    "refinement_off_steps",
+    "polish_steps",
+)
+_LAST_TIME = 1e-5
+
+
+def not_released(sampler: str | None) -> tuple[str, ...]:
+    """Options that the released sampler of that name does not have."""
+    return (*BEYOND_REFERENCE, "top_k", "top_p", *(("temperature", "cfg_scale") if sampler == "ancestral" else ()))
+
+
+def check_options(options: Any) -> None:
+    """Raise ValueError for options, an `XDLMGenerationConfig`, with which there is no released sampler to reproduce."""
+    ancestral = options.sampler == "ancestral"
+    for name in not_released(options.sampler):
+        value = getattr(options, name)
+        if value and not (name == "temperature" and value == 1):
+            raise ValueError(
+                f"the released sampler, which reference_compat=True reproduces, has no option {name}={value!r}; "
+                "leave one of them out."
+            )
+    if ancestral:
+        return
+    if options.remasking == "random" and options.mixing_ratio:
+        raise ValueError(
+            f"remasking='random' with mixing_ratio={options.mixing_ratio}: the released sampler, which "
+            "reference_compat=True reproduces, ends with an error there, because its edits need confidences. Leave out "
+            "reference_compat or remasking, or set mixing_ratio=0."
+        )
+    if options.sampler == "confidence" and options.mixing_ratio == 1:
+        raise ValueError(
+            "mixing_ratio=1 has no released sampler to reproduce: its edit budget k / (1 - k) divides by 0. Leave out "
+            "reference_compat, or use sampler='ancestral'."
+        )
+
+
+def make_sampler(options: Any, kernel: NoiseKernel | None, **common: Any) -> Sampler:
+    """The released sampler that the options ask for; `kernel` is the ancestral sampler's, `common` go to either."""
+    if options.sampler == "ancestral":
+        return ReferenceAncestralSampler(kernel, LogLinearSchedule(), **common)
+    return ReferenceConfidenceSampler(
+        options.mask_token_id,
+        options.mixing_ratio,
+        block_length=options.block_length,
+        temperature=options.temperature or 0.0,
+        remasking=options.remasking or "low_confidence",
+        **common,
+    )
+
+
+class ReferenceNetwork(Network):
+    """Logits as the released code computes them: its guidance, and the positions that it gives padded rows."""
+
+    def _hidden(self, attention_mask: Tensor, canvas: Canvas) -> Tensor:
+        return canvas.ids != self.options.mask_token_id
+
+    def _positions(self, attention_mask: Tensor) -> None:
+        return None
+
+    def _widened(self, logits: Tensor) -> Tensor:
+        return logits
+
+    def _streams(self, ids: Tensor, positions: Tensor, columns: Tensor | None) -> tuple[Tensor, ...]:
+        """One pass over both texts: in low precision the size of a batch can decide how a product is rounded."""
+        texts = self._texts(ids)
+        self.num_forward_passes += len(texts)
+        inputs = {"input_ids": torch.cat(list(texts)), "logits_to_keep": positions}
+        if self.attention_mask is not None:
+            inputs["attention_mask"] = self.attention_mask.repeat(len(texts), 1)
+        return self.model(**inputs).logits.chunk(len(texts))
+
+
+class ReferenceConfidenceSampler(Sampler):
+    """The released LLaDA-XDLM sampler.
+
+    A step fills the most confident holes up to the end of the block and replaces the most confident disagreements,
+    both chosen from the same logits. The first i steps of a block make at most floor(k / (1 - k) n_i) edits, n_i being
+    the tokens that they fill, and its first step makes none.
+
+    Args:
+        mask_token_id: m.
+        mixing_ratio: k in [0, 1).
+        steps: Forward passes; a multiple of the number of blocks.
+        start, length: The answer is the columns [start, start + length).
+        block_length: Columns that are filled together, left to right; divides `length`.
+        temperature: 0 predicts the argmax; above it, Gumbel-max in float64.
+        remasking: "low_confidence", or "random" to choose the holes to fill at random, with k = 0 alone.
+        generator: Source of randomness.
+
+    Raises:
+        ValueError: If the lengths or steps do not fit each other, or an option is not known.
+    """
+
+    def __init__(
+        self,
+        mask_token_id: int,
+        mixing_ratio: float,
+        steps: int,
+        start: int,
+        length: int,
+        block_length: int | None = None,
+        temperature: float = 0.0,
+        remasking: str = "low_confidence",
+        generator: torch.Generator | None = None,
+    ):
+        block_length = length if block_length is None else block_length
+        check_blocks(steps, length, block_length, may_idle=True)
+        if not 0 <= mixing_ratio < 1:
+            raise ValueError(f"mixing_ratio={mixing_ratio} must lie in [0, 1): the budget is k / (1 - k).")
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} must not be negative; 0 takes the most likely token.")
+        if remasking not in REMASKING or (remasking == "random" and mixing_ratio):
+            raise ValueError(f"remasking={remasking!r} is not released; use 'low_confidence', or 'random' with k = 0.")
+        self.mask_token_id, self.mixing_ratio, self.steps = mask_token_id, mixing_ratio, steps
+        self.start, self.length, self.block_length = start, length, block_length
+        self.temperature, self.remasking, self.generator = temperature, remasking, generator
+        self.steps_per_block = steps * block_length // length
+
+    def begin(self, ids: Tensor, generated: Tensor, holes: Tensor | None = None) -> Canvas:
+        ids = torch.where(generated if holes is None else holes, self.mask_token_id, ids)
+        zeros = torch.zeros_like(ids[:, 0])
+        return Canvas(ids, ids == self.mask_token_id, generated, zeros, zeros, zeros.bool(), {"spent": zeros})
+
+    def block(self, i: int) -> tuple[int, int]:
+        first = self.start + i // self.steps_per_block * self.block_length
+        return first, first + self.block_length
+
+    def request(self, canvas: Canvas, i: int) -> Request:
+        """All columns: ties fall by the width of the row."""
+        return Request(i, torch.arange(canvas.ids.shape[1], device=canvas.ids.device))
+
+    def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
+        """1. Predict. 2. Choose holes to fill. 3. Choose tokens to edit. 4. Write both."""
+        ids, holes = canvas.ids, canvas.ids == self.mask_token_id
+        done, end = request.i % self.steps_per_block, self.block(request.i)[1]
+        # 1.
+        predicted, conf_predicted, conf_current = self.predict(logits, ids)
+        undefined = conf_predicted.isnan()
+        if self.remasking == "random":
+            conf_predicted = uniform(ids.shape, self.generator, ids.device, torch.float32)
+        conf_predicted[:, end:] = -torch.inf
+        # 2.
+        filled = [self._filled(n) for n in (done, done + 1)]
+        chosen = surest(conf_predicted, holes, [filled[1] - filled[0]] * len(ids))
+        # 3.
+        spent = canvas.memory["spent"] if done else torch.zeros_like(canvas.num_edits)
+        if self.mixing_ratio and done:
+            wanted = ~holes & (predicted != ids) & (conf_predicted >= conf_current)
+            left = edit_budget(filled[1], self.mixing_ratio, ids.device) - spent
+            edits = torch.minimum(left, wanted.sum(-1))
+            chosen |= surest(conf_predicted, wanted, edits.tolist())
+            canvas, spent = replace(canvas, num_edits=canvas.num_edits + edits), spent + edits
+        # 4.
+        ids = torch.where(chosen, predicted, ids)
+        return replace(
+            canvas,
+            ids=ids,
+            holes=ids == self.mask_token_id,
+            undefined=canvas.undefined | (undefined & chosen).any(-1),
+            memory={"spent": spent},
+        )
+
+    def predict(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Predicted ids, and the confidence of predicted and of current ids, (B, T) each, from logits (B, T, N)."""
+        p = logits.softmax(-1)
+        predicted = gumbel_argmax(logits, self.temperature, self.generator)
+        return predicted, *(p.gather(-1, x[..., None]).squeeze(-1) for x in (predicted, ids))
+
+    def _filled(self, done: int) -> int:
+        """Tokens of a block that its first `done` steps fill, earlier steps taking the remainder."""
+        whole, rest = divmod(self.block_length, self.steps_per_block)
+        return done * whole + min(done, rest)
+
+
+def edit_budget(filled: int, k: float, device: torch.device) -> Tensor:
+    """floor(filled k / (1 - k)), (1,) int64, rounded as there: an integer tensor times a float is float32.
+
+    On the device, because division by a number is rounded differently on a GPU.
+    """
+    return (torch.tensor([filled], device=device) * k / (1 - k)).floor().long()
+
+
+def surest(confidence: Tensor, candidates: Tensor, counts: list[int]) -> Tensor:
+    """(B, T) bool: in each row the `counts` most confident candidates, ties broken as `torch.topk` of the row does."""
+    ranked, chosen = torch.where(candidates, confidence, -torch.inf), torch.zeros_like(candidates)
+    for row, count in enumerate(counts):
+        chosen[row, ranked[row].topk(count).indices] = True
+    return chosen
+
+
+def gumbel_argmax(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
+    """Tokens drawn from softmax(l / temperature), argmax of exp(l) / (-log u)^temperature in float64, or argmax l."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    u = uniform(logits.shape, generator, logits.device)
+    return (logits.double().exp() / (-u.log()) ** temperature).argmax(-1)
+
+
+class ReferenceAncestralSampler(AncestralSampler):
+    """The released ancestral chain: `steps` steps and one pass more, the dense posterior drawn with Gumbel noise.
+
+    Times are `linspace(1, 1e-5, steps + 1)`; the additional pass goes from the last one to alpha = 1. For k < 1 the
+    noise is float32 and comes in steps of 6e-8 where it matters, which starves tokens of small probability, above all
+    the uniform part of the kernel; for k = 1, UDLM, posterior and noise are float64.
+
+    Args:
+        kernel: Noise kernel with the model's N, k and mask token.
+        schedule: alpha_t; the release's is `LogLinearSchedule()`.
+        steps: Steps before the additional pass, as the release counts them.
+        start, length, generator: As in `AncestralSampler`.
+    """
+
+    def __init__(
+        self,
+        kernel: NoiseKernel,
+        schedule: Schedule,
+        steps: int,
+        start: int,
+        length: int,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__(kernel, schedule, steps, start, length, generator=generator)
+        self.times, self.steps = torch.linspace(1, _LAST_TIME, steps + 1), steps + 1
+
+    def request(self, canvas: Canvas, i: int) -> Request:
+        """Every position, as the released step reads them all."""
+        return Request(i, canvas.generated)
+
+    def step(self, canvas: Canvas, logits: Iterable[Tensor], request: Request) -> Canvas:
+        p = masked_logits(torch.cat(list(logits)), self.kernel.absorbing_ids).softmax(-1)[None]
+        refuse_undefined(p[..., 0].isnan())  # one NaN makes a whole softmax NaN
+        p = p.double() if self.kernel.mixing_ratio == 1 else p.float()
+        z_t = canvas.ids[canvas.generated][None]
+        alpha_s, alpha_t = (rate.view(1) for rate in self._rates(request.i, canvas))
+        probs = posterior(p, z_t, alpha_s, alpha_t, self.kernel)
+        noise = uniform(probs.shape, self.generator, probs.device, probs.dtype)
+        # Gumbel-max without its logarithm: argmax of p / E, E exponential.
+        drawn = (probs / (1e-10 - (noise + 1e-10).log())).argmax(-1)
+        return self._moved(canvas, canvas.ids.masked_scatter(canvas.generated, drawn[0]))
+
+    def _rates(self, i: int, canvas: Canvas) -> tuple[Tensor, Tensor]:
+        """alpha_s and alpha_t of step `i`, (1, 1) float32."""
+        t = self.times[i].to(canvas.ids.device).view(1, 1)
+        alpha_t, _ = self.schedule(t)
+        if i == self.steps - 1:
+            return torch.ones_like(alpha_t), alpha_t
+        alpha_s, _ = self.schedule(t - (1 - _LAST_TIME) / (self.steps - 1))
+        return alpha_s, alpha_t

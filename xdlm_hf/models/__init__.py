@@ -1,0 +1,7 @@
+"""Networks, a folder each.
+
+registry     their registration with Transformers' Auto classes
+llada        LLaDA, in the format of its public checkpoints
+"""
+
+import transformers  # noqa: F401  registers the model types before any module here is loaded

@@ -1,0 +1,512 @@
+"""The LLaDA network, in Transformers' terms and under LLaDA's own parameter names.
+
+The module tree carries the names of the public checkpoints (`model.transformer.blocks.0.q_proj.weight`, ...), so files
+load and save without conversion, and LoRA adapters trained with other LLaDA tools fit. One block is
+
+    x = x + attn_out(attention(rope(q), rope(k), v))       of h = attn_norm(x), bidirectional, no biases
+    x = x + ff_out(silu(ff_proj(h)) * up_proj(h))          of h = ff_norm(x)
+
+RMSNorm and rotary embeddings are computed in float32 whatever the model's dtype.
+
+Shapes: B batch, L length, D = d_model, H query heads, W = D / H their width, N = rows of the output layer.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from ...diffusion.noise import NoiseKernel
+from ...generation.cache import CanvasCache, check_cache_attention
+from ...generation.generate import XDLMGenerationMixin
+from .configuration_llada import LLaDAConfig, refuse_copying_code
+
+
+class LLaDARMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) in float32 or wider, cast back, then scaled by the weight."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+def rotary_angles(position_ids: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding, float32.
+
+    Computed on every call: a buffer would be garbage after `from_pretrained` (models are built on the meta device) and
+    wrong after `.to(bfloat16)`, by 7 rad at position 4096.
+
+    Args:
+        position_ids: Positions, (B, L) or (1, L).
+        width: W, the width of a head.
+        theta: Base of the frequencies theta^(-2i/W), i < W/2.
+
+    Returns:
+        Two tensors (B or 1, 1, L, W): the frequencies twice over, for the half-rotation.
+    """
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=position_ids.device) / width
+    angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i + W/2}) of queries or keys (B, H, L, W) by their angles, in float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[Tensor, Tensor]:
+    """The plain computation behind every attention implementation: softmax(q k^T scaling + mask) v.
+
+    Returns:
+        The result (B, L, H, W) and the weights (B, H, L, L).
+    """
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.mT * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class LLaDAAttention(nn.Module):
+    """Bidirectional attention over ready queries, keys and values.
+
+    It holds no parameters, because the format keeps the projections directly in the block.
+    """
+
+    def __init__(self, config: LLaDAConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_key_value_groups = config.n_heads // config.n_kv_heads
+        self.scaling = (config.d_model // config.n_heads) ** -0.5
+        self.is_causal = False  # sdpa and flash attention are causal unless the module says so
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: CanvasCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Queries (B, H, L, W), keys and values (B, n_kv_heads, L, W) to (B, L, D) and, in eager, the weights."""
+        query, key = (rotate(x, *position_embeddings) for x in (query, key))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attended, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return attended.flatten(2), weights
+
+
+class LLaDABlock(GradientCheckpointingLayer):
+    """One pre-norm block: bidirectional attention, then the gated MLP (`ff_proj` is the gate)."""
+
+    def __init__(self, config: LLaDAConfig, layer_idx: int):
+        super().__init__()
+        width = config.d_model // config.n_heads
+        self.head_width, self.heads = width, (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+        self.residual_dropout = config.residual_dropout
+        self.attn_norm = LLaDARMSNorm(config.d_model, config.rms_norm_eps)
+        self.q_proj = nn.Linear(config.d_model, config.n_heads * width, bias=False)
+        self.k_proj = nn.Linear(config.d_model, config.n_kv_heads * width, bias=False)
+        self.v_proj = nn.Linear(config.d_model, config.n_kv_heads * width, bias=False)
+        self.attention = LLaDAAttention(config, layer_idx)
+        self.attn_out = nn.Linear(config.n_heads * width, config.d_model, bias=False)
+        self.ff_norm = LLaDARMSNorm(config.d_model, config.rms_norm_eps)
+        self.ff_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
+        self.ff_out = nn.Linear(config.mlp_hidden_size, config.d_model, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """Residual stream (B, L, D) in and out."""
+        h = self.attn_norm(hidden_states)
+        query, key, value = (
+            project(h).unflatten(-1, (heads, self.head_width)).transpose(1, 2)
+            for project, heads in zip((self.q_proj, self.k_proj, self.v_proj), self.heads, strict=True)
+        )
+        h, _ = self.attention(query, key, value, position_embeddings, attention_mask, **kwargs)
+        hidden_states = hidden_states + self._drop(self.attn_out(h))
+        h = self.ff_norm(hidden_states)
+        h = self.ff_out(nn.functional.silu(self.ff_proj(h)) * self.up_proj(h))
+        return hidden_states + self._drop(h)
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        return nn.functional.dropout(branch, self.residual_dropout, self.training)
+
+
+class LLaDAPreTrainedModel(PreTrainedModel):
+    """What both LLaDA classes share: loading that refuses damaged or foreign files, embeddings, capabilities."""
+
+    config: LLaDAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LLaDABlock"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": LLaDABlock, "attentions": LLaDAAttention}
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        config.validate_llada()  # fields may have been set after construction
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | None,
+        *model_args: Any,
+        use_safetensors: bool | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> "LLaDAPreTrainedModel":
+        """Transformers' `from_pretrained`, with every doubt about the file an error instead of a warning.
+
+        Transformers initialises at random what a file lacks, ignores what the model lacks, and reads pickles.
+
+        Raises:
+            ValueError: If the weights are pickles; if a safetensors file is damaged; if a tensor is missing, unknown
+                to the model, or (unless `ignore_mismatched_sizes`) of another shape. The message names it.
+        """
+        source = pretrained_model_name_or_path
+        _refuse_pickle(source, use_safetensors)
+        try:
+            model, info = super().from_pretrained(
+                source,
+                *model_args,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that the report comes back and can be named below
+                output_loading_info=True,
+                **kwargs,
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"{_damaged_file(source)} is not a whole safetensors file ({error}); it was probably cut short. "
+                "Copy or download it again."
+            ) from error
+        mismatched = set() if ignore_mismatched_sizes else info["mismatched_keys"]
+        _refuse_foreign_tensors(source, info["missing_keys"], info["unexpected_keys"], mismatched)
+        head, wte = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is not None and model.config.weight_tying and head.weight is not wte.weight:
+            raise ValueError(
+                f"{source}: weight_tying is true, but the file holds an output layer that differs from the embedding; "
+                "set weight_tying to false in config.json to keep both."
+            )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        refuse_copying_code(cls)
+        super().register_for_auto_class(auto_class)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.base_model.transformer.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.base_model.transformer.wte = value
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Transformers' method; the format's second size field, `embedding_size`, follows.
+
+        Raises:
+            ValueError: If the rows kept would not hold the mask token.
+        """
+        rows, mask = kwargs.get("new_num_tokens", args[0] if args else None), self.config.mask_token_id
+        if rows is not None and mask is not None and rows <= mask:
+            raise ValueError(f"{rows} rows would cut off mask_token_id={mask}; keep at least {mask + 1}.")
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.config.embedding_size = self.config.vocab_size
+        return embeddings
+
+
+class LLaDAModel(LLaDAPreTrainedModel):
+    """Embedding, blocks and final norm: token ids (B, L) to hidden states (B, L, D), no output layer."""
+
+    # A whole checkpoint loads into the backbone alone; its output layer has no place here.
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?transformer\.ff_out\.weight$"]
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.embedding_size, config.d_model),
+                "blocks": nn.ModuleList(LLaDABlock(config, i) for i in range(config.n_layers)),
+                "ln_f": LLaDARMSNorm(config.d_model, config.rms_norm_eps),
+            }
+        )
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: CanvasCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        """Hidden states after the final norm; the arguments are those of [`LLaDAForDiffusionLM`]."""
+        _refuse_unknown_arguments(kwargs)
+        if past_key_values is not None:
+            _check_cache(past_key_values, self.config)
+            kwargs["past_key_values"] = past_key_values
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids (B, L) and inputs_embeds (B, L, D).")
+        if inputs_embeds is None:
+            inputs_embeds = self.transformer.wte(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        width = self.config.d_model // self.config.n_heads
+        position_embeddings = rotary_angles(position_ids, width, self.config.rope_theta)
+        attention_mask = self._prepare_mask(attention_mask, inputs_embeds, past_key_values)
+        hidden_states = nn.functional.dropout(inputs_embeds, self.config.embedding_dropout, self.training)
+        for block in self.transformer.blocks:
+            # The residual stream goes first and by position: reentrant checkpointing and output capture need it so.
+            hidden_states = block(hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.transformer.ln_f(hidden_states))
+
+    def _prepare_mask(self, attention_mask: Any, inputs_embeds: Tensor, cache: CanvasCache | None) -> Any:
+        """The mask that the chosen attention implementation wants, or None when nothing is padded."""
+        if cache is not None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            # Some columns ask, all of them answer; what is asked does not depend on who asks.
+            attention_mask = attention_mask[:, None, None, :]
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
+            return self._prepare_bias(attention_mask, inputs_embeds)
+        if isinstance(attention_mask, Tensor) and attention_mask.shape != inputs_embeds.shape[:2]:
+            raise ValueError(
+                f"attention_mask of shape {tuple(attention_mask.shape)} does not fit an input of "
+                f"{tuple(inputs_embeds.shape[:2])} tokens: pass (B, L), 1 for text and 0 for padding, or (B, 1, L, L)."
+            )
+        return create_bidirectional_mask(config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+
+    def _prepare_bias(self, attention_mask: Tensor, inputs_embeds: Tensor) -> Tensor:
+        """A ready (B, 1, L, L) mask as numbers to add to the scores: eager and flex would add True as 1."""
+        if "flash" in self.config._attn_implementation:
+            raise ValueError(
+                f"attn_implementation={self.config._attn_implementation!r} takes no 4-D attention_mask; "
+                "pass (B, L), or load the model with attn_implementation='sdpa'."
+            )
+        if attention_mask.is_floating_point():
+            return attention_mask.to(inputs_embeds.dtype)
+        bias = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype)
+        return bias.masked_fill(~attention_mask.bool(), torch.finfo(bias.dtype).min)
+
+
+class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
+    """LLaDA with its output layer: token ids (B, L), noisy or masked, to logits of the clean tokens (B, L, N).
+
+    Not shifted: the logits at a position are about that position. `noise_kernel()` is the noise the checkpoint was
+    trained with; the objective lives in `losses`, and `generate()` samples.
+    """
+
+    _tied_weights_keys = {"model.transformer.ff_out.weight": "model.transformer.wte.weight"}
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        self.model = LLaDAModel(config)
+        # The format keeps the output layer beside the embedding, under the name of the blocks' down projection.
+        self.model.transformer.ff_out = nn.Linear(config.d_model, config.embedding_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.model.transformer.ff_out
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.model.transformer.ff_out = value
+
+    def noise_kernel(self, mixing_ratio: float | None = None) -> NoiseKernel:
+        """The noise of this checkpoint, Eq. 7, over the N rows of the output layer.
+
+        Args:
+            mixing_ratio (`float`, *optional*, defaults to `config.mixing_ratio`): Another k.
+
+        Raises:
+            ValueError: If k lies outside [0, 1], or k < 1 and the config names no mask token.
+        """
+        k = self.config.mixing_ratio if mixing_ratio is None else mixing_ratio
+        return NoiseKernel(self.config.embedding_size, k, self.config.mask_token_id)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: CanvasCache | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Noisy token ids z_t.
+            attention_mask (`torch.Tensor`, *optional*):
+                `(B, L)`, 1 for text and 0 for padding, or `(B, 1, L, L)`: bool (True attends) or numbers to add.
+            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*, defaults to 0..L-1):
+                Positions. Rotary embeddings see only differences, so left padding needs none.
+            inputs_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): Instead of `input_ids`.
+            past_key_values ([`CanvasCache`], *optional*):
+                Keys and values of all T columns; `input_ids` and `position_ids` are then those of the columns set by
+                its `at`, and `attention_mask` is still `(B, T)`.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Where to run the output layer: the last n positions, 0 for all; a LongTensor of columns, logits
+                `(B, n, N)`; or a bool mask `(B, L)`, logits `(number selected, N)` in row order.
+            output_hidden_states, output_attentions (`bool`, *optional*): As everywhere in Transformers.
+
+        Returns:
+            [`~transformers.modeling_outputs.MaskedLMOutput`] with `logits`, in the model's dtype, and no loss.
+
+        Raises:
+            ValueError: If the inputs do not fit together, or an argument is unknown.
+        """
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep={logits_to_keep} is negative; it counts positions from the end.")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        return MaskedLMOutput(
+            logits=self.model.transformer.ff_out(kept),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _refuse_unknown_arguments(kwargs: dict[str, Any]) -> None:
+    """Transformers models swallow any keyword; a misspelt mask or an ignored `labels` is a silent wrong result."""
+    for name, value in kwargs.items():
+        if name == "labels" and value is not None:
+            raise ValueError(
+                "labels are not used: the diffusion loss needs the noise level too. "
+                "Train with XDLMTrainer, or call xdlm_hf.diffusion_loss on the logits."
+            )
+        # use_cache=False, past_key_values=None and the like ask for nothing.
+        if name not in TransformersKwargs.__annotations__ and value is not None and value is not False:
+            raise ValueError(f"unknown argument {name!r}: LLaDA's forward does not take it; remove it.")
+
+
+def _check_cache(cache: Any, config: LLaDAConfig) -> None:
+    if not isinstance(cache, CanvasCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}, which only grows at its end, and denoising changes any "
+            "position: pass an xdlm_hf.generation.cache.CanvasCache, or generate with use_cache='prefix' or 'dual'."
+        )
+    check_cache_attention(config._attn_implementation)
+
+
+def _refuse_pickle(source: str | Path | None, use_safetensors: bool | None) -> None:
+    if use_safetensors is False:
+        raise ValueError(
+            "use_safetensors=False asks for pickle weights, which run code when loaded and are refused; "
+            "convert them to model.safetensors and drop the argument."
+        )
+    folder = Path(source) if source is not None else None
+    if folder is None or not folder.is_dir() or any(folder.rglob("*.safetensors*")):
+        return
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{source} holds only pickle weights ({', '.join(pickles)}), which run code when loaded and are refused; "
+            "convert them to model.safetensors."
+        )
+
+
+def _damaged_file(source: str | Path | None) -> str:
+    """The first safetensors file of a folder that does not open, or the source itself when it is no folder."""
+    if source is not None and Path(source).is_dir():
+        for path in sorted(Path(source).rglob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt"):
+                    continue
+            except SafetensorError:
+                return str(path)
+    return str(source)
+
+
+def _refuse_foreign_tensors(
+    source: str | Path | None, missing: set[str], unexpected: set[str], mismatched: set[tuple]
+) -> None:
+    problems = []
+    if missing:
+        problems.append(f"lacks {_some(missing)}")
+    if unexpected:
+        problems.append(f"holds {_some(unexpected)}, unknown to this model")
+    if mismatched:
+        shapes = {f"{name} {tuple(theirs)} where the config gives {tuple(ours)}" for name, theirs, ours in mismatched}
+        problems.append(f"holds {_some(shapes)}")
+    if problems:
+        raise ValueError(
+            f"{source}: the checkpoint {'; it '.join(problems)}. Nothing was loaded; check that config.json belongs to "
+            "these weights and that all files are there."
+        )
+
+
+def _some(names: set[str]) -> str:
+    first = ", ".join(sorted(names)[:4])
+    return first if len(names) <= 4 else f"{first} and {len(names) - 4} more tensors"
+
+
+__all__ = ["LLaDAForDiffusionLM", "LLaDAModel", "LLaDAPreTrainedModel"]

@@ -1,0 +1,322 @@
+"""The application of `xdlm-serve`: its routes, and the replies in OpenAI's form."""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+
+from .engine import Done, Engine, Job, Piece
+from .fields import RequestError
+from .prompts import TokenFloor
+from .requests import Defaults, GenerationRequest, Limits, parse
+
+DISCARDED = 16  # times `max_body` is read before hanging up: a client reads no answer while it still sends
+LONG_BODY = 1 << 16  # bytes; larger ones are tokenized apart, so that they hold up no small one
+GONE = 499  # nginx's status for a client that closed the connection; nobody reads it but the metrics
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What the server allows; bytes, seconds.
+
+    Attributes:
+        cors: Origins whose web pages may use the server, "*" for all.
+        header_timeout: For the head of a request, from the connection or the end of the request before.
+        drain_timeout: For the requests in progress, from the signal to stop.
+        keep_alive: Between comments on a stream that has no text yet.
+    """
+
+    name: str
+    limits: Limits = field(default_factory=Limits)
+    defaults: Defaults = field(default_factory=Defaults)
+    api_key: str | None = None
+    cors: tuple[str, ...] = ()
+    max_body: int = 1 << 20
+    header_timeout: float = 10
+    body_timeout: float = 30
+    drain_timeout: float = 30
+    keep_alive: float = 10
+
+
+def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
+    """The application; starts and stops the engine with itself."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await asyncio.to_thread(engine.stop)
+        service.close()
+
+    service = _Service(engine, settings)
+    app = FastAPI(title="xdlm-serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_exception_handler(RequestError, service.refuse)
+    app.add_exception_handler(HTTPException, service.refuse_http)
+    app.add_exception_handler(ClientDisconnect, service.forget)
+    app.add_exception_handler(Exception, service.refuse_unexpected)
+    if settings.cors:
+        # Every header may be sent: OpenAI's client adds some of its own. Credentials (cookies) are not used.
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    for path, handler, methods in (
+        ("/v1/completions", service.completions, ["POST"]),
+        ("/v1/chat/completions", service.chat_completions, ["POST"]),
+        ("/v1/models", service.models, ["GET"]),
+        ("/v1/models/{name:path}", service.model, ["GET"]),
+        ("/health", service.health, ["GET"]),
+        ("/metrics", service.metrics, ["GET"]),
+    ):
+        app.add_api_route(path, handler, methods=methods, response_model=None)
+    return app
+
+
+class _Service:
+    """The handlers of the routes."""
+
+    def __init__(self, engine: Engine, settings: ServerSettings):
+        self.engine, self.settings, self.created = engine, settings, int(time.time())
+        self.floor = TokenFloor.of(engine.tokenizer)
+        engine.tokenizer("")  # sets what a call sets, e.g. no truncation, before two threads use it at once
+        # Beside the event loop, and large bodies in a thread of their own: they wait for each other alone.
+        self.small, self.large = (ThreadPoolExecutor(1, f"xdlm-parse-{size}") for size in ("small", "large"))
+
+    def close(self) -> None:
+        for executor in (self.small, self.large):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    async def completions(self, request: Request) -> Response:
+        return await self._answer(request, chat=False)
+
+    async def chat_completions(self, request: Request) -> Response:
+        return await self._answer(request, chat=True)
+
+    async def models(self, request: Request) -> Response:
+        self._authorize(request)
+        return self._counted(request, JSONResponse({"object": "list", "data": [self._model()]}))
+
+    async def model(self, request: Request, name: str) -> Response:
+        self._authorize(request)
+        if name != self.settings.name:
+            raise RequestError(f"model {name!r} is not served here.", 404, "model", "model_not_found")
+        return self._counted(request, JSONResponse(self._model()))
+
+    async def health(self, request: Request) -> Response:
+        alive = self.engine.alive
+        body = {"status": "ok" if alive else "stopped", "waiting": self.engine.queue_length}
+        return JSONResponse(body, 200 if alive else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        self._authorize(request)
+        return Response(generate_latest(self.engine.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def refuse(self, request: Request, error: RequestError) -> Response:
+        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+        return self._counted(request, JSONResponse(error.body(), error.status, headers))
+
+    async def refuse_http(self, request: Request, error: HTTPException) -> Response:
+        return await self.refuse(request, RequestError(f"{error.detail}: {request.url.path}", error.status_code))
+
+    async def forget(self, request: Request, error: ClientDisconnect) -> Response:
+        return self._counted(request, Response(status_code=GONE))
+
+    async def refuse_unexpected(self, request: Request, error: Exception) -> Response:
+        return await self.refuse(request, RequestError("internal error", 500, kind="server_error"))
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self.settings.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "xdlm_hf",
+            "max_model_len": self.engine.model.config.max_sequence_length,  # prompt and answer, as vLLM names it
+        }
+
+    def _counted(self, request: Request, response: Response) -> Response:
+        route = request.scope.get("route")
+        path = route.path if route is not None else "unknown"  # not the path asked for: that may be anything
+        self.engine.metrics.requests.labels(path, response.status_code).inc()
+        return response
+
+    def _authorize(self, request: Request) -> None:
+        key = self.settings.api_key
+        given = request.headers.get("authorization", "").encode()
+        if key is not None and not hmac.compare_digest(given, f"Bearer {key}".encode()):
+            raise RequestError(
+                "a valid API key is needed: Authorization: Bearer KEY.",
+                401,
+                code="invalid_api_key",
+                kind="authentication_error",
+            )
+
+    async def _answer(self, request: Request, chat: bool) -> Response:
+        self._authorize(request)
+        body = await self._body(request)
+        executor = self.large if len(body) > LONG_BODY else self.small
+        asked = await asyncio.get_running_loop().run_in_executor(executor, self._parse, body, chat)
+        job = self.engine.submit(asked)
+        reply = _Reply(asked, self.settings.name)
+        if asked.stream:
+            response = _EventStream(self._stream(job, reply), lambda: self.engine.cancel(job))
+            return self._counted(request, response)
+        return self._counted(request, await self._whole(request, job, reply))
+
+    async def _body(self, request: Request) -> bytearray:
+        """The body received.
+
+        Raises:
+            RequestError: If it is too large, too slow, or not declared as JSON.
+        """
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+            raise RequestError("the body must have Content-Type: application/json.", 415)
+        received, size, limit = bytearray(), 0, self.settings.max_body
+        try:
+            async with asyncio.timeout(self.settings.body_timeout):
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size <= limit:
+                        received += chunk
+                    elif size > DISCARDED * limit:
+                        break
+        except TimeoutError as error:
+            raise RequestError("the body did not arrive in time.", 408) from error
+        if size > limit:
+            raise RequestError(f"the body is larger than this server's {limit} bytes.", 413)
+        return received
+
+    def _parse(self, received: bytearray, chat: bool) -> GenerationRequest:
+        engine, settings = self.engine, self.settings
+        try:
+            # Decoded here because json.loads() lets surrogates in UTF-8 pass; invalid UTF-8 is a ValueError too.
+            body = json.loads(received.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"the body is not JSON: {error}") from error
+        model = (settings.name, engine.tokenizer, engine.model.config)
+        return parse(body, chat, *model, settings.limits, settings.defaults, self.floor)
+
+    async def _whole(self, request: Request, job: Job, reply: "_Reply") -> Response:
+        """The answers when all are there; the job is given up when the client goes away before."""
+        collecting = asyncio.create_task(_collect(job))
+        watching = asyncio.create_task(_disconnected(request))
+        try:
+            await asyncio.wait({collecting, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not collecting.done():
+                return Response(status_code=GONE)
+            collecting.result()
+            return JSONResponse(reply.whole(job))
+        finally:
+            self.engine.cancel(job)
+            for task in (collecting, watching):
+                task.cancel()
+            await asyncio.gather(collecting, watching, return_exceptions=True)
+
+    async def _stream(self, job: Job, reply: "_Reply") -> AsyncIterator[str]:
+        """Server-sent events, until the job is over."""
+        for chunk in reply.opening():
+            yield _sse(chunk)
+        while True:
+            try:
+                event = await asyncio.wait_for(job.events.get(), self.settings.keep_alive)
+            except TimeoutError:
+                yield ": still generating\n\n"
+                continue
+            if isinstance(event, Piece):
+                yield _sse(reply.piece(event))
+                continue
+            if isinstance(event, RequestError):
+                yield _sse(event.body())
+            elif reply.asked.include_usage:
+                yield _sse(reply.usage_chunk(job))
+            yield "data: [DONE]\n\n"
+            return
+
+
+class _EventStream(StreamingResponse):
+    """Calls `close` when it is over, however that comes about.
+
+    The generator cannot do that itself: where the client is gone before the first byte, it is never started.
+    """
+
+    def __init__(self, events: AsyncIterator[str], close: Callable[[], None]):
+        super().__init__(events, media_type="text/event-stream")
+        self.close = close
+
+    async def __call__(self, *args: Any) -> None:
+        try:
+            await super().__call__(*args)
+        finally:
+            self.close()
+
+
+class _Reply:
+    """OpenAI's objects around the answers of one request."""
+
+    def __init__(self, asked: GenerationRequest, model: str):
+        self.asked = asked
+        kind = "chat.completion" if asked.chat else "text_completion"
+        chunk = asked.chat and asked.stream
+        self.common = {
+            "id": ("chatcmpl-" if asked.chat else "cmpl-") + uuid.uuid4().hex,
+            "object": kind + ".chunk" if chunk else kind,
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def opening(self) -> list[dict[str, Any]]:
+        if not self.asked.chat:
+            return []
+        return [self._chunk(i, {"delta": {"role": "assistant", "content": ""}}, None) for i in range(self.asked.rows)]
+
+    def piece(self, piece: Piece) -> dict[str, Any]:
+        text = {"delta": {"content": piece.text} if piece.text else {}} if self.asked.chat else {"text": piece.text}
+        return self._chunk(piece.index, text, piece.finish_reason)
+
+    def usage_chunk(self, job: Job) -> dict[str, Any]:
+        return self.common | {"choices": [], "usage": self._usage(job)}
+
+    def whole(self, job: Job) -> dict[str, Any]:
+        choices = []
+        for index, answer in enumerate(job.answers):
+            message = {"role": "assistant", "content": answer.text}
+            text = {"message": message} if self.asked.chat else {"text": answer.text}
+            choices.append(self._choice(index, text, answer.finish_reason))
+        return self.common | {"choices": choices, "usage": self._usage(job)}
+
+    def _chunk(self, index: int, text: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+        usage = {"usage": None} if self.asked.include_usage else {}
+        return self.common | {"choices": [self._choice(index, text, finish_reason)]} | usage
+
+    def _choice(self, index: int, text: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+        return {"index": index, **text, "logprobs": None, "finish_reason": finish_reason}
+
+    def _usage(self, job: Job) -> dict[str, int]:
+        prompt, completion = self.asked.prompt_tokens, job.completion_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+async def _collect(job: Job) -> None:
+    while not isinstance(event := await job.events.get(), Done):
+        if isinstance(event, RequestError):
+            raise event
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _sse(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

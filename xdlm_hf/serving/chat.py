@@ -1,0 +1,293 @@
+"""`xdlm-chat`: a conversation in the terminal, every answer drawn while it is denoised.
+
+    xdlm-chat --model PATH [--steps 64] [--mixing_ratio 0.1]
+
+Lines that begin with a slash are commands; /help lists them. Ctrl-C stops the answer that is being generated, and
+leaves where there is none. Needs the extra `watch`.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import readline
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..generation.confidence import check_blocks
+from ..generation.config import XDLMGenerationConfig
+from ..loading import DTYPES, end_ids, end_of_turn_ids, load
+from ..watch.display import harmless
+from ..watch.streamers import LiveStreamer
+from ..watch.trace import save_trace
+
+try:
+    from rich.console import Console
+except ModuleNotFoundError as error:
+    raise SystemExit(f"xdlm-chat: {error}; install the extra: pip install 'xdlm_hf[watch]'") from error
+with contextlib.suppress(ImportError):
+    import readline  # gives input() its line editing and history
+PROMPT = "> "
+INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+HELP = """\
+/steps N         denoising steps per answer        /k RATIO   mixing ratio of the sampler
+/length N        tokens per answer                 /block N   tokens filled together
+/temperature T   0 is greedy                       /clear     forget the conversation
+/history         show the conversation             /save FILE the last answer, step by step, as HTML
+/help            this                              /quit      leave; so do Ctrl-D and Ctrl-C
+Without a value, a setting is shown; `default` takes it back to the checkpoint's."""
+
+
+class Stopped(Exception):
+    """The answer was stopped by Ctrl-C."""
+
+
+class Chat:
+    """A conversation with one model.
+
+    Args:
+        model, tokenizer: The model in evaluation mode, and its tokenizer.
+        settings: Options of `generate`: max_new_tokens, steps, block_length, mixing_ratio, temperature.
+        console: Where to draw.
+    """
+
+    # command -> (option of generate, type of its value)
+    SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
+        "/steps": ("steps", int),
+        "/k": ("mixing_ratio", float),
+        "/temperature": ("temperature", float),
+        "/block": ("block_length", int),
+        "/length": ("max_new_tokens", int),
+    }
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: dict[str, Any],
+        console: Console | None = None,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.console = Console() if console is None else console
+        self.settings = {name: value for name, value in settings.items() if value is not None}
+        XDLMGenerationConfig(**self.settings)
+        self.messages: list[dict[str, str]] = []
+        self.streamer: LiveStreamer | None = None  # of the last answer
+        self.ends = sorted(end_ids(model, tokenizer) | end_of_turn_ids(tokenizer))
+
+    def run(self) -> int:
+        """Read and answer until the user leaves; the exit status."""
+        self._say(f"{self.model.name_or_path or 'model'}; /help lists the commands, /quit leaves.")
+        if not self.tokenizer.chat_template:
+            self._say(
+                "Its tokenizer has no chat template, so this is a base model: it continues your text, what was said "
+                "before included, rather than answering it."
+            )
+        while True:
+            try:
+                line = input(PROMPT).strip()
+            except EOFError:
+                self.console.print()
+                return 0
+            except KeyboardInterrupt:
+                self.console.print()
+                if _typed():
+                    continue  # only the line is given up
+                return INTERRUPTED
+            if line == "/quit":
+                return 0
+            try:
+                self._take(line)
+            except KeyboardInterrupt:
+                self.console.print()
+                return INTERRUPTED
+            except (ValueError, OSError) as error:
+                self.console.print(str(error), style="red", markup=False, highlight=False)
+
+    def _take(self, line: str) -> None:
+        """One line: a command or a message.
+
+        Raises:
+            ValueError: If it is not UTF-8, there is no such command, or its value is not possible.
+            KeyboardInterrupt: On the second Ctrl-C during an answer.
+        """
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:  # bytes that could not be decoded arrive as lone surrogates
+            raise ValueError("this line holds bytes that are not UTF-8; enter it again without them.") from error
+        command, _, value = line.partition(" ")
+        value = value.strip()
+        if not line:
+            return
+        if command in self.SETTINGS:
+            self._set(command, value)
+        elif command == "/help":
+            self._say(HELP)
+        elif command == "/clear":
+            self.messages = []
+            self._say("Forgotten.")
+        elif command == "/history":
+            self._show()
+        elif command == "/save":
+            self._save(value)
+        elif command.startswith("/"):
+            raise ValueError(f"there is no command {command}; /help lists them.")
+        else:
+            self.answer(line)
+
+    def answer(self, text: str) -> None:
+        """Answer a message, drawn live; one that is stopped leaves the conversation as it was."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self._fitting(messages)
+        steps = self.settings.get("steps", self._option("steps")) or self._length
+        streamer = LiveStreamer(self.tokenizer, self.model.config.mask_token_id, steps=steps, console=self.console)
+        self.streamer = streamer
+        try:
+            with _interrupts() as stop, streamer:
+                _raise_when(streamer, stop)
+                self.model.generate(input_ids=ids, streamer=streamer, eos_token_id=self.ends, **self.settings)
+        except Stopped:
+            self.console.print(streamer.answer(), markup=False, highlight=False)
+            self._say(f"Stopped after {streamer.steps} of {steps} steps; neither question nor answer is kept.")
+            return
+        self.messages = [*messages, {"role": "assistant", "content": streamer.answer()}]
+
+    @property
+    def _length(self) -> int:
+        return self.settings.get("max_new_tokens") or self._option("max_new_tokens") or 128
+
+    def _option(self, name: str) -> Any:
+        return getattr(self.model.generation_config, name, None)
+
+    def _fitting(self, messages: list[dict[str, str]]) -> Tensor:
+        """Ids of the conversation, (1, P), without its oldest turns where it has grown too long.
+
+        Raises:
+            ValueError: If the last message alone is too long.
+        """
+        room = self.model.config.max_sequence_length - self._length
+        ids = self._encode(messages[-1:])  # first, because a long message takes long, and longer with every turn before
+        if ids.shape[1] > room:
+            raise ValueError(
+                f"this message of {ids.shape[1]} tokens and an answer of {self._length} do not fit the model's "
+                f"{self.model.config.max_sequence_length}; shorten it, or the answer with /length."
+            )
+        for first in range(0, len(messages), 2):
+            ids = self._encode(messages[first:])
+            if ids.shape[1] <= room:
+                break
+        if first:
+            self._say(f"The first {first // 2} turns no longer fit and are left out.")
+        return ids.to(self.model.device)
+
+    def _encode(self, messages: list[dict[str, str]]) -> Tensor:
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        text = "\n".join(message["content"] for message in messages)
+        return self.tokenizer(text, return_tensors="pt")["input_ids"]
+
+    def _set(self, command: str, value: str) -> None:
+        name, kind = self.SETTINGS[command]
+        if value == "default":
+            self.settings.pop(name, None)
+        elif value:
+            try:
+                number = kind(value)
+            except ValueError as error:
+                raise ValueError(f"{command} {value}: not a number; {command} takes one, or `default`.") from error
+            XDLMGenerationConfig(**{name: number})
+            self.settings[name] = number
+        self._say(f"{name} = {self.settings.get(name, 'default')}")
+        try:
+            check_blocks(self.settings.get("steps", 1), self._length, self.settings.get("block_length", self._length))
+        except ValueError as error:  # not refused: the setting that makes it fit may come next
+            self._say(f"Before the next answer: {error}")
+
+    def _show(self) -> None:
+        for message in self.messages:
+            self.console.print(f"{message['role']}: ", style="dim", end="")
+            self.console.print(harmless(message["content"]), markup=False, highlight=False)
+        if not self.messages:
+            self._say("Nothing was said yet.")
+
+    def _save(self, value: str) -> None:
+        if not value:
+            raise ValueError("/save needs a file name, e.g. /save trace.html")
+        if self.streamer is None or self.streamer.steps == 0:
+            raise ValueError("there is no answer to save yet; ask something first.")
+        note = ", ".join(f"{name} = {setting}" for name, setting in self.settings.items())
+        path, streamer = Path(value).expanduser(), self.streamer
+        mask, start = self.model.config.mask_token_id, streamer.prompt_length
+        save_trace(path, streamer.history, self.tokenizer, mask, start, note=note)
+        self._say(f"Written to {path}.")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, style="dim", markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Within, the first Ctrl-C is only noted, for the end of the step; the second raises KeyboardInterrupt."""
+    noted = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal noted
+        if noted:
+            raise KeyboardInterrupt
+        noted = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _raise_when(streamer: LiveStreamer, stop: Callable[[], bool]) -> None:
+    """Lets the streamer leave `generate` between two steps."""
+    draw = streamer.put_draft
+
+    def put_draft(value: Tensor) -> None:
+        draw(value)
+        if stop():
+            raise Stopped
+
+    streamer.put_draft = put_draft
+
+
+def _typed() -> bool:
+    """Whether something stands in the line that is being edited."""
+    return "readline" in globals() and bool(readline.get_line_buffer())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Load the model and chat until the user leaves."""
+    parser = argparse.ArgumentParser("xdlm-chat", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="folder or Hub name of a checkpoint")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0, ...")
+    for name, kind in Chat.SETTINGS.values():
+        parser.add_argument(f"--{name}", type=kind, help="as in XDLMGenerationConfig")
+    options = vars(parser.parse_args(argv))
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # an undecodable line is refused, and does not end the chat
+    try:
+        model, tokenizer = load(options.pop("model"), options.pop("dtype"), options.pop("device"))
+        chat = Chat(model, tokenizer, options)
+    except ValueError as error:
+        raise SystemExit(f"xdlm-chat: {error}") from error
+    raise SystemExit(chat.run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""What a training run reports beside its loss: where the loss comes from, how sure it is, how fast the machine works.
+
+All figures cover the steps since the last log, over all processes. Losses are in nats per token.
+
+    nelbo, nelbo_standard_error               the loss of these steps as a bound, with its error over rows
+    perplexity, perplexity_standard_error     exp(nelbo)
+    loss_masked, loss_uniform, loss_clean     mean over positions where z_t is [MASK], another token, x_0 itself
+    share_masked, share_uniform, share_clean  how many positions are of each kind
+    loss_t_0_25 ... loss_t_75_100             mean over rows with t in that quarter (percent)
+    tokens_per_second, model_flops_utilization, peak_memory_gib
+
+A figure without a position is left out (no uniform noise at k = 0; no row in a quarter). The kinds weigh into the
+loss by their shares: loss = sum of share x loss. A uniform draw that hits x_0 itself counts as clean, since nothing
+tells it apart.
+
+Shapes: B batch, L length.
+"""
+
+import math
+import resource
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("masked", "uniform", "clean")
+QUARTERS = ("0_25", "25_50", "50_75", "75_100")
+# Places in the vector of sums.
+_ROW_SUMS = 6  # rows, nats, tokens, nats^2, nats tokens, tokens^2
+_KIND = slice(_ROW_SUMS, _ROW_SUMS + 2 * len(KINDS))
+_QUARTER = slice(_KIND.stop, _KIND.stop + 2 * len(QUARTERS))
+# Dense bfloat16 peak in TFLOP/s, from the makers' data sheets; the first name that the device's contains.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+}
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Dense bfloat16 peak of a GPU in TFLOP/s; None for a CPU or a GPU that is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def flops_per_token(model: nn.Module, length: int) -> float:
+    """Floating-point operations that training needs per token, recomputed activations not counted.
+
+    Two per weight and token for the forward pass, two for the gradient of the inputs, two more for the gradient of a
+    weight that is trained; and attention over `length` tokens, both ways: 12 n_layers d_model L. LLaDA-8B: 211 TFLOP
+    for a row of 4096.
+
+    Args:
+        model: The model, or a peft model around it, before its parameters are spread over processes.
+        length: L, tokens per row.
+    """
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    lookups = set() if embedding.weight is head.weight else {id(p) for p in embedding.parameters()}
+    flops = 0
+    for parameter in model.parameters():
+        # Matrices only; a lookup multiplies nothing. An empty shard of ZeRO-3 and a weight packed into 4 bits know
+        # their whole size.
+        quantized = getattr(parameter, "quant_state", None)
+        shape = getattr(parameter, "ds_shape", parameter.shape) if quantized is None else quantized.shape
+        if len(shape) == 2 and id(parameter) not in lookups:
+            flops += math.prod(shape) * (6 if parameter.requires_grad else 4)
+    return flops + 12 * model.config.n_layers * model.config.d_model * length
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Highest memory so far, in GiB: allocated on the GPU, or resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class TrainingMetrics:
+    """Sums over the batches since the last report; see the module's docstring for what comes of them.
+
+    Args:
+        flops: Operations per token as a function of the row length.
+        peak: Floating-point operations per second of one process' device; None leaves the utilisation out.
+        device: Of the sums.
+    """
+
+    def __init__(self, flops: Callable[[int], float], peak: float | None, device: torch.device):
+        self.flops = flops
+        self.peak = peak
+        self.device = device
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        self._sums = torch.zeros(_QUARTER.stop, dtype=torch.float64, device=self.device)
+        self._positions = 0
+        self._flops = 0.0
+        self._clock = time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count this time: something else than training was done."""
+        self._clock += seconds
+
+    def add(
+        self, x_0: Tensor, z_t: Tensor, t: Tensor, weights: Tensor, losses: Tensor, absorbing_ids: Sequence[int]
+    ) -> None:
+        """Add one batch; nothing here waits for the device.
+
+        Args:
+            x_0, z_t: Clean and noisy ids (B, L).
+            t: Time of each row (B,).
+            weights: Weight of each position in the loss (B, L).
+            losses: Loss of each position in nats (B, L).
+            absorbing_ids: The mask token; none at k = 1.
+        """
+        weights, losses = weights.double(), losses.double() * weights.double()
+        nats, tokens = losses.sum(1), weights.sum(1)
+        changed = z_t != x_0
+        masked = torch.zeros_like(changed)
+        for token_id in absorbing_ids:
+            masked |= z_t == token_id
+        kinds = (changed & masked, changed & ~masked, ~changed)
+        quarters = (t.to(self.device) * len(QUARTERS)).long().clamp(max=len(QUARTERS) - 1)
+        sums = [torch.ones_like(nats).sum(), nats.sum(), tokens.sum()]
+        sums += [(nats * nats).sum(), (nats * tokens).sum(), (tokens * tokens).sum()]
+        for kind in kinds:
+            sums += [(losses * kind).sum(), (weights * kind).sum()]
+        for quarter in range(len(QUARTERS)):
+            inside = quarters == quarter
+            sums += [(nats * inside).sum(), (tokens * inside).sum()]
+        self._sums += torch.stack(sums)
+        self._positions += x_0.numel()
+        self._flops += x_0.numel() * self.flops(x_0.shape[1])
+
+    def report(self, all_sum: Callable[[Tensor], Tensor], all_max: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The figures since the last report; every process must call it.
+
+        Args:
+            all_sum, all_max: Sum and maximum of a float64 vector over processes.
+        """
+        seconds = time.perf_counter() - self._clock
+        counts = torch.tensor([float(self._positions), self._flops, 1.0], dtype=torch.float64, device=self.device)
+        sums = all_sum(torch.cat([self._sums, counts])).tolist()
+        slowest = torch.tensor([seconds, peak_memory_gib(self.device)], dtype=torch.float64, device=self.device)
+        seconds, memory = all_max(slowest).tolist()
+        *sums, positions, flops, processes = sums
+        self.start_anew()
+        if not sums[2]:
+            return {}
+        figures = {**_bound(*sums[:_ROW_SUMS]), **_parts(sums)}
+        figures["tokens_per_second"] = positions / seconds
+        if self.peak is not None:
+            figures["model_flops_utilization"] = flops / seconds / (self.peak * processes)
+        figures["peak_memory_gib"] = memory
+        return figures
+
+
+def _bound(rows: float, nats: float, tokens: float, nats_2: float, both: float, tokens_2: float) -> dict[str, float]:
+    """NELBO as a ratio estimate over rows, its standard error and both for the perplexity (delta method)."""
+    nelbo = nats / tokens
+    perplexity = math.exp(min(nelbo, 700.0))
+    figures = {"nelbo": nelbo, "perplexity": perplexity}
+    if rows > 1:
+        residuals = max(nats_2 - 2 * nelbo * both + nelbo**2 * tokens_2, 0.0)
+        error = math.sqrt(residuals * rows / (rows - 1)) / tokens
+        figures |= {"nelbo_standard_error": error, "perplexity_standard_error": perplexity * error}
+    return figures
+
+
+def _parts(sums: Sequence[float]) -> dict[str, float]:
+    figures, tokens = {}, sums[2]
+    kinds, quarters = sums[_KIND], sums[_QUARTER]
+    for name, nats, count in zip(KINDS, kinds[::2], kinds[1::2], strict=True):
+        if count:
+            figures |= {f"loss_{name}": nats / count, f"share_{name}": count / tokens}
+    for name, nats, count in zip(QUARTERS, quarters[::2], quarters[1::2], strict=True):
+        if count:
+            figures[f"loss_t_{name}"] = nats / count
+    return figures

@@ -1,0 +1,88 @@
+"""What each optimizer keeps in memory, by the names that Transformers' Trainer uses."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+# bitsandbytes' optimizers in 8 bits: numbers that share a float32 scale, and the smallest tensor that is not float32.
+_STATE_BLOCK, _SMALLEST_8_BIT_STATE = 256, 4096
+
+
+class Optimizer(NamedTuple):
+    """What an optimizer keeps of the trained tensors.
+
+    Args:
+        states: Numbers for each element.
+        in_8_bits: As bitsandbytes does: a byte for each number and a float32 scale for each block of them. Tensors of
+            fewer than 4096 elements stay in float32, and so do embeddings, for which Transformers asks.
+        factored: One number for each row and each column of a matrix instead.
+        foreach: Bytes of an element that a step allocates for all trained tensors at once: the results of torch's
+            foreach kernels, its default on GPUs.
+        looped: The same of an optimizer that takes one tensor after the other, so that the largest counts.
+        offloads: Whether it can be in main memory. accelerate puts DeepSpeed's CPU Adam in the optimizer's place then,
+            whichever it is, and only AdamW in 32 bits is still itself (accelerate 1.15, DeepSpeed 0.19).
+    """
+
+    states: int
+    in_8_bits: bool = False
+    factored: bool = False
+    foreach: int = 0
+    looped: int = 0
+    offloads: bool = False
+
+    @property
+    def flat_bytes(self) -> float:
+        """Bytes of an element in DeepSpeed's partitions: long vectors, in which there are neither small tensors nor
+        embeddings, nor rows and columns."""
+        return self.states * (1 + 4 / _STATE_BLOCK if self.in_8_bits else 4)
+
+    def tensor_bytes(self, shape: Sequence[int], embedding: bool = False) -> int:
+        """Bytes for a tensor of its own; a few for its step and its norm, and 2 KiB for all, are left out."""
+        elements = math.prod(shape)
+        if self.factored and len(shape) > 1:
+            return 4 * (elements // shape[-1] + elements // shape[-2])
+        if self.in_8_bits and not embedding and elements >= _SMALLEST_8_BIT_STATE:
+            return self.states * (elements + 4 * math.ceil(elements / _STATE_BLOCK))
+        return self.states * 4 * elements
+
+
+ADAMW, _ADAMW_FUSED = Optimizer(2, foreach=4, offloads=True), Optimizer(2, offloads=True)
+_LION = Optimizer(1)
+_ADAMW_8BIT, _LION_8BIT = Optimizer(2, in_8_bits=True), Optimizer(1, in_8_bits=True)
+# By Transformers' names. Paged states count in full: they leave a GPU when it has no room for them, at a price in time.
+OPTIMIZERS = {
+    "adamw_torch": ADAMW,
+    "adamw_torch_fused": _ADAMW_FUSED,
+    "paged_adamw_32bit": _ADAMW_FUSED,
+    "adamw_8bit": _ADAMW_8BIT,
+    "adamw_bnb_8bit": _ADAMW_8BIT,
+    "paged_adamw_8bit": _ADAMW_8BIT,
+    "lion_32bit": _LION,
+    "paged_lion_32bit": _LION,
+    "lion_8bit": _LION_8BIT,
+    "paged_lion_8bit": _LION_8BIT,
+    "adafactor": Optimizer(1, factored=True, looped=8),
+    "sgd": Optimizer(0, foreach=4),  # where there is weight decay
+}
+
+
+def optimizer_of(name: str, options: str | None = None) -> Optimizer | None:
+    """What the optimizer of this name keeps; None if that is not known here.
+
+    Args:
+        name: Transformers' `optim`.
+        options: Its `optim_args`, e.g. `momentum=0.9`: with momentum, SGD keeps a number for each element.
+
+    Raises:
+        ValueError: If `options` cannot be read.
+    """
+    try:
+        given = dict(option.split("=") for option in (options or "").replace(" ", "").split(",") if option)
+        has_momentum = name == "sgd" and float(given.get("momentum", 0)) != 0
+    except ValueError as error:
+        raise ValueError(
+            f"optim_args={options!r} cannot be read: give names and numbers as 'momentum=0.9,nesterov=True'."
+        ) from error
+    if has_momentum:
+        return OPTIMIZERS["sgd"]._replace(states=1)
+    return OPTIMIZERS.get(name)
