@@ -10,6 +10,7 @@ from wrapt import when_imported
 
 from .diffusion import (
     CosineSchedule,
+    GIDDProcess,
     LinearSchedule,
     LogLinearSchedule,
     NoiseKernel,
@@ -64,6 +65,7 @@ __all__ = [
     "ConfidenceSampler",
     "CosineSchedule",
     "DiffusionGenerateOutput",
+    "GIDDProcess",
     "LLaDAConfig",
     "LLaDAForDiffusionLM",
     "LLaDAModel",

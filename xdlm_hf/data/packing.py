@@ -1,4 +1,18 @@
-"""Documents to rows of one length: tokens of all documents one after the other, cut into rows."""
+"""Documents to rows of one length.
+
+Documents are joined end to end, each followed by the tokenizer's end-of-text token, and cut every L tokens:
+
+    d1 d1 d1 <eot> d2 | d2 d2 d2 d2 d2 | d2 <eot> d3 d3 <eot>
+
+No token is lost at a cut. What is left after the last document becomes one shorter row, which the collator pads with
+positions that are never noised and never scored. Documents share rows and see each other, as in LLaDA's pretraining.
+
+Text is data: it is encoded with `split_special_tokens=True`, so a page that spells `<|mdm_mask|>` or
+`<|endoftext|>` gives ordinary tokens. A literal mask token would be a hole in x_0 that the network cannot fill
+(p_m = 0), and web pages about language models do contain such strings; refusing them would stop a run days in.
+
+Shapes: B batch, L length.
+"""
 
 import itertools
 import zlib

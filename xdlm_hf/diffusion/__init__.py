@@ -5,12 +5,14 @@ noise        the stationary kernel: rates, corruption, prior (Eqs. 5-10)
 reverse      one reverse step: the posterior, dense and as an exact draw (Eq. 11)
 losses       the objective and the finite-step divergence (Eqs. 12-15)
 process      schedule and noise together: times in
+gidd         noise whose mixture changes with time
 objective    the losses' formula, per token
 ops          the same computed fast: passes over the vocabulary, fused output layer
 categorical  exact draws from categorical distributions
 checks       validation of ids, rates and shapes
 """
 
+from .gidd import GIDDProcess
 from .losses import diffusion_loss, kl_divergence
 from .noise import NoiseKernel
 from .ops.fused import fused_linear_diffusion_loss
@@ -20,6 +22,7 @@ from .schedules import CosineSchedule, LinearSchedule, LogLinearSchedule, get_sc
 
 __all__ = [
     "CosineSchedule",
+    "GIDDProcess",
     "LinearSchedule",
     "LogLinearSchedule",
     "NoiseKernel",
