@@ -17,6 +17,7 @@ import struct
 import sys
 import types
 
+from xdlm_hf.evaluation import evalplus  # noqa: F401 (tests import it when no more files can be read)
 from xdlm_hf.evaluation.confinement import confine, enter_root
 from xdlm_hf.evaluation.values import Decoder, Encoder, Remote, exception_class, snapshots
 
@@ -225,6 +226,7 @@ def main():
     sys.path.append(config["packages"])
     (answer_in, judge_out), (judge_in, answer_out) = os.pipe(), os.pipe()
     verdict = os.dup(1)
+    os.dup2(2, 1)  # what a test or a canonical solution prints goes nowhere
     parent = os.getpid()
     if os.fork() == 0:
         try:
