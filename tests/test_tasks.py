@@ -519,6 +519,12 @@ class TestPlus:
         assert judged(HALVES_RELEASE, "    return [float(n // 2) for n in x]\n", humaneval).why == "plus input 0"
         assert judged(HALVES_RELEASE, "    return x or 0\n", humaneval).why == "base input 0"
 
+    def test_many_and_long_inputs(self):
+        more = [[f"{i:04}" * 2**17] for i in range(40)] + [[str(i)] for i in range(1000)]  # 20 MiB, and as many calls
+        row = release("Mbpp/9", "f", "def f(x):\n    return x[:4]\n", more=more)
+        assert judged(row, "def f(x):\n    return x[:4]").result == "pass"
+        assert judged(row, "def f(x):\n    return x[:4] if x != '999' else ''").why == "plus input 1039"
+
     def test_tolerance_of_the_row(self):
         row = HALVES_RELEASE | {"atol": 0.25}
         assert judged(row, "    return [n / 2 + 0.2 for n in x]\n", humaneval).result == "pass"
