@@ -622,6 +622,8 @@ class TestPlus:
         [
             (SHARED | {"base_input": [1]}, "row 1: every input in 'base_input' and 'plus_input' must be a list"),
             (SHARED | {"task_id": "Mbpp/two"}, "row 1: 'task_id' must be Mbpp/ and a number, got 'Mbpp/two'"),
+            (HALVES_RELEASE, "row 1: 'task_id' must be Mbpp/ and a number, got 'HumanEval/0'"),
+            (SHARED_HUB | {"test_imports": "import re"}, "row 1: 'test_imports' must be a list of texts"),
             (SHARED_HUB | {"test": "for"}, r"row 1: 'code' or tests are not Python \("),
             (SHARED_HUB | {"task_id": "2"}, "row 1: needs a number 'task_id'"),
         ],
@@ -629,6 +631,10 @@ class TestPlus:
     def test_broken_rows(self, row, message):
         with pytest.raises(ValueError, match=message):
             mbpp.parse_row(row, "row 1")
+
+    def test_rows_of_the_other_benchmark(self):
+        with pytest.raises(ValueError, match="row 1: 'task_id' must be HumanEval/ and a number, got 'Mbpp/2'"):
+            humaneval.parse_row(SHARED, "row 1", "lenient")
 
     def test_prompts_of_mbpp(self):
         ending = "task: Write a function to share elements. Your code should pass these tests:\n\n assert set("

@@ -57,7 +57,8 @@ def parse_row(row: dict, where: str, protocol: str) -> dict:
     """
     release = plus.form_of(row, FORMS, where) == "EvalPlus's own file"
     if release:
-        row = {**row, "test": f"def check(candidate):\n    {plus.release_test(row, 'candidate', where)}\n"}
+        test = plus.release_test(row, "HumanEval", "candidate", where)
+        row = {**row, "test": f"def check(candidate):\n    {test}\n"}
     fields = {name: row[name] for name in FIELDS}
     limit = {"seconds": plus.SECONDS} if release else {}
     return {**fields, "context": QUESTION[protocol] + row["prompt"], "protocol": protocol, **limit}

@@ -70,10 +70,13 @@ def parse_row(row: dict, where: str, protocol: str = "opencompass") -> dict:
     shown = row.get("test_list")
     if not isinstance(row.get("task_id"), int) or not shown or not all(isinstance(test, str) for test in shown):
         raise ValueError(f"{where}: needs a number 'task_id' and a list of texts 'test_list'")
+    imports = row.get("test_imports") or []
+    if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports):
+        raise ValueError(f"{where}: 'test_imports' must be a list of texts, got {imports!r}")
     if form == "MBPP":
         setup, tests, limit = row.get("test_setup_code") or "", shown, {}
     else:
-        setup, tests, limit = "\n".join(row.get("test_imports") or []), [row["test"]], {"seconds": plus.SECONDS}
+        setup, tests, limit = "\n".join(imports), [row["test"]], {"seconds": plus.SECONDS}
     try:
         used = {n.id for test in (setup, *tests) for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Name)}
         own = top_level_names("\n".join(tests))  # of the test: a helper that the solution happens to have too
@@ -93,16 +96,14 @@ def parse_row(row: dict, where: str, protocol: str = "opencompass") -> dict:
 
 def parse_release(row: dict, where: str, protocol: str) -> dict:
     """A row of EvalPlus's own file, whose prompt is a docstring: the task, then an assertion."""
-    number = row["task_id"].partition("/")[2]
-    if not number.isdecimal():
-        raise ValueError(f"{where}: 'task_id' must be Mbpp/ and a number, got {row['task_id']!r}")
+    own_test = plus.release_test(row, "Mbpp", row["entry_point"], where)
     text, found, test = row["prompt"].strip().strip('"').strip().partition("\nassert ")
     return {
-        "task_id": int(number),
+        "task_id": int(row["task_id"].partition("/")[2]),
         "prompt": prompt(text, [f"assert {test}"] if found else []),
         "code": row["canonical_solution"],
         "names": [row["entry_point"]],
-        "tests": ["", plus.release_test(row, row["entry_point"], where)],
+        "tests": ["", own_test],
         "protocol": protocol,
         "seconds": plus.SECONDS,
     }

@@ -5,6 +5,7 @@ or as EvalPlus's own files HumanEvalPlus.jsonl and MbppPlus.jsonl, with inputs f
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,12 +37,14 @@ def form_of(row: dict[str, Any], forms: Mapping[str, Mapping[str, type | tuple[t
     raise ValueError(f"{where}: not a row of any known form ({needs})")
 
 
-def release_test(row: dict[str, Any], function: str, where: str) -> str:
+def release_test(row: dict[str, Any], benchmark: str, function: str, where: str) -> str:
     """A statement that tests what `function` names, for a row with the fields of `RELEASE`.
 
     Raises:
-        ValueError: If an input is no list of arguments.
+        ValueError: If the row is of another benchmark than `benchmark` (HumanEval or Mbpp), or an input is no list.
     """
+    if not re.fullmatch(rf"{benchmark}/[0-9]+", row["task_id"]):
+        raise ValueError(f"{where}: 'task_id' must be {benchmark}/ and a number, got {row['task_id']!r}")
     if not all(isinstance(given, list) for name in ("base_input", "plus_input") for given in row[name]):
         raise ValueError(f"{where}: every input in 'base_input' and 'plus_input' must be a list of arguments")
     fields = {name: row[name] for name in ("task_id", "entry_point", "base_input", "plus_input", "atol")}
