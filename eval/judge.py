@@ -17,10 +17,11 @@ import struct
 import sys
 import types
 
+from xdlm_hf.evaluation import evalplus  # noqa: F401 (tests import it when no more files can be read)
 from xdlm_hf.evaluation.confinement import confine, enter_root
 from xdlm_hf.evaluation.values import Decoder, Encoder, Remote, exception_class, snapshots
 
-MAX_FRAME = 16 * 2**20  # bytes of one message; an answer that says more than that has failed
+MAX_FRAME = 16 * 2**20  # bytes of one message between answer and judge; an answer that says more than that has failed
 
 
 class Closed(Exception):
@@ -34,7 +35,7 @@ def send(fd, message):
         data = data[os.write(fd, data) :]
 
 
-def receive(fd):
+def receive(fd, most=MAX_FRAME):
     def exactly(n):
         parts = []
         while n:
@@ -46,7 +47,7 @@ def receive(fd):
         return b"".join(parts)
 
     (size,) = struct.unpack(">Q", exactly(8))
-    if size > MAX_FRAME:
+    if size > most:
         raise Closed
     return json.loads(exactly(size))
 
@@ -220,11 +221,12 @@ def become_answer(config, layers, fds, verdict_fd):
 def main():
     sys.path.pop(0)  # the folder of this module
     sys.set_int_max_str_digits(0)
-    config, layers = receive(0), []
+    config, layers = receive(0, sys.maxsize), []
     enter_root(config, layers)
     sys.path.append(config["packages"])
     (answer_in, judge_out), (judge_in, answer_out) = os.pipe(), os.pipe()
     verdict = os.dup(1)
+    os.dup2(2, 1)  # what a test or a canonical solution prints goes nowhere
     parent = os.getpid()
     if os.fork() == 0:
         try:
@@ -239,7 +241,7 @@ def main():
     os.close(answer_out)
     confine(config, layers)
     held = receive(judge_in)  # sent before the program's first line
-    job = receive(0)  # only now: the answer's process must not have seen it
+    job = receive(0, sys.maxsize)  # only now: the answer's process must not have seen it
     result, why = judge(job, Link(judge_in, judge_out))
     send(verdict, {"verdict": result, "why": why[:300], "layers": [layer for layer in layers if layer in held]})
     # The answer must not outlive this process where no namespace ends it; seccomp forbids `kill`, its parent's death

@@ -29,9 +29,9 @@ def gold(task: str, doc: dict[str, Any]) -> str:
     if task.startswith("xdlm_bbh"):
         more = "Q: And now?\nOptions:\n(A) this\n(Z) that\nA: Let's think step by step. So the answer is (Z)."
         return f" Let us see. So the answer is {doc['target']}.\n\n{more}"
-    if task == "xdlm_humaneval":
+    if task.startswith("xdlm_humaneval"):
         return doc["canonical_solution"] + "\n\nprint('more')\n"
-    if task == "xdlm_mbpp":
+    if task.startswith("xdlm_mbpp"):
         return f" '{doc['code']}' \n[DONE] \n\n You are an expert"
     if task == "xdlm_last_word":
         return f" {doc['word']}"
@@ -50,9 +50,9 @@ def corrupted(task: str, doc: dict[str, Any]) -> str:
             return f" So the answer is {target} not."
         letter = re.fullmatch(r"\(([A-Z])\)", target)  # a few targets of multiple choice are no letters
         return f" So the answer is ({chr(ord(letter[1]) + 1) if letter else 'Z'})."
-    if task == "xdlm_humaneval":
+    if task.startswith("xdlm_humaneval"):
         return "    return NotImplemented\n"
-    if task == "xdlm_mbpp":
+    if task.startswith("xdlm_mbpp"):
         wrong = "".join(f'\ndef {name}(*args, **kwargs):\n    return "no"\n' for name in doc["names"])
         return f"{doc['code']}\n{wrong}[DONE]"
     return f" un{doc['word']}"

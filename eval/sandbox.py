@@ -79,7 +79,7 @@ _REFUSAL = (
 )  # not a kill: programs that try something and go on without it, such as NumPy, stay what they are
 _UNPRIVILEGED_USER = 64_900  # and the next one: an id that no account has
 _FOLDER = "xdlm-sandboxes-"  # start of the names of the folders of harnesses
-_MODULES = ("confinement", "judge", "values")  # of this package, which the sandboxed processes import
+_MODULES = ("confinement", "evalplus", "judge", "values")  # of this package, which the sandboxed processes import
 _START = "import sys; sys.path.insert(0, {!r}); from xdlm_hf.evaluation.judge import main; main()"
 # The second attempt is for folders that an answer has locked itself out of.
 _REMOVE = ("sh", "-c", 'rm -rf -- "$1" || { chmod -R u+rwx -- "$1"; rm -rf -- "$1"; }', "sh")

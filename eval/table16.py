@@ -60,7 +60,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--protocol", default=PROTOCOLS[0], choices=PROTOCOLS, help="how to ask and score")
     parser.add_argument("--limit", type=int, help="only the first rows of each task (of each subtask of bbh)")
     parser.add_argument("--data", default=os.environ.get("XDLM_DATA"), help="folder of local files, or hub@REVISION")
-    parser.add_argument("--reference_compat", action="store_true", help="the authors' sampler, token for token")
+    parser.add_argument("--reference_compat", action="store_true", help="the authors' sampler (docs/generation.md)")
     parser.add_argument("--max_new_tokens", type=int, default=NEW_TOKENS, help="256 in the paper")
     parser.add_argument("--batch_size", default="auto")
     parser.add_argument("--dtype", default="auto")

@@ -15,7 +15,8 @@ from xdlm_hf.evaluation import sandbox
 
 REFUSAL = 4000  # an error number that no kernel gives: what answers with it was refused by the filter
 X32 = 0x40000000
-# uretprobe and uprobe of x86-64: Linux lets them pass every filter, and ends a process that calls them by itself.
+# uretprobe and uprobe of x86-64, which Linux lets pass every filter. They do nothing for a program that has no probe:
+# the kernel ends a process that calls the first by SIGILL, and answers the second with ENXIO.
 TRAPS = (335, 336) if os.uname().machine == "x86_64" else ()
 NUMBERS = [n for n in (*range(1024), *range(X32, X32 + 1024), 2**31 - 1, -1, -2) if n not in TRAPS]
 # Calls that are allowed and end, block or unmap the calling process, or change its memory, descriptors or signals. They

@@ -14,8 +14,8 @@ import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
 
-from xdlm_hf.evaluation import TASKS, cli, equality, oracle, sandbox
-from xdlm_hf.evaluation.tasks import bbh, code, competition_math, gsm8k, humaneval, mbpp
+from xdlm_hf.evaluation import TASKS, cli, equality, evalplus, oracle, sandbox
+from xdlm_hf.evaluation.tasks import bbh, code, competition_math, gsm8k, humaneval, mbpp, plus
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("XDLM_DATA", ROOT.parent / "shared" / "data"))
@@ -378,3 +378,265 @@ class TestBeforeTheModelIsLoaded:
         assert len(subtasks) == 27 and subtasks <= set(manager.all_tasks)
         listed = (TASKS / "xdlm_bbh.yaml").read_text()
         assert all(f"- {name}\n" in listed for name in subtasks)
+
+
+# A test as the dataset evalplus/humanevalplus on the Hub writes them.
+HUB_HELPERS = """
+import numpy as np
+
+def is_floats(x) -> bool:
+    if isinstance(x, float):
+        return True
+    if isinstance(x, (list, tuple)):
+        return all(isinstance(i, float) for i in x)
+    if isinstance(x, np.ndarray):
+        return x.dtype == np.float64 or x.dtype == np.float32
+    return False
+
+def assertion(out, exp, atol):
+    if atol == 0 and is_floats(exp):
+        atol = 1e-6
+    if out != exp and atol != 0:
+        assert np.allclose(out, exp, rtol=1e-07, atol=atol)
+    else:
+        assert out == exp, f"out: {out}, exp: {exp}"
+"""
+HALVES = {
+    "task_id": "HumanEval/0",
+    "prompt": 'from typing import List\n\n\ndef halves(x: List[int]) -> List[float]:\n    """ Half of each. """\n',
+    "entry_point": "halves",
+    "canonical_solution": "\n\n    return [n / 2 for n in x]\n\n",
+}
+HALVES_HUB = HALVES | {
+    "test": HUB_HELPERS
+    + "\ndef check(candidate):\n    inputs, results = [[[2, 4]], [[]], [[-3]]], [[1.0, 2.0], [], [-1.5]]\n"
+    "    for i, (inp, exp) in enumerate(zip(inputs, results)):\n        assertion(candidate(*inp), exp, 0)\n"
+}
+HALVES_RELEASE = HALVES | {
+    "contract": "    assert isinstance(x, list)\n",
+    "base_input": [[[2, 4]], [[]]],
+    "plus_input": [[[-3]], [[10**20, 0.5]]],
+    "atol": 0,
+}
+# What a model may write, and its verdict.
+HALVES_ANSWERS = [
+    ("    return [n / 2 for n in x]\n", "pass"),
+    ("    return [n * 0.5 + 1e-9 for n in x]\n", "pass"),  # within 1e-6
+    ("    return [n / 2 + 1e-3 for n in x]\n", "wrong"),
+    ("    return [float(n // 2) for n in x]\n", "wrong"),  # right on the base inputs
+    ("    return [str(n / 2) for n in x]\n", None),
+    ("    import numpy as np\n    return (np.array(x) / 2).tolist()\n", "pass"),
+    ("    return [n / 0 for n in x]\n", "failed"),
+    ("    return x[1:] +\n", "failed"),
+    ("    x.clear()\n    return [1.0, 2.0]\n", None),
+]
+SHARED = {
+    "task_id": "Mbpp/2",
+    "prompt": '"""\nWrite a function to share elements.\nassert set(similar_elements((3, 4),(4, 7))) == {4}\n"""\n',
+    "entry_point": "similar_elements",
+    "canonical_solution": "\ndef similar_elements(a, b):\n  return tuple(set(a) & set(b))\n",
+    "base_input": [[[3, 4, 5], [5, 4, 10]]],
+    "plus_input": [[[1, 1, 2], [1]], [[], []]],
+    "atol": 0,
+    "contract": "",
+}
+SHARED_HUB = {
+    "task_id": 2,
+    "code": "\ndef similar_elements(a, b):\n  return tuple(set(a) & set(b))\n",
+    "prompt": "Write a function to share elements.",
+    "source_file": "Benchmark Questions Verification V2.ipynb",
+    "test_imports": ["from math import inf"],
+    "test_list": ["assert set(similar_elements((3, 4), (4, 7))) == {4}"],
+    "test": HUB_HELPERS
+    + "\ninputs = [[(3, 4, 5), (5, 4, 10)], [(1, 1, 2, inf), (1,)], [(), ()]]\nresults = [(4, 5), (1,), ()]\n"
+    "for i, (inp, exp) in enumerate(zip(inputs, results)):\n"
+    "    assertion(set(similar_elements(*inp)), set(exp), 0)\n",
+}
+SHARED_ANSWERS = [
+    ("def similar_elements(a, b):\n    return tuple(set(b) & set(a))", "pass"),
+    ("def similar_elements(a, b):\n    return tuple(hash(a) and x for x in a if x in b)", "pass"),  # tuples, not lists
+    ("def similar_elements(a, b):\n    return (4, 5)", "wrong"),  # right on the base inputs
+    ("def similar_elements(a, b):\n    return a + [b]", "failed"),
+    ("def other(a, b):\n    return ()", "failed"),
+]
+EVERY_FORM = [
+    (humaneval, HALVES_HUB, HALVES_ANSWERS),
+    (humaneval, HALVES_RELEASE, HALVES_ANSWERS),
+    (mbpp, SHARED_HUB, SHARED_ANSWERS),
+    (mbpp, SHARED, SHARED_ANSWERS),
+]
+
+
+def release(task_id, function, solution, base=(), more=(), atol=0):
+    """A row of EvalPlus's own file for MBPP+."""
+    fields = {"task_id": task_id, "entry_point": function, "canonical_solution": solution, "atol": atol}
+    return SHARED | fields | {"base_input": list(base), "plus_input": list(more)}
+
+
+def judged(row, answer, task=mbpp):
+    doc = task.parse_row(row, "row 1", "lenient")
+    return sandbox.run(task.job(doc, answer), sandbox.Limits(seconds=PATIENCE))
+
+
+class TestPlus:
+    @pytest.mark.parametrize("protocol", ["opencompass", "lenient"])
+    @pytest.mark.parametrize(("task", "row", "answers"), EVERY_FORM)
+    def test_every_form_from_a_file(self, tmp_path, monkeypatch, task, row, answers, protocol):
+        pytest.importorskip("numpy")
+        monkeypatch.setattr(plus, "SECONDS", float(PATIENCE))
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        (doc,) = task.load_plus(data=str(path), protocol=protocol)["test"]
+        assert doc["seconds"] == PATIENCE
+        (verdicts,) = task.execute([[answer for answer, _ in answers]], [doc])
+        assert len(verdicts) == len(answers)
+        for verdict, (answer, expected) in zip(verdicts, answers, strict=True):
+            right = verdict.partition(":")[0]
+            assert right == expected or (expected is None and right in ("wrong", "failed")), (answer, verdict)
+
+    @pytest.mark.parametrize(("task", "row", "answers"), EVERY_FORM)
+    def test_the_plain_tasks_read_them_too(self, tmp_path, task, row, answers):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        plain, more = (load(data=str(path))["test"][0] for load in (task.load, task.load_plus))
+        assert plain == {name: more[name] for name in plain}
+        assert ("seconds" in plain) == (row is not HALVES_HUB)  # which looks as HumanEval's own rows do
+
+    def test_the_harness_scores_them(self, tmp_path):
+        for name, row in (("humaneval/HumanEvalPlus.jsonl", HALVES_RELEASE), ("mbpp/MbppPlus.jsonl", SHARED)):
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).write_text(json.dumps(row) + "\n")
+        names = ["xdlm_humaneval_plus", "xdlm_mbpp_plus"]
+        cli.check(names, [], {"data": str(tmp_path)}, True, {})
+        manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data": str(tmp_path)})
+        for corrupt in (False, True):
+            scores = lm_eval.simple_evaluate(
+                oracle.OracleModel(corrupt=corrupt), tasks=names, task_manager=manager, confirm_run_unsafe_code=True
+            )["results"]
+            assert [scores[name]["pass_at_1,executed"] for name in names] == [float(not corrupt)] * 2
+
+    def test_a_verdict_names_the_input(self):
+        assert judged(HALVES_RELEASE, "    return [float(n // 2) for n in x]\n", humaneval).why == "plus input 0"
+        assert judged(HALVES_RELEASE, "    return x or 0\n", humaneval).why == "base input 0"
+
+    def test_many_and_long_inputs(self):
+        more = [[f"{i:04}" * 2**17] for i in range(40)] + [[str(i)] for i in range(1000)]  # 20 MiB, and as many calls
+        row = release("Mbpp/9", "f", "def f(x):\n    return x[:4]\n", more=more)
+        assert judged(row, "def f(x):\n    return x[:4]").result == "pass"
+        assert judged(row, "def f(x):\n    return x[:4] if x != '999' else ''").why == "plus input 1039"
+
+    def test_tolerance_of_the_row(self):
+        row = HALVES_RELEASE | {"atol": 0.25}
+        assert judged(row, "    return [n / 2 + 0.2 for n in x]\n", humaneval).result == "pass"
+        assert judged(row, "    return [n / 2 + 0.3 for n in x]\n", humaneval).result == "wrong"
+
+    def test_the_canonical_solution_never_calls_the_answer(self):
+        solution = "def down(n):\n    print('x' * 10**5)\n    return [] if n == 0 else [n, *down(n - 1)]\n"
+        row = release("Mbpp/9", "down", solution, [[3]], [[0]])
+        assert judged(row, solution).result == "pass"
+        verdict = judged(row, "def down(n):\n    return [] if n == 0 else [n]")
+        assert (verdict.result, verdict.why) == ("wrong", "base input 0")
+        in_place = release("Mbpp/9", "last", "def last(x):\n    return x.pop()\n", [[[1, 2]]])
+        assert judged(in_place, "def last(x):\n    return x.pop()").result == "pass"
+        broken = row | {"plus_input": [["a"]]}
+        why = judged(broken, solution).why
+        assert why.startswith("RuntimeError: the canonical solution fails on plus input 0: TypeError")
+
+    @pytest.mark.parametrize(
+        ("number", "given", "expected"),
+        [
+            (2, [[1], [2]], "((1,), (2,))"),
+            (63, [[[1, 2]]], "([(1, 2)],)"),
+            (75, [[[1, 2]], 3], "([(1, 2)], 3)"),
+            (106, [[1], [2]], "([1], (2,))"),
+            (115, [[[1], []]], "([{1}, {}],)"),
+            (124, ["1", "2j"], "(1.0, 2j)"),
+            (250, [[1], 2], "((1,), 2)"),
+            (252, ["1+2j"], "((1+2j),)"),
+            (259, [[[1]], [[2]]], "(((1,),), ((2,),))"),
+            (278, [[1, [2]]], "((1, (2,)),)"),
+            (307, [[1], 2, 3], "((1,), 2, 3)"),
+            (580, [[1, [2]]], "((1, (2,)),)"),
+            (722, [{"a": [1]}, 2, 3], "({'a': (1,)}, 2, 3)"),
+            (9, [[1]], "([1],)"),
+        ],
+    )
+    def test_types_that_json_does_not_keep(self, number, given, expected):
+        assert repr(tuple(evalplus.typed(str(number), given))) == expected
+        shown = release(f"Mbpp/{number}", "f", "def f(*x):\n    return repr(x)\n", [given])
+        assert judged(shown, f"def f(*x):\n    assert repr(x) == {expected!r}, repr(x)\n    return {expected!r}") == (
+            sandbox.Verdict("pass", "", sandbox.layers())
+        )
+
+    @pytest.mark.parametrize(
+        ("function", "arguments", "output", "expected", "atol", "right"),
+        [
+            ("f", [], 1.0000001, 1.0, 1e-6, True),
+            ("f", [], 1, 1.0, 0, True),
+            ("f", [], "1.0", 1.0, 1e-6, False),
+            ("f", [], (1.0,), [1.0], 1e-6, False),
+            ("f", [], [1.0, 2.0], [1.0], 1e-6, False),
+            ("f", [], "a", "b", 1e-6, False),
+            ("Diff", [], [2, 1], [1, 2], 0, True),
+            ("Diff", [], [2], [1, 2], 0, False),
+            ("check_str", [], object(), "match", 0, True),
+            ("check_str", [], None, "match", 0, False),
+            ("check_str", [], True, "match", 0, True),
+            ("sum_div", [], 0, 7, 0, True),
+            ("sum_div", [], 1, 7, 0, False),
+            ("are_equivalent", [], True, False, 0, True),
+            ("surface_Area", [3, 4], 35, 33, 0, True),
+            ("surface_Area", [3, 4], 34, 33, 0, False),
+            ("digit_distance_nums", [1, 200], 3, 199, 0, True),
+            ("digit_distance_nums", [1, 200], 4, 199, 0, False),
+        ],
+    )
+    def test_rules_of_comparison(self, function, arguments, output, expected, atol, right):
+        assert evalplus.accepted("Mbpp", function, arguments, output, expected, atol) is right
+
+    def test_any_zero_of_a_polynomial_will_do(self):
+        for output, right in ((1.0, True), (-1.0, True), (1.1, False)):  # x^2 - 1
+            assert evalplus.accepted("HumanEval", "find_zero", [[-1, 0, 1]], output, 1.0, 1e-4) is right
+
+    @pytest.mark.parametrize(
+        ("task", "row", "field"),
+        [
+            (humaneval, HALVES_HUB, "test"),
+            (humaneval, HALVES_RELEASE, "plus_input"),
+            (humaneval, HALVES_RELEASE, "atol"),
+            (humaneval, HALVES_HUB, "entry_point"),
+            (mbpp, SHARED_HUB, "test"),
+            (mbpp, SHARED_HUB, "code"),
+            (mbpp, SHARED, "base_input"),
+        ],
+    )
+    def test_rows_of_neither_form(self, tmp_path, task, row, field):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(row) + "\n" + json.dumps({k: v for k, v in row.items() if k != field}) + "\n")
+        for load in (task.load, task.load_plus):
+            with pytest.raises(ValueError, match=rf"rows.jsonl, line 2: .*without [^;)]*'{field}'"):
+                load(data=str(path))
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            (SHARED | {"base_input": [1]}, "row 1: every input in 'base_input' and 'plus_input' must be a list"),
+            (SHARED | {"task_id": "Mbpp/two"}, "row 1: 'task_id' must be Mbpp/ and a number, got 'Mbpp/two'"),
+            (HALVES_RELEASE, "row 1: 'task_id' must be Mbpp/ and a number, got 'HumanEval/0'"),
+            (SHARED_HUB | {"test_imports": "import re"}, "row 1: 'test_imports' must be a list of texts"),
+            (SHARED_HUB | {"test": "for"}, r"row 1: 'code' or tests are not Python \("),
+            (SHARED_HUB | {"task_id": "2"}, "row 1: needs a number 'task_id'"),
+        ],
+    )
+    def test_broken_rows(self, row, message):
+        with pytest.raises(ValueError, match=message):
+            mbpp.parse_row(row, "row 1")
+
+    def test_rows_of_the_other_benchmark(self):
+        with pytest.raises(ValueError, match="row 1: 'task_id' must be HumanEval/ and a number, got 'Mbpp/2'"):
+            humaneval.parse_row(SHARED, "row 1", "lenient")
+
+    def test_prompts_of_mbpp(self):
+        ending = "task: Write a function to share elements. Your code should pass these tests:\n\n assert set("
+        for row in (SHARED, SHARED_HUB):
+            assert ending in mbpp.parse_row(row, "row 1")["prompt"]

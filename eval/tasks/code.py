@@ -25,15 +25,17 @@ def execute(
 ) -> list[list[str]]:
     """lm-eval's filter: for every answer of every row, its verdict and why, such as "wrong" or "failed: NameError".
 
-    Under `opencompass` a program has `opencompass_seconds`; else the sandbox's own limit.
+    A program has the `seconds` of its row; without them, `opencompass_seconds` under `opencompass`, else the sandbox's
+    own limit.
     """
     if not docs:
         return []
     jobs = [job_of(doc, answer) for doc, answers in zip(docs, resps, strict=True) for answer in answers]
-    if docs[0]["protocol"] == "opencompass":
-        verdicts = map(own_assertion_is_wrong, run_all(jobs, Limits(seconds=opencompass_seconds)))
-    else:
-        verdicts = run_all(jobs)
+    compat = docs[0]["protocol"] == "opencompass"
+    seconds = docs[0].get("seconds") or (opencompass_seconds if compat else Limits.seconds)
+    verdicts = run_all(jobs, Limits(seconds=seconds))
+    if compat:
+        verdicts = [own_assertion_is_wrong(verdict) for verdict in verdicts]
     texts = iter([": ".join(filter(None, (verdict.result, verdict.why))) for verdict in verdicts])
     return [[next(texts) for _ in answers] for answers in resps]
 

@@ -1,6 +1,7 @@
 """HumanEval: complete a function from its docstring; scored by running the benchmark's `check`.
 
-Local file: humaneval/HumanEval.jsonl, or any file of such rows (HumanEval+). Hub: openai/openai_humaneval.
+Local file: humaneval/HumanEval.jsonl. Hub: openai/openai_humaneval. HumanEval+, the same problems with more tests:
+humaneval/HumanEvalPlus.jsonl in either form of plus.py; evalplus/humanevalplus.
 """
 
 import functools
@@ -11,14 +12,15 @@ from datasets import DatasetDict
 
 from xdlm_hf.evaluation import opencompass
 from xdlm_hf.evaluation.protocols import check_protocol, visible_text
-from xdlm_hf.evaluation.rows import as_test_split, load_rows, require_texts
+from xdlm_hf.evaluation.rows import as_test_split, load_rows
 from xdlm_hf.evaluation.sandbox import Job, require_consent
-from xdlm_hf.evaluation.tasks import code
+from xdlm_hf.evaluation.tasks import code, plus
 
 process_results = code.process_results
 STOPS = {"opencompass": (), "lenient": ()}
 QUESTION = {"opencompass": "", "lenient": "Complete the following python code:\n"}
 FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+FORMS = {"EvalPlus's own file": plus.RELEASE, "HumanEval": dict.fromkeys(FIELDS, str)}
 # A line that may stand at the margin after a function without ending the program.
 GOES_ON = re.compile(r"[\s@#)\]}]|(?:async +)?def |class |import |from |$")
 
@@ -30,17 +32,36 @@ def load(data: str | None = None, protocol: str = "opencompass", **_metadata) ->
         ValueError: If the rows cannot be read, one lacks a field, nobody has consented to running code, or the protocol
             is unknown.
     """
+    hub = ("openai/openai_humaneval", None, "test")
+    return as_test_split(_rows(data, "humaneval/HumanEval.jsonl", hub, protocol))
+
+
+def load_plus(data: str | None = None, protocol: str = "opencompass", **_metadata) -> DatasetDict:
+    """The same for HumanEval+, whose programs have more time."""
+    hub = ("evalplus/humanevalplus", None, "test")
+    rows = _rows(data, "humaneval/HumanEvalPlus.jsonl", hub, protocol)
+    return as_test_split([{**row, "seconds": plus.SECONDS} for row in rows])
+
+
+def _rows(data: str | None, inside: str, hub: tuple[str, str | None, str], protocol: str) -> list[dict]:
     check_protocol(protocol)
     require_consent()
-    parse = functools.partial(parse_row, protocol=protocol)
-    hub = ("openai/openai_humaneval", None, "test")
-    return as_test_split(load_rows(data, "humaneval/HumanEval.jsonl", hub, parse))
+    return load_rows(data, inside, hub, functools.partial(parse_row, protocol=protocol))
 
 
-def parse_row(row: dict, where: str, protocol: str) -> dict[str, str]:
-    require_texts(row, FIELDS, where)
+def parse_row(row: dict, where: str, protocol: str) -> dict:
+    """One row of either form with its `context`; one of EvalPlus's own files gets a `test` that compares outputs.
+
+    Raises:
+        ValueError: If it has neither form, saying what it lacks.
+    """
+    release = plus.form_of(row, FORMS, where) == "EvalPlus's own file"
+    if release:
+        test = plus.release_test(row, "HumanEval", "candidate", where)
+        row = {**row, "test": f"def check(candidate):\n    {test}\n"}
     fields = {name: row[name] for name in FIELDS}
-    return {**fields, "context": QUESTION[protocol] + row["prompt"], "protocol": protocol}
+    limit = {"seconds": plus.SECONDS} if release else {}
+    return {**fields, "context": QUESTION[protocol] + row["prompt"], "protocol": protocol, **limit}
 
 
 def program(doc: dict, answer: str) -> str:

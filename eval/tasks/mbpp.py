@@ -2,6 +2,7 @@
 
 Local file: mbpp/mbpp.jsonl, of which the test split (task_id 11 to 510) is used. Hub: google-research-datasets/mbpp.
 Both protocols ask alike; they differ in the program taken of an answer, and `opencompass` leaves out `test_setup_code`.
+MBPP+, 378 of the problems with more tests: mbpp/MbppPlus.jsonl in either form of plus.py; evalplus/mbppplus.
 """
 
 import ast
@@ -16,13 +17,18 @@ from datasets import DatasetDict
 from xdlm_hf.evaluation import opencompass
 from xdlm_hf.evaluation.judge import top_level_names
 from xdlm_hf.evaluation.protocols import check_protocol, visible_text
-from xdlm_hf.evaluation.rows import as_test_split, load_rows, require_texts
+from xdlm_hf.evaluation.rows import as_test_split, load_rows
 from xdlm_hf.evaluation.sandbox import Job, require_consent
-from xdlm_hf.evaluation.tasks import code
+from xdlm_hf.evaluation.tasks import code, plus
 
 process_results = code.process_results
 STOPS = {"opencompass": ("[DONE]",), "lenient": ("[DONE]",)}
 TEST_IDS = range(11, 511)
+FORMS = {
+    "EvalPlus's own file": plus.RELEASE,
+    "evalplus/mbppplus": dict.fromkeys(("prompt", "code", "test"), str),
+    "MBPP": dict.fromkeys(("text", "code"), str),
+}
 
 
 def load(data: str | None = None, protocol: str = "opencompass", **_metadata) -> DatasetDict:
@@ -32,30 +38,74 @@ def load(data: str | None = None, protocol: str = "opencompass", **_metadata) ->
         ValueError: If the rows cannot be read, one lacks a field, nobody has consented to running code, or the protocol
             is unknown.
     """
+    return _load(data, "mbpp/mbpp.jsonl", ("google-research-datasets/mbpp", "full", "test"), protocol)
+
+
+def load_plus(data: str | None = None, protocol: str = "opencompass", **_metadata) -> DatasetDict:
+    """The same for MBPP+, of which every row is used."""
+    return _load(data, "mbpp/MbppPlus.jsonl", ("evalplus/mbppplus", None, "test"), protocol)
+
+
+def _load(data: str | None, inside: str, hub: tuple[str, str | None, str], protocol: str) -> DatasetDict:
     check_protocol(protocol)
     require_consent()
-    parse = functools.partial(parse_row, protocol=protocol)
-    rows = load_rows(data, "mbpp/mbpp.jsonl", ("google-research-datasets/mbpp", "full", "test"), parse)
-    rows = [row for row in rows if row["task_id"] in TEST_IDS]
+    rows = load_rows(data, inside, hub, functools.partial(parse_row, protocol=protocol))
+    rows = [row for row in rows if "seconds" in row or row["task_id"] in TEST_IDS]
     if not rows:
         raise ValueError(f"mbpp: no rows with task_id {TEST_IDS[0]} to {TEST_IDS[-1]}, the test split")
     return as_test_split(rows)
 
 
 def parse_row(row: dict, where: str, protocol: str = "opencompass") -> dict:
-    """One row with its `prompt`, and the `names` that its tests call and its own solution defines."""
-    require_texts(row, ("text", "code"), where)
-    tests, setup = row.get("test_list"), row.get("test_setup_code") or ""
-    if not isinstance(row.get("task_id"), int) or not tests or not all(isinstance(test, str) for test in tests):
+    """One row of any form with its `prompt`, and the `names` that its tests call and its own solution defines.
+
+    Rows of MBPP+ bring their time limit as `seconds`.
+
+    Raises:
+        ValueError: If it has no known form, saying what it lacks, or its code or tests are no Python.
+    """
+    form = plus.form_of(row, FORMS, where)
+    if form == "EvalPlus's own file":
+        return parse_release(row, where, protocol)
+    shown = row.get("test_list")
+    if not isinstance(row.get("task_id"), int) or not shown or not all(isinstance(test, str) for test in shown):
         raise ValueError(f"{where}: needs a number 'task_id' and a list of texts 'test_list'")
-    used = {n.id for test in (setup, *tests) for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Name)}
+    imports = row.get("test_imports") or []
+    if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports):
+        raise ValueError(f"{where}: 'test_imports' must be a list of texts, got {imports!r}")
+    if form == "MBPP":
+        setup, tests, limit = row.get("test_setup_code") or "", shown, {}
+    else:
+        setup, tests, limit = "\n".join(imports), [row["test"]], {"seconds": plus.SECONDS}
+    try:
+        used = {n.id for test in (setup, *tests) for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Name)}
+        own = top_level_names("\n".join(tests))  # of the test: a helper that the solution happens to have too
+        names = sorted(used & top_level_names(row["code"]) - own)
+    except SyntaxError as error:
+        raise ValueError(f"{where}: 'code' or tests are not Python ({error})") from error
     return {
         "task_id": row["task_id"],
-        "prompt": prompt(row["text"], tests),
+        "prompt": prompt(row.get("text") if form == "MBPP" else row["prompt"], shown),
         "code": row["code"],
-        "names": sorted(used & top_level_names(row["code"])),
-        "tests": [setup if protocol == "lenient" else "", *tests],
+        "names": names,
+        "tests": [setup if protocol == "lenient" or limit else "", *tests],
         "protocol": protocol,
+        **limit,
+    }
+
+
+def parse_release(row: dict, where: str, protocol: str) -> dict:
+    """A row of EvalPlus's own file, whose prompt is a docstring: the task, then an assertion."""
+    own_test = plus.release_test(row, "Mbpp", row["entry_point"], where)
+    text, found, test = row["prompt"].strip().strip('"').strip().partition("\nassert ")
+    return {
+        "task_id": int(row["task_id"].partition("/")[2]),
+        "prompt": prompt(text, [f"assert {test}"] if found else []),
+        "code": row["canonical_solution"],
+        "names": [row["entry_point"]],
+        "tests": ["", own_test],
+        "protocol": protocol,
+        "seconds": plus.SECONDS,
     }
 
 
