@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xdlm_hf.generation.confidence import ConfidenceSampler
+from xdlm_hf.generation.confidence import ConfidenceSampler, ConfidenceSettings
 from xdlm_hf.generation.refinement import (
     BudgetRefinement,
     LoopGuard,
@@ -27,7 +27,7 @@ def run(sampler, script, rows=1):
         else:
             logits = logits_for(*script[i]).expand(rows, -1, -1)
         request = sampler.request(canvas, i)
-        before, canvas = canvas, sampler.step(canvas, logits[:, request.positions], request)
+        before, canvas = canvas, sampler.step(canvas, logits[:, request.columns], request)
         canvases.append(canvas)
         i = sampler.next_step(before, canvas, i)
     return canvases
@@ -42,8 +42,9 @@ def logits_for(tokens, confidences):
     return probs.log()[None]
 
 
-def sampler(policy, steps, length, **options):
-    return ConfidenceSampler(MASK, 0.0, steps, 0, length, refinement=policy, **options)
+def sampler(policy, steps, length, generator=None, **options):
+    settings = ConfidenceSettings(MASK, 0.0, steps, refinement=policy, **options)
+    return ConfidenceSampler(settings, 0, length, generator)
 
 
 def test_threshold_edits_every_sure_disagreement():

@@ -27,9 +27,9 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from ...diffusion.noise import NoiseKernel
 from ...generation.cache import CanvasCache, check_cache_attention
 from ...generation.generate import XDLMGenerationMixin
+from ...generation.protocol import plain_output_layer
 from .configuration_llada import LLaDAConfig, refuse_copying_code
 
 
@@ -353,11 +353,13 @@ class LLaDAModel(LLaDAPreTrainedModel):
 class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
     """LLaDA with its output layer: token ids (B, L), noisy or masked, to logits of the clean tokens (B, L, N).
 
-    Not shifted: the logits at a position are about that position. `noise_kernel()` is the noise the checkpoint was
-    trained with; the objective lives in `losses`, and `generate()` samples.
+    `noise_process()` is the noise the checkpoint was trained with, and has the objective; `generate()` samples.
     """
 
     _tied_weights_keys = {"model.transformer.ff_out.weight": "model.transformer.wte.weight"}
+    supports_canvas_cache = True
+    # The block's projections; a bare `ff_out` would also match the output layer, which must stay a plain matrix.
+    lora_targets = r".*blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)
@@ -372,18 +374,7 @@ class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.model.transformer.ff_out = value
 
-    def noise_kernel(self, mixing_ratio: float | None = None) -> NoiseKernel:
-        """The noise of this checkpoint, Eq. 7, over the N rows of the output layer.
-
-        Args:
-            mixing_ratio (`float`, *optional*, defaults to `config.mixing_ratio`): Another k.
-
-        Raises:
-            ValueError: If k lies outside [0, 1], or k < 1 and the config names no mask token.
-        """
-        k = self.config.mixing_ratio if mixing_ratio is None else mixing_ratio
-        return NoiseKernel(self.config.embedding_size, k, self.config.mask_token_id)
-
+    @plain_output_layer
     @can_return_tuple
     def forward(
         self,
