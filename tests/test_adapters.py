@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,6 +80,11 @@ def test_damaged_noise_is_refused(trained, tmp_path, noise, message):
 def test_noise_file_holds_two_fields(tmp_path):
     save_noise(tiny_model(mixing_ratio=0.25).config, tmp_path)
     assert json.loads((tmp_path / NOISE_FILE).read_text()) == {"mixing_ratio": 0.25, "noise_schedule": "linear"}
+
+
+def test_training_without_adapters_needs_neither_peft_nor_bitsandbytes():
+    script = "import sys; sys.modules.update(peft=None, bitsandbytes=None); import xdlm_hf.training.trainer"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
