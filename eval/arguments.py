@@ -58,7 +58,7 @@ class Arguments:
         batch_size: Rows per forward pass, or "auto": as many as fit, found by halving. No result depends on it but by
             the rounding of the device's arithmetic, unless `batch_all` is set.
         max_batch_size: What "auto" tries first; 8 on a CPU, 64 elsewhere.
-        max_length: Longest prompt and answer together, in tokens; by default the checkpoint's max_sequence_length.
+        max_length: Longest prompt and answer together, in tokens; by default the model's limit.
             Longer prompts lose their beginning, with one warning.
         steps: Denoising steps, that is forward passes per batch.
         max_new_tokens: Length of an answer; 256 if neither the run nor the task says.

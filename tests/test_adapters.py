@@ -9,6 +9,7 @@ import pytest
 import torch
 from training import state, tiny_model, trainer
 
+from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.training.adapters import NOISE_FILE, add_adapters, load_adapter, quantization_4bit, save_noise
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -34,6 +35,15 @@ def test_adapters_go_on_all_projections_and_not_on_the_head():
     assert type(model.get_output_embeddings()) is torch.nn.Linear
     with pytest.raises(ValueError, match="lora_rank=0 must be at least 1"):
         add_adapters(tiny_model(), 0, 8)
+
+
+def test_the_targets_of_a_family_that_names_none(monkeypatch):
+    def places(model):
+        return [name for name, _ in add_adapters(model, 2, 8).named_parameters() if "lora_" in name]
+
+    named = places(tiny_model())
+    monkeypatch.delattr(LLaDAForDiffusionLM, "lora_targets")
+    assert tiny_model().lora_targets == "all-linear" and places(tiny_model()) == named
 
 
 @pytest.mark.parametrize("folder", ["final", "checkpoint-2"])

@@ -96,7 +96,7 @@ class XDLMTrainer(Trainer):
     NaN. Checkpoints are whole or absent, and resuming repeats the uninterrupted run bit for bit; see `checkpoints`.
 
     Args:
-        model: A `LLaDAForDiffusionLM` or a peft model around it. Its config is given the run's `mixing_ratio` and
+        model: A `DiffusionModel` or a peft model around it. Its config is given the run's `mixing_ratio` and
             `noise_schedule`, so that checkpoints know them.
         args: The run.
         data_collator: By default a `DiffusionCollator` with the tokenizer's, else the model's padding id.
