@@ -151,7 +151,7 @@ def test_remasking_by_confidence_prefers_the_unsure():
     engine = sampler(RemaskingRefinement("confidence", 0.6), 2, 4)
     canvas = engine.begin(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.bool))
     canvas = engine.step(canvas, logits_for([1] * 4, [0.9, 0.5, 0.3, 0.2]), engine.request(canvas, 0))
-    look = engine._look(canvas, logits_for([1] * 4, [0.5] * 4), engine.request(canvas, 1))
+    look = engine._view(canvas, logits_for([1] * 4, [0.5] * 4), engine.request(canvas, 1))
     look = type(look)(**{**vars(look), "done": 1, "steps_per_block": 4})  # sigma_max = min(1, (1 - 2/4) / (1/4)) = 1
     sigma = engine.refinement.sigma(look, look.editable)[0]
     share = torch.tensor([-0.9, -0.5]).double().softmax(-1)

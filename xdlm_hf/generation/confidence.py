@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..diffusion.categorical import draw_from_weights, row_blocks, uniform
 from ..diffusion.checks import check_positive
-from .canvas import Canvas, Look
+from .canvas import Canvas, StepView
 from .refinement import BudgetRefinement, NoRefinement, Refinement, most_confident
 from .sampler import Request, Sampler
 
@@ -117,38 +117,38 @@ class ConfidenceSampler(Sampler):
     def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
         """1. Predict. 2. Re-mask. 3. Fill the most confident holes. 4. Edit where the policy wants to. 5. Remember."""
         # 1.
-        look = self._look(canvas, logits, request)
+        view = self._view(canvas, logits, request)
         # 2.
-        remasked = self.refinement.remask(look)
-        look = replace(look, editable=look.editable & ~remasked)
+        remasked = self.refinement.remask(view)
+        view = replace(view, editable=view.editable & ~remasked)
         # 3.
-        priority = look.conf_predicted
+        priority = view.conf_predicted
         if self.settings.remasking == "random":
             priority = uniform(priority.shape, self.generator, priority.device)
-        fill = most_confident(priority, look.holes, self._fill_count(look) + remasked.sum(-1))
+        fill = most_confident(priority, view.holes, self._fill_count(view) + remasked.sum(-1))
         # 4.
-        edit = self.refinement.edit(look, fill)
-        tokens = torch.where(fill | edit, look.predicted, torch.where(remasked, self.settings.mask_token_id, look.ids))
+        edit = self.refinement.edit(view, fill)
+        tokens = torch.where(fill | edit, view.predicted, torch.where(remasked, self.settings.mask_token_id, view.ids))
         # 5.
-        holes = canvas.holes.gather(1, look.columns)
+        holes = canvas.holes.gather(1, view.columns)
         return replace(
             canvas,
-            ids=look.write(canvas.ids, tokens),
-            holes=look.write(canvas.holes, (holes & ~fill) | remasked),
+            ids=view.write(canvas.ids, tokens),
+            holes=view.write(canvas.holes, (holes & ~fill) | remasked),
             num_edits=canvas.num_edits + edit.sum(-1),
             num_remasked=canvas.num_remasked + remasked.sum(-1),
-            undefined=canvas.undefined | (look.conf_predicted.isnan() & (fill | edit)).any(-1),
-            memory=self.refinement.remember(look, fill, edit),
+            undefined=canvas.undefined | (view.conf_predicted.isnan() & (fill | edit)).any(-1),
+            memory=self.refinement.remember(view, fill, edit),
         )
 
-    def _look(self, canvas: Canvas, logits: Tensor, request: Request) -> Look:
+    def _view(self, canvas: Canvas, logits: Tensor, request: Request) -> StepView:
         i, columns = request.i, request.columns.expand(canvas.ids.shape[0], -1)
         ids, holes, generated = (x.gather(1, columns) for x in (canvas.ids, canvas.holes, canvas.generated))
         predicted, conf_predicted, conf_current = self.predict(logits, ids)
         editable = generated & ~holes & self.working_rows(canvas, i)[:, None]
         if request.valid is not None:
             holes, editable = holes & request.valid, editable & request.valid
-        return Look(
+        return StepView(
             canvas=canvas,
             columns=columns,
             valid=request.valid,
@@ -238,12 +238,12 @@ class ConfidenceSampler(Sampler):
         first, end = self.block(i)
         return not canvas.holes[:, first:end].any()
 
-    def _fill_count(self, look: Look) -> Tensor:
+    def _fill_count(self, view: StepView) -> Tensor:
         """Holes that a step fills, (B,): its share a_i, or more where the network is sure."""
-        count = self._share(look)
-        confidence = torch.where(look.holes, look.conf_predicted, 0.0)
+        count = self._share(view)
+        confidence = torch.where(view.holes, view.conf_predicted, 0.0)
         if self.settings.confidence_threshold is not None:
-            count = torch.maximum(count, (look.holes & (confidence >= self.settings.confidence_threshold)).sum(-1))
+            count = torch.maximum(count, (view.holes & (confidence >= self.settings.confidence_threshold)).sum(-1))
         if self.settings.confidence_factor is not None:
             falling = confidence.sort(dim=-1, descending=True).values
             n = torch.arange(1, falling.shape[-1] + 1, device=falling.device)
@@ -251,10 +251,10 @@ class ConfidenceSampler(Sampler):
             count = torch.maximum(count, sure.long().cumprod(-1).sum(-1))
         return count
 
-    def _share(self, look: Look) -> Tensor:
+    def _share(self, view: StepView) -> Tensor:
         """a_i, (B,): what is left of the block over the steps that are left, so earlier steps take the remainder."""
-        steps_left = max(look.steps_per_block - look.done, 1)
-        return (look.holes.sum(-1) + steps_left - 1) // steps_left
+        steps_left = max(view.steps_per_block - view.done, 1)
+        return (view.holes.sum(-1) + steps_left - 1) // steps_left
 
 
 def check_blocks(

@@ -17,7 +17,7 @@ from .canvas import Canvas
 from .network import Network
 from .sampler import Sampler
 
-# A row at end-of-text is looked for every so many steps: looking waits for the device.
+# Steps between checks for rows at end-of-text, each of which synchronizes with the device.
 _STEPS_BETWEEN_CHECKS = 4
 
 
