@@ -18,10 +18,10 @@ import torch
 from measure import interleaved_seconds, machine, peak_bytes
 from torch import Tensor
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, NoiseKernel, posterior, sample_posterior
+from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, NoiseKernel, StationaryProcess, posterior, sample_posterior
 from xdlm_hf.diffusion.reverse import begin_step, finish_step
 from xdlm_hf.diffusion.schedules import LinearSchedule
-from xdlm_hf.generation.confidence import ConfidenceSampler
+from xdlm_hf.generation.confidence import ConfidenceSampler, ConfidenceSettings
 from xdlm_hf.generation.network import chunk_slices
 from xdlm_hf.generation.released import ReferenceAncestralSampler
 
@@ -149,7 +149,7 @@ def confidence(device: str, repeats: int) -> None:
         generator = torch.Generator().manual_seed(0)
         length = prompt + NEW
         logits = torch.randn(1, length, N, generator=generator).mul_(3).to(device, torch.bfloat16)
-        sampler = ConfidenceSampler(MASK, K, 32, prompt, NEW, temperature=temperature)
+        sampler = ConfidenceSampler(ConfidenceSettings(MASK, K, 32, temperature=temperature), prompt, NEW)
         ids = torch.zeros(1, length, dtype=torch.long, device=device)
         canvas = sampler.begin(ids, (torch.arange(length, device=device) >= prompt)[None])
         filled = canvas.holes & (torch.rand(1, length, generator=generator).to(device) < 0.5)
@@ -255,10 +255,10 @@ def gumbel(draws: int) -> None:
         def rare(z_s: Tensor) -> int:
             return int(((z_s != 7) & (z_s != MASK)).sum())
 
-        released = ReferenceAncestralSampler(kernel, LinearSchedule(), 2 * steps, 0, rows)
+        released = ReferenceAncestralSampler(StationaryProcess(kernel, LinearSchedule()), 2 * steps, 0, rows)
         canvas = released.begin(z_t, torch.ones_like(z_t, dtype=torch.bool))
         canvas = type(canvas)(**{**vars(canvas), "ids": z_t})
-        released._rates = lambda i, canvas, rates=(alpha_s, alpha_t): tuple(x.view(1, 1).double() for x in rates)
+        released.times = lambda i, rates=(alpha_s, alpha_t): tuple(1 - rate.view(1, 1).double() for rate in rates)
         rounds = range(draws // rows)
         ours = sum(rare(sample_posterior(logits, z_t, alpha_s, alpha_t, kernel)) for _ in rounds)
         theirs = sum(rare(released.step(canvas, [logits[0]], released.request(canvas, 0)).ids) for _ in rounds)

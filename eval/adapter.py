@@ -38,6 +38,7 @@ from xdlm_hf.evaluation.manifest import hardware, sandbox_layers
 from xdlm_hf.evaluation.processes import ProcessesLM
 from xdlm_hf.evaluation.protocols import END_OF_TEXT
 from xdlm_hf.evaluation.rows import READ
+from xdlm_hf.generation.protocol import default_mixing_ratio, length_limit
 from xdlm_hf.loading import end_ids
 from xdlm_hf.training.adapters import load_adapter
 
@@ -48,7 +49,7 @@ AUTO_BATCH_SIZE = {"cpu": 8, "other": 64}  # what `batch_size=auto` tries first;
 
 @register_model("xdlm")
 class XDLMEvalModel(ProcessesLM):
-    """A LLaDA or LLaDA-XDLM checkpoint behind lm-eval's interface.
+    """A diffusion model of any registered family behind lm-eval's interface.
 
     Args:
         pretrained: Folder or Hub name of a checkpoint, or a loaded model.
@@ -73,7 +74,7 @@ class XDLMEvalModel(ProcessesLM):
         # Before loading: the folder may hold other weights at the end. The first process alone writes results.
         self.shas = self.arguments.shas() if self.rank == 0 else {}
         self.model = _load(self.arguments, self._device)
-        self.max_length = self.arguments.max_length or self.model.config.max_sequence_length
+        self.max_length = self.arguments.max_length or length_limit(self.model.config)
         self.num_forward_passes = 0
         self.estimates: list[Estimate] = []
         self._warned: set[str] = set()
@@ -114,7 +115,7 @@ class XDLMEvalModel(ProcessesLM):
             "xdlm_hf_version": xdlm_hf.__version__,
             "model_dtype": str(self.model.dtype),
             "model_num_parameters": self.model.num_parameters(),
-            "model_mixing_ratio": self.model.config.mixing_ratio,
+            "model_mixing_ratio": default_mixing_ratio(self.model.config),
             "max_length": self.max_length,
             "batch_size_per_process": self.batch_size,
             "generation_settings": self.settings,
@@ -287,7 +288,7 @@ class XDLMEvalModel(ProcessesLM):
         return Pair(tuple(first), tuple(second))
 
     def _estimates(self, pairs: Sequence[Pair], disable_tqdm: bool) -> Iterator[Estimate]:
-        done, own, asked = 0, self.model.config.mixing_ratio, self.arguments.mixing_ratio
+        done, own, asked = 0, default_mixing_ratio(self.model.config), self.arguments.mixing_ratio
         if asked not in (None, own):
             self._warn_once(f"likelihoods are bounds under mixing_ratio={asked}; the checkpoint was trained at {own}")
         with self._progress(len(pairs), "Likelihoods", "request", disable_tqdm) as progress:
@@ -314,7 +315,7 @@ class XDLMEvalModel(ProcessesLM):
     def _are_greedy(self, pairs: Sequence[Pair]) -> list[bool]:
         """Whether greedy decoding, one token per step and the surest first, gives the continuation."""
         greedy = [False] * len(pairs)
-        if self.model.config.mask_token_id is None:
+        if getattr(self.model.config, "mask_token_id", None) is None:
             return greedy
         for length in sorted({len(pair.continuation) for pair in pairs} - {0}):
             group = [n for n, pair in enumerate(pairs) if len(pair.continuation) == length]

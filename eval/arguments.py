@@ -8,13 +8,14 @@ from typing import Any, Self
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import xdlm_hf
 from xdlm_hf.data.tokenizer import check_tokenizer
 from xdlm_hf.evaluation.manifest import content_sha, hub_commit
 from xdlm_hf.generation.confidence import check_blocks
 from xdlm_hf.generation.config import XDLMGenerationConfig
+from xdlm_hf.generation.protocol import length_limit
 from xdlm_hf.generation.released import BEYOND_REFERENCE
 from xdlm_hf.loading import DTYPES
+from xdlm_hf.models.registry import model_class
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -57,7 +58,7 @@ class Arguments:
         batch_size: Rows per forward pass, or "auto": as many as fit, found by halving. No result depends on it but by
             the rounding of the device's arithmetic, unless `batch_all` is set.
         max_batch_size: What "auto" tries first; 8 on a CPU, 64 elsewhere.
-        max_length: Longest prompt and answer together, in tokens; by default the checkpoint's max_sequence_length.
+        max_length: Longest prompt and answer together, in tokens; by default the model's limit.
             Longer prompts lose their beginning, with one warning.
         steps: Denoising steps, that is forward passes per batch.
         max_new_tokens: Length of an answer; 256 if neither the run nor the task says.
@@ -201,11 +202,13 @@ def check_checkpoint(arguments: Arguments, lengths: Mapping[str, int] | None = N
     """
     pretrained, loaded = arguments.pretrained, isinstance(arguments.pretrained, PreTrainedModel)
     config = pretrained.config if loaded else _read(AutoConfig, "pretrained", pretrained, arguments.revision)
-    if not isinstance(config, xdlm_hf.LLaDAConfig):
-        raise ValueError(f"pretrained={pretrained} has model_type={config.model_type!r}; xdlm scores 'llada' models")
-    limit = config.max_sequence_length
+    try:
+        model_class(config)
+    except ValueError as error:
+        raise ValueError(f"pretrained={pretrained}: {error}") from error
+    limit = length_limit(config)
     if arguments.max_length is not None and arguments.max_length > limit:
-        raise ValueError(f"max_length={arguments.max_length} is more than the model's max_sequence_length={limit}")
+        raise ValueError(f"max_length={arguments.max_length} is more than the model's limit of {limit}")
     check_room(arguments.max_length or limit, arguments.max_new_tokens or 0)
     for task, length in (lengths or {}).items():
         check_room(arguments.max_length or limit, length, f"{task}: ")

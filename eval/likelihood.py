@@ -25,9 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xdlm_hf.diffusion.losses import diffusion_loss
-from xdlm_hf.diffusion.noise import NoiseKernel
-from xdlm_hf.diffusion.schedules import Schedule, get_schedule
+from xdlm_hf.diffusion.process import NoiseProcess
+from xdlm_hf.generation.protocol import check_conditioning, check_padding, forward_arguments, input_device, logits_at
 
 
 class Estimate(float):
@@ -65,8 +64,7 @@ class Pair:
 @dataclass(frozen=True)
 class _Draw:
     pair: Pair
-    alpha_t: float
-    d_alpha_t: float
+    t: float
     z_t: Tensor  # (n,)
     weight: float = 1.0
 
@@ -84,7 +82,7 @@ def log_likelihoods(
     """Estimates for `pairs`, in their order, as they are done.
 
     Args:
-        model: A `LLaDAForDiffusionLM`; its config names the schedule.
+        model: A `DiffusionModel`; its config names the schedule.
         pairs: What to score; sort them by length, so that little is padded.
         mc_samples: Draws of t and noise per pair, each one row of a forward pass.
         batch_size: Rows per forward pass; the estimates do not depend on it.
@@ -94,77 +92,87 @@ def log_likelihoods(
             generative process that the network and this k define (the ancestral sampler's).
 
     Raises:
-        ValueError: If mc_samples is not positive, or k < 1 and the model has no mask token.
+        ValueError: If mc_samples is not positive, k < 1 and the model has no mask token, or the model needs inputs that
+            are not there.
     """
     if mc_samples < 1:
         raise ValueError(f"mc_samples={mc_samples} must be positive: it is the number of draws per likelihood")
-    kernel, schedule = model.noise_kernel(mixing_ratio), get_schedule(model.config.noise_schedule)
+    check_conditioning(model, ("timesteps",), "a likelihood")
+    process = model.noise_process(mixing_ratio)
     waiting: list[_Draw] = []
     losses: list[float] = []  # of the draws that are done
     clean: list[float] = []  # of the same with nothing redrawn, ahead of them
     for last, pair in enumerate(pairs, 1 - len(pairs)):
-        draws = _draw(pair, mc_samples, kernel, schedule, seed)
-        clean += _clean_losses(model, draws, kernel, batch_size)
+        draws = _draw(pair, mc_samples, process, seed)
+        clean += _clean_losses(model, draws, process, batch_size)
         waiting += draws
         while len(waiting) >= batch_size or (waiting and last == 0):
             batch, waiting = waiting[:batch_size], waiting[batch_size:]
-            losses += _losses(model, batch, kernel, pad_token_id)
+            losses += _losses(model, batch, process, pad_token_id)
         while len(losses) >= mc_samples:
             yield _estimate([sum(both) for both in zip(losses[:mc_samples], clean[:mc_samples], strict=True)])
             losses, clean = losses[mc_samples:], clean[mc_samples:]
 
 
-def _draw(pair: Pair, mc_samples: int, kernel: NoiseKernel, schedule: Schedule, seed: int) -> list[_Draw]:
+def _draw(pair: Pair, mc_samples: int, process: NoiseProcess, seed: int) -> list[_Draw]:
     """`mc_samples` versions of the continuation with at least one token redrawn, t stratified."""
     n, generator = len(pair.continuation), pair.generator(seed)
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
-    alpha_t, d_alpha_t = schedule((torch.arange(mc_samples) + uniform(mc_samples)) / mc_samples)
+    t = (torch.arange(mc_samples) + uniform(mc_samples)) / mc_samples
+    alpha_t = process.alpha(t)
     log_alpha = alpha_t.log()
     weight = -torch.expm1(n * log_alpha)
     # The first redrawn token, given that there is one: a truncated geometric distribution.
     first = (torch.log1p(-uniform(mc_samples) * weight) / log_alpha).long().clamp(0, max(n - 1, 0))[:, None]
     columns = torch.arange(n)
     redrawn = (columns == first) | ((columns > first) & (uniform(mc_samples, n) >= alpha_t[:, None]))
-    noise = kernel.sample_prior((mc_samples, n), generator)
+    noise = process.noise(t[:, None]).sample_prior((mc_samples, n), generator)
     z_t = torch.where(redrawn, noise, torch.tensor(pair.continuation, dtype=torch.long))
-    rows = zip(alpha_t.tolist(), d_alpha_t.tolist(), z_t, weight.tolist(), strict=True)
-    return [_Draw(pair, *row) for row in rows]
+    return [_Draw(pair, *row) for row in zip(t.tolist(), z_t, weight.tolist(), strict=True)]
 
 
-def _clean_losses(model: Any, draws: Sequence[_Draw], kernel: NoiseKernel, batch_size: int) -> list[float]:
-    """Loss at the t of every draw with nothing redrawn, times the probability of that; one forward pass for all."""
-    pair = draws[0].pair
-    if kernel.mixing_ratio == 0 or not pair.continuation:
+def _clean_losses(model: Any, draws: Sequence[_Draw], process: NoiseProcess, batch_size: int) -> list[float]:
+    """Loss at the t of every draw with nothing redrawn, times the probability of that.
+
+    One forward pass for all; a network that takes times has one for each.
+    """
+    pair, device = draws[0].pair, input_device(model)
+    times = _times(draws, device)
+    if not pair.continuation or not process.noise(times[:1, None]).has_uniform:
         return [0.0] * len(draws)
     n = len(pair.continuation)
-    ids = torch.tensor([[*pair.context, *pair.continuation]], device=model.get_input_embeddings().weight.device)
-    logits, x_0 = model(input_ids=ids, logits_to_keep=n).logits, ids[:, -n:]
-    losses = []
-    for start in range(0, len(draws), batch_size):
-        rates = _rates(draws[start : start + batch_size], ids.device)
-        rows = len(rates[0])
-        x = x_0.expand(rows, -1)
-        per_token = diffusion_loss(logits.expand(rows, -1, -1), x, x, *rates, kernel)
-        losses += (per_token.double().sum(-1) * rates[0] ** n).tolist()
+    ids = torch.tensor([[*pair.context, *pair.continuation]], device=device)
+    x_0, losses = ids[:, -n:], []
+    logits = None if model.conditioning else logits_at(model, {"input_ids": ids}, n)
+    for t in times.split(batch_size):
+        x = x_0.expand(len(t), -1)
+        if model.conditioning:
+            logits = logits_at(model, {"input_ids": ids.expand(len(t), -1), **_conditioning(model, t)}, n)
+        per_token = process.loss(logits.expand(len(t), -1, -1), x, x, t)
+        losses += (per_token.double().sum(-1) * process.alpha(t) ** n).tolist()
     return losses
 
 
-def _rates(draws: Sequence[_Draw], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(alpha_t, d_alpha_t), each (B,), float64."""
-    rates = torch.tensor([[draw.alpha_t, draw.d_alpha_t] for draw in draws], dtype=torch.float64, device=device)
-    return rates[:, 0], rates[:, 1]
+def _times(draws: Sequence[_Draw], device: torch.device) -> Tensor:
+    """t of each draw, (B,) float64."""
+    return torch.tensor([draw.t for draw in draws], dtype=torch.float64, device=device)
 
 
-def _losses(model: Any, draws: Sequence[_Draw], kernel: NoiseKernel, pad_token_id: int) -> list[float]:
+def _conditioning(model: Any, t: Tensor) -> dict[str, Tensor]:
+    """What the network takes besides ids, at the times t (B,)."""
+    return {"timesteps": model.timesteps(t)} if "timesteps" in model.conditioning else {}
+
+
+def _losses(model: Any, draws: Sequence[_Draw], process: NoiseProcess, pad_token_id: int) -> list[float]:
     """Loss of every draw in nats, summed over its continuation; the rows are padded on the left."""
     lengths = [len(draw.pair.context) + len(draw.pair.continuation) for draw in draws]
     width, n = max(lengths), max(len(draw.pair.continuation) for draw in draws)
     if n == 0:
         return [0.0] * len(draws)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     ids = torch.full((len(draws), width), pad_token_id, dtype=torch.long)
     clean = ids.clone()
     columns = torch.arange(width)
@@ -177,13 +185,15 @@ def _losses(model: Any, draws: Sequence[_Draw], kernel: NoiseKernel, pad_token_i
         clean[row, end:] = torch.tensor(draw.pair.continuation, dtype=torch.long)
         scored[row, end:] = True
     attention_mask = (columns >= width - torch.tensor(lengths)[:, None]).long()
-    inputs = {"input_ids": ids.to(device)}
+    t = _times(draws, device)
+    inputs = {"input_ids": ids.to(device), **_conditioning(model, t)}
     if not attention_mask.all():
-        positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
-        inputs |= {"attention_mask": attention_mask.to(device), "position_ids": positions.to(device)}
-    logits = model(**inputs, logits_to_keep=n).logits
-    rates = _rates(draws, device)
-    per_token = diffusion_loss(logits, clean[:, -n:].to(device), ids[:, -n:].to(device), *rates, kernel)
+        check_padding(model, attention_mask)
+        inputs["attention_mask"] = attention_mask.to(device)
+        if "position_ids" in forward_arguments(type(model)):
+            inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0).to(device)
+    logits = logits_at(model, inputs, n)
+    per_token = process.loss(logits, clean[:, -n:].to(device), ids[:, -n:].to(device), t)
     losses = (per_token.double() * scored[:, -n:].to(device)).sum(-1).tolist()
     return [loss * draw.weight for loss, draw in zip(losses, draws, strict=True)]
 

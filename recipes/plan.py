@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedConfig
 from transformers.training_args import OptimizerNames
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.loading import read_config
+from xdlm_hf.models.registry import model_class
 from xdlm_hf.training.adapters import add_adapters
 from xdlm_hf.training.arguments import XDLMTrainingArguments
 from xdlm_hf.training.optimizers import ADAMW, optimizer_of
@@ -57,7 +58,7 @@ class PlannedArguments(XDLMTrainingArguments):
         return self.gradient_accumulation_steps
 
 
-def planned_config(name: str) -> tuple[LLaDAConfig, bool]:
+def planned_config(name: str) -> tuple[PreTrainedConfig, bool]:
     """Config of a model, and whether it is the repository's copy because the Hub cannot be asked.
 
     Raises:
@@ -72,7 +73,7 @@ def planned_config(name: str) -> tuple[LLaDAConfig, bool]:
 
 
 def planned_run(
-    options: Any, args: XDLMTrainingArguments, config: LLaDAConfig, dtype: torch.dtype, gpus: int, length: int
+    options: Any, args: XDLMTrainingArguments, config: PreTrainedConfig, dtype: torch.dtype, gpus: int, length: int
 ) -> tuple[Run, torch.nn.Module, bool]:
     """The run that options and arguments describe, its model without weights, and whether its optimizer is known.
 
@@ -89,7 +90,7 @@ def planned_run(
     flash = options.attn_implementation.startswith("flash_attention")
     config._attn_implementation = "sdpa" if flash else options.attn_implementation
     with torch.device("meta"):
-        model = LLaDAForDiffusionLM(config)
+        model = model_class(config)(config)
         model.tie_weights()
         if options.lora_rank:
             model = add_adapters(model, options.lora_rank, options.lora_alpha)
@@ -133,7 +134,7 @@ def layout_of_arguments(args: XDLMTrainingArguments) -> Layout:
 
 
 def check_space(
-    options: Any, args: XDLMTrainingArguments, config: LLaDAConfig, dtype: torch.dtype, rows: int | None
+    options: Any, args: XDLMTrainingArguments, config: PreTrainedConfig, dtype: torch.dtype, rows: int | None
 ) -> None:
     """Refuse a run that is about to start if its checkpoints and model do not fit on the disk.
 
@@ -156,7 +157,9 @@ def check_space(
 # What is printed
 
 
-def show(plan: PlanArguments, options: Any, args: XDLMTrainingArguments, config: LLaDAConfig, length: int, **dtypes):
+def show(
+    plan: PlanArguments, options: Any, args: XDLMTrainingArguments, config: PreTrainedConfig, length: int, **dtypes
+):
     """Print parameters, tokens, operations, memory and disk of a run.
 
     Args:

@@ -20,13 +20,14 @@ import torch
 import yaml
 from plan import PlanArguments, PlannedArguments
 from torch.utils.data import Dataset
-from transformers import HfArgumentParser, PreTrainedTokenizerBase, set_seed
+from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.data.tokenizer import check_tokenizer
+from xdlm_hf.generation.protocol import length_limit
 from xdlm_hf.loading import load_weights, read_config, read_tokenizer
+from xdlm_hf.models.registry import model_class
 from xdlm_hf.training.adapters import add_adapters, load_adapter, quantization_4bit
 from xdlm_hf.training.arguments import XDLMTrainingArguments
 from xdlm_hf.training.checkpoints import (
@@ -165,7 +166,7 @@ def load_tokenizer(options: ModelArguments) -> PreTrainedTokenizerBase:
     return read_tokenizer(options.tokenizer_name or options.model_name_or_path)
 
 
-def model_config(options: ModelArguments) -> LLaDAConfig:
+def model_config(options: ModelArguments) -> PreTrainedConfig:
     """Config of the model that the options name.
 
     Raises:
@@ -209,20 +210,20 @@ def load_model(
 
 
 def new_model(
-    options: ModelArguments, args: XDLMTrainingArguments, tokenizer: PreTrainedTokenizerBase, config: LLaDAConfig
-) -> LLaDAForDiffusionLM:
+    options: ModelArguments, args: XDLMTrainingArguments, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> PreTrainedModel:
     """Random weights of a config, the same for the same seed; vocabulary and special tokens are the tokenizer's."""
-    config.vocab_size = config.embedding_size = len(tokenizer)
+    config.vocab_size = config.output_rows = len(tokenizer)
     for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     check_tokenizer(tokenizer, config)
     config._attn_implementation = options.attn_implementation
     set_seed(args.seed)
     # Built by its class: from_config would spread it under ZeRO-3 while its weights are drawn.
-    return LLaDAForDiffusionLM(config).to(weights_dtype(options, config))
+    return model_class(config)(config).to(weights_dtype(options, config))
 
 
-def weights_dtype(options: ModelArguments, config: LLaDAConfig) -> torch.dtype:
+def weights_dtype(options: ModelArguments, config: PreTrainedConfig) -> torch.dtype:
     if options.dtype != "auto":
         return getattr(torch, options.dtype)
     return config.dtype if config.dtype is not None and options.config_name is None else torch.float32
@@ -249,10 +250,8 @@ def check_model_options(options: ModelArguments, args: XDLMTrainingArguments) ->
 
 
 def check_length(sequence_length: int, config: Any) -> None:
-    if sequence_length > config.max_sequence_length:
-        raise ValueError(
-            f"sequence_length={sequence_length} exceeds the model's max_sequence_length={config.max_sequence_length}."
-        )
+    if sequence_length > length_limit(config):
+        raise ValueError(f"sequence_length={sequence_length} exceeds the model's limit of {length_limit(config)}.")
 
 
 def show_plan(plan: PlanArguments, options: ModelArguments, args: XDLMTrainingArguments, sequence_length: int) -> None:

@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from training import state, tiny_model, trainer
 
+from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.training.adapters import NOISE_FILE, add_adapters, load_adapter, quantization_4bit, save_noise
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -32,6 +35,15 @@ def test_adapters_go_on_all_projections_and_not_on_the_head():
     assert type(model.get_output_embeddings()) is torch.nn.Linear
     with pytest.raises(ValueError, match="lora_rank=0 must be at least 1"):
         add_adapters(tiny_model(), 0, 8)
+
+
+def test_the_targets_of_a_family_that_names_none(monkeypatch):
+    def places(model):
+        return [name for name, _ in add_adapters(model, 2, 8).named_parameters() if "lora_" in name]
+
+    named = places(tiny_model())
+    monkeypatch.delattr(LLaDAForDiffusionLM, "lora_targets")
+    assert tiny_model().lora_targets == "all-linear" and places(tiny_model()) == named
 
 
 @pytest.mark.parametrize("folder", ["final", "checkpoint-2"])
@@ -62,7 +74,7 @@ def test_an_adapter_of_another_program_leaves_the_noise(trained, tmp_path):
         ([0.1], r"must hold mixing_ratio and noise_schedule, not \[0\.1\]"),
         ({"mixing_ratio": 2, "noise_schedule": "linear"}, r"xdlm_noise\.json: mixing_ratio=2 must lie in \[0, 1\]"),
         ({"mixing_ratio": 0.1, "noise_schedule": "steep"}, "'steep' is not known; choose one of"),
-        ({"mixing_ratio": "0.1", "noise_schedule": "linear"}, r"xdlm_noise\.json: .*mixing_ratio"),
+        ({"mixing_ratio": "0.1", "noise_schedule": "linear"}, r"xdlm_noise\.json: mixing_ratio='0.1' must be a number"),
     ],
 )
 def test_damaged_noise_is_refused(trained, tmp_path, noise, message):
@@ -78,6 +90,11 @@ def test_damaged_noise_is_refused(trained, tmp_path, noise, message):
 def test_noise_file_holds_two_fields(tmp_path):
     save_noise(tiny_model(mixing_ratio=0.25).config, tmp_path)
     assert json.loads((tmp_path / NOISE_FILE).read_text()) == {"mixing_ratio": 0.25, "noise_schedule": "linear"}
+
+
+def test_training_without_adapters_needs_neither_peft_nor_bitsandbytes():
+    script = "import sys; sys.modules.update(peft=None, bitsandbytes=None); import xdlm_hf.training.trainer"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -432,7 +432,7 @@ class TestBadArguments:
     def test_refused_before_the_weights_are_loaded(self, monkeypatch, checkpoint, tmp_path):
         monkeypatch.setattr(LLaDAForDiffusionLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
         for arguments, message in (
-            ({"max_length": 513}, "max_length=513 is more than the model's max_sequence_length=512"),
+            ({"max_length": 513}, "max_length=513 is more than the model's limit of 512"),
             ({"max_new_tokens": 512}, "max_new_tokens=512 leaves no room for a prompt in max_length=512"),
             ({"tokenizer": str(tmp_path / "none")}, "tokenizer='.*none' cannot be read, name a folder or a Hub name"),
             ({"peft": str(checkpoint)}, "peft='.*checkpoint' cannot be read, .*adapter_config.json"),
@@ -448,7 +448,7 @@ class TestBadArguments:
 
     def test_other_model_type(self, tmp_path):
         (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-        with pytest.raises(ValueError, match="model_type='gpt2'; xdlm scores 'llada' models"):
+        with pytest.raises(ValueError, match="model_type='gpt2' is not a diffusion model .* known are 'llada'"):
             XDLMEvalModel(str(tmp_path))
 
     def test_model_without_its_tokenizer(self, model):

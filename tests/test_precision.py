@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from test_recipe import partitioned
 from training import arguments, launch, tiny_model, trainer
 
-from xdlm_hf.training.adapters import LORA_TARGETS, add_adapters
+from xdlm_hf import LLaDAForDiffusionLM
+from xdlm_hf.training.adapters import add_adapters
 from xdlm_hf.training.precision import NonFiniteError, check_trained_dtype, keeps_float32_copies, non_finite_weights
 from xdlm_hf.training.trainer import XDLMTrainer
 
@@ -56,7 +57,7 @@ def test_frozen_weights_may_be_bfloat16_and_adapters_are_float32(tmp_path):
     run.train()
     dtypes = {p.requires_grad: p.dtype for p in run.model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
-    lora = LoraConfig(r=2, target_modules=LORA_TARGETS)
+    lora = LoraConfig(r=2, target_modules=LLaDAForDiffusionLM.lora_targets)
     narrow = get_peft_model(tiny_model().bfloat16(), lora, autocast_adapter_dtype=False)
     with pytest.raises(ValueError, match=r"lora_A.default.weight is the first\) are bfloat16"):
         trainer(tmp_path / "narrow", model=narrow)

@@ -439,7 +439,7 @@ def test_full_disk_while_the_log_is_written_is_explained(base, tmp_path, monkeyp
     [
         ({"mixing_ratio": 1.5}, r"mixing_ratio=1\.5 must lie in \[0, 1\]"),
         ({"global_batch_size": 6}, "global_batch_size=6 is not a multiple of 4"),
-        ({"sequence_length": 100}, "sequence_length=100 exceeds the model's max_sequence_length=64"),
+        ({"sequence_length": 100}, "sequence_length=100 exceeds the model's limit of 64"),
         ({"text_column": "body"}, r"text\.jsonl, line 1: no column 'body'; it has \['text'\]"),
         ({"dataset": "imdb", "data_files": None, "skip_corrupted": "true"}, "skip_corrupted=True is for the lines of"),
         ({"data_files": "nowhere*.jsonl"}, r"'nowhere\*\.jsonl' matches no file"),

@@ -80,7 +80,7 @@ def tiny_weights(tokenizer):
             "tokenizer_vocab_size=320 trains a tokenizer for random weights: give config_name",
         ),
         ({"lora_rank": 2}, "lora_rank=2 with config_name=.*: adapters on random weights"),
-        ({"sequence_length": 100}, "sequence_length=100 exceeds the model's max_sequence_length=64"),
+        ({"sequence_length": 100}, "sequence_length=100 exceeds the model's limit of 64"),
     ],
 )
 def test_random_weights_that_cannot_be_are_refused(base, tmp_path, config, changes, message):  # noqa: F811
@@ -167,7 +167,7 @@ def test_mistakes_are_one_line(base, tmp_path, changes, message):  # noqa: F811
         ("model.safetensors", b"\x08\0\0\0\0\0\0\0{broken}", "the weights of '.*' cannot be read: "),
         ("config.json", b"{", "cannot be read as a folder or Hub name of a checkpoint: "),
         ("config.json", b'{"model_type": "llada", "d_model": "wide"}', "cannot be read as .*d_model"),
-        ("config.json", b'{"model_type": "bert"}', "has model_type='bert'; here 'llada' checkpoints are run"),
+        ("config.json", b'{"model_type": "bert"}', "model_type='bert' is not a diffusion model that is known here"),
     ],
 )
 def test_damaged_checkpoints_are_one_line(base, tmp_path, file, content, message):  # noqa: F811

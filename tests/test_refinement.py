@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xdlm_hf.generation.confidence import ConfidenceSampler
+from xdlm_hf.generation.confidence import ConfidenceSampler, ConfidenceSettings
 from xdlm_hf.generation.refinement import (
     BudgetRefinement,
     LoopGuard,
@@ -27,7 +27,7 @@ def run(sampler, script, rows=1):
         else:
             logits = logits_for(*script[i]).expand(rows, -1, -1)
         request = sampler.request(canvas, i)
-        before, canvas = canvas, sampler.step(canvas, logits[:, request.positions], request)
+        before, canvas = canvas, sampler.step(canvas, logits[:, request.columns], request)
         canvases.append(canvas)
         i = sampler.next_step(before, canvas, i)
     return canvases
@@ -42,8 +42,9 @@ def logits_for(tokens, confidences):
     return probs.log()[None]
 
 
-def sampler(policy, steps, length, **options):
-    return ConfidenceSampler(MASK, 0.0, steps, 0, length, refinement=policy, **options)
+def sampler(policy, steps, length, generator=None, **options):
+    settings = ConfidenceSettings(MASK, 0.0, steps, refinement=policy, **options)
+    return ConfidenceSampler(settings, 0, length, generator)
 
 
 def test_threshold_edits_every_sure_disagreement():
@@ -150,7 +151,7 @@ def test_remasking_by_confidence_prefers_the_unsure():
     engine = sampler(RemaskingRefinement("confidence", 0.6), 2, 4)
     canvas = engine.begin(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.bool))
     canvas = engine.step(canvas, logits_for([1] * 4, [0.9, 0.5, 0.3, 0.2]), engine.request(canvas, 0))
-    look = engine._look(canvas, logits_for([1] * 4, [0.5] * 4), engine.request(canvas, 1))
+    look = engine._view(canvas, logits_for([1] * 4, [0.5] * 4), engine.request(canvas, 1))
     look = type(look)(**{**vars(look), "done": 1, "steps_per_block": 4})  # sigma_max = min(1, (1 - 2/4) / (1/4)) = 1
     sigma = engine.refinement.sigma(look, look.editable)[0]
     share = torch.tensor([-0.9, -0.5]).double().softmax(-1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from released import IntegerNetwork, agrees, audit_setting, integer_model, recorded_network, released_generation
 from safetensors.torch import load_file
 
-from xdlm_hf import LogLinearSchedule, NoiseKernel, XDLMGenerationConfig
+from xdlm_hf import LogLinearSchedule, NoiseKernel, StationaryProcess, XDLMGenerationConfig
 from xdlm_hf.generation.released import ReferenceAncestralSampler, ReferenceConfidenceSampler, edit_budget
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -206,7 +206,7 @@ def test_the_recorded_ancestral_chains(dit, name, k):
     states = load_file(FIXTURES / "tiny-dit" / "expected.safetensors")[f"samples.{name}"]
     shape, everything = states[0].shape, torch.ones_like(states[0], dtype=torch.bool)
     kernel = NoiseKernel(61, k, None if k == 1 else 60)
-    sampler = ReferenceAncestralSampler(kernel, LogLinearSchedule(), 8, 0, 24)
+    sampler = ReferenceAncestralSampler(StationaryProcess(kernel, LogLinearSchedule()), 8, 0, 24)
     canvas = sampler.begin(states[0], ~everything)
     canvas = type(canvas)(**{**vars(canvas), "generated": everything})
     # The release's prior, which comes first from the same generator.
@@ -238,9 +238,9 @@ def test_the_chain_counts_padding_in_positions():
 
 
 def test_the_times_of_the_chain():
-    sampler = ReferenceAncestralSampler(NoiseKernel(16, 0.1, 15), LogLinearSchedule(), 4, 0, 8)
-    canvas = sampler.begin(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.bool))
-    rates = torch.tensor([[float(rate) for rate in sampler._rates(i, canvas)] for i in range(sampler.steps)])
+    sampler = ReferenceAncestralSampler(StationaryProcess(NoiseKernel(16, 0.1, 15), LogLinearSchedule()), 4, 0, 8)
+    times = (sampler.times(i) for i in range(sampler.steps))
+    rates = torch.tensor([[float(sampler.process.alpha(time)) for time in both] for both in times])
     times = 1 - torch.arange(5, dtype=torch.float64) * (1 - 1e-5) / 4
     expected = 1 - 0.999 * torch.stack([times[1:], times[:-1]], 1)
     torch.testing.assert_close(rates[:4].double(), expected, rtol=0, atol=2e-7)

@@ -7,13 +7,18 @@ import torch
 from torch.nn.functional import one_hot
 
 from xdlm_hf.diffusion.noise import NoiseKernel
+from xdlm_hf.diffusion.process import StationaryProcess
 from xdlm_hf.diffusion.schedules import CosineSchedule, LinearSchedule
 from xdlm_hf.generation.ancestral import AncestralSampler
 from xdlm_hf.generation.canvas import Canvas
-from xdlm_hf.generation.confidence import ConfidenceSampler
+from xdlm_hf.generation.confidence import ConfidenceSampler, ConfidenceSettings
 from xdlm_hf.generation.refinement import BudgetRefinement, most_confident
 
 MASK, N = 0, 6
+
+
+def confidence_sampler(mixing_ratio, steps, start, length, generator=None, **settings):
+    return ConfidenceSampler(ConfidenceSettings(MASK, mixing_ratio, steps, **settings), start, length, generator)
 
 
 def begin(sampler, prompt):
@@ -29,9 +34,9 @@ def advance(sampler, canvas, i, logits=None):
     if logits is None:
         logits = torch.randn(len(canvas.ids), sampler.length, N) * 3
     whole = torch.nn.functional.pad(logits, (0, 0, sampler.start, 0))
-    if request.positions.dtype != torch.bool:
-        return sampler.step(canvas, whole[:, request.positions], request)
-    asked = whole[request.positions]
+    if request.mask is None:
+        return sampler.step(canvas, whole[:, request.columns], request)
+    asked = whole[request.mask]
     return sampler.step(canvas, asked.split(2 + len(asked) // 3), request)  # in chunks, as the network hands them over
 
 
@@ -66,7 +71,7 @@ def test_most_confident_never_takes_what_is_no_candidate(count, taken):
     "length, block, steps, expected", [(10, 10, 4, [3, 3, 2, 2]), (12, 6, 4, [3, 3, 3, 3]), (9, 3, 6, [2, 1] * 3)]
 )
 def test_fill_is_even_and_earlier_steps_take_the_remainder(length, block, steps, expected):
-    sampler = ConfidenceSampler(MASK, 0.0, steps, start=2, length=length, block_length=block)
+    sampler = confidence_sampler(0.0, steps, start=2, length=length, block_length=block)
     canvas = begin(sampler, torch.tensor([[3, 4]]))
     filled = []
     for i in range(steps):
@@ -80,7 +85,7 @@ def test_fill_is_even_and_earlier_steps_take_the_remainder(length, block, steps,
 
 def test_one_refinement_worked_out_by_hand():
     # k = 1/2 allows one edit per token filled. Six tokens, three steps, two fills each.
-    sampler = ConfidenceSampler(MASK, 0.5, 3, start=0, length=6)
+    sampler = confidence_sampler(0.5, 3, start=0, length=6)
     canvas = begin(sampler, no_prompt())
     # Step 0: positions 1 (0.9) and 3 (0.8) are the most confident; no edits at the first step.
     canvas = advance(sampler, canvas, 0, logits_for([1, 1, 1, 1, 1, 1], [0.3, 0.9, 0.3, 0.8, 0.3, 0.3]))
@@ -95,7 +100,7 @@ def test_one_refinement_worked_out_by_hand():
 
 def test_refinement_takes_the_most_confident_and_carries_the_rest_over():
     # k = 0.2: one edit for every four tokens. Eight tokens, four steps of two fills.
-    sampler = ConfidenceSampler(MASK, 0.2, 4, start=0, length=8)
+    sampler = confidence_sampler(0.2, 4, start=0, length=8)
     canvas = begin(sampler, no_prompt())
     canvas = advance(sampler, canvas, 0, logits_for([1] * 8, [0.9, 0.9, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3]))
     # After step 1 four are filled and one edit is allowed, but nothing disagrees: it carries over.
@@ -113,7 +118,7 @@ def test_refinement_takes_the_most_confident_and_carries_the_rest_over():
 def test_the_edit_budget_does_not_depend_on_the_blocks(block):
     # k = 0.1, 256 tokens, 32 steps: floor(256 / 9) = 28, where a floor per block would leave 24, 16 or none.
     torch.manual_seed(0)
-    sampler = ConfidenceSampler(MASK, 0.1, 32, start=0, length=256, block_length=block)
+    sampler = confidence_sampler(0.1, 32, start=0, length=256, block_length=block)
     canvas = begin(sampler, no_prompt(2))
     for i in range(32):
         canvas = advance(sampler, canvas, i)
@@ -141,7 +146,7 @@ class _Counts:
 
 def test_the_prompt_and_its_literal_mask_are_never_touched():
     prompt = torch.tensor([[MASK, 2, MASK]])
-    sampler = ConfidenceSampler(MASK, 0.9, 4, start=3, length=8)
+    sampler = confidence_sampler(0.9, 4, start=3, length=8)
     canvas = begin(sampler, prompt)
     for i in range(4):
         canvas = advance(sampler, canvas, i)
@@ -152,7 +157,7 @@ def test_the_mask_is_never_predicted_however_likely():
     logits = torch.randn(1, 8, N)
     logits[..., MASK] = 50
     given = logits.clone()
-    sampler = ConfidenceSampler(MASK, 0.3, 2, start=0, length=8, temperature=1.0)
+    sampler = confidence_sampler(0.3, 2, start=0, length=8, temperature=1.0)
     canvas = begin(sampler, no_prompt())
     for i in range(2):
         canvas = advance(sampler, canvas, i, logits)
@@ -165,15 +170,15 @@ def test_confidence_near_one_keeps_its_order():
     logits = torch.full((1, 2, N), 30.0)
     logits[0, :, 1] = 30 + torch.tensor([1e6, 2.5e6]).mul(4).log()
     logits[0, :, MASK] = -torch.inf
-    sampler = ConfidenceSampler(MASK, 0.0, 2, start=0, length=2)
+    sampler = confidence_sampler(0.0, 2, start=0, length=2)
     canvas = advance(sampler, begin(sampler, no_prompt()), 0, logits)
     assert canvas.ids.tolist() == [[MASK, 1]]
 
 
 def test_random_remasking_is_seeded_and_ignores_confidence():
     def first_filled(seed):
-        sampler = ConfidenceSampler(
-            MASK, 0.0, 8, start=0, length=8, remasking="random", generator=torch.Generator().manual_seed(seed)
+        sampler = confidence_sampler(
+            0.0, 8, start=0, length=8, remasking="random", generator=torch.Generator().manual_seed(seed)
         )
         canvas = advance(sampler, begin(sampler, no_prompt()), 0, logits_for([1] * 8, [0.9] + [0.3] * 7))
         return int((~canvas.holes).nonzero()[0, 1])
@@ -183,7 +188,7 @@ def test_random_remasking_is_seeded_and_ignores_confidence():
 
 
 def test_mixing_ratio_one_refines_without_limit():
-    sampler = ConfidenceSampler(MASK, 1.0, 4, start=0, length=8)
+    sampler = confidence_sampler(1.0, 4, start=0, length=8)
     canvas = begin(sampler, no_prompt())
     for i in range(4):
         canvas = advance(sampler, canvas, i, logits_for([i + 1] * 8, [0.8] * 8))
@@ -199,7 +204,7 @@ def test_ancestral_sampling_reverses_the_forward_process(k, schedule, steps):
     kernel = NoiseKernel(N, k, None if k == 1 else MASK)
     p = torch.tensor([0.0, 0.5, 0.3, 0.15, 0.04, 0.01], dtype=torch.float64)
     rows, length = 50, 400
-    sampler = AncestralSampler(kernel, schedule, steps, start=0, length=length, generator=generator)
+    sampler = AncestralSampler(StationaryProcess(kernel, schedule), steps, start=0, length=length, generator=generator)
     canvas = begin(sampler, no_prompt(rows))
     for i in range(steps):
         canvas = advance(sampler, canvas, i, p.log().expand(rows, length, N))
@@ -213,7 +218,7 @@ def test_ancestral_sampling_reverses_the_forward_process(k, schedule, steps):
 def test_ancestral_edits_are_token_to_token_changes():
     kernel = NoiseKernel(N, 1.0)
     sampler = AncestralSampler(
-        kernel, LinearSchedule(), 1, start=1, length=500, generator=torch.Generator().manual_seed(0)
+        StationaryProcess(kernel, LinearSchedule()), 1, start=1, length=500, generator=torch.Generator().manual_seed(0)
     )
     canvas = begin(sampler, torch.tensor([[5]]))
     before = canvas.ids
@@ -236,22 +241,22 @@ def test_ancestral_edits_are_token_to_token_changes():
 )
 def test_confidence_sampler_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        ConfidenceSampler(**{"mask_token_id": MASK, "mixing_ratio": 0.1, "steps": 4, "start": 0, "length": 8, **kwargs})
+        confidence_sampler(**{"mixing_ratio": 0.1, "steps": 4, "start": 0, "length": 8, **kwargs})
 
 
 def test_ancestral_sampler_refuses_zero_temperature():
     with pytest.raises(ValueError, match="temperature=0 must be positive.*sampler='confidence'"):
-        AncestralSampler(NoiseKernel(N, 1.0), LinearSchedule(), 4, start=0, length=8, temperature=0)
+        AncestralSampler(StationaryProcess(NoiseKernel(N, 1.0), LinearSchedule()), 4, start=0, length=8, temperature=0)
 
 
 def test_late_ancestral_steps_need_few_logits():
     # A token stays with probability a_ts beta_s / beta_t at least: of 4096 positions and 256 steps few ask for p.
     kernel = NoiseKernel(N, 0.1, MASK)
-    sampler = AncestralSampler(kernel, LinearSchedule(), 256, start=0, length=4096)
+    sampler = AncestralSampler(StationaryProcess(kernel, LinearSchedule()), 256, start=0, length=4096)
     canvas = begin(sampler, no_prompt())
     asked = []
     for i in range(256):
-        asked.append(int(sampler.request(canvas, i).positions.sum()))
+        asked.append(int(sampler.request(canvas, i).mask.sum()))
         canvas = advance(sampler, canvas, i)
     assert sum(asked) / (256 * 4096) < 0.05
     assert all(count < 4096 / 4 for count in asked[:-8])

@@ -158,7 +158,7 @@ def test_resuming_repeats_the_run(base, tmp_path):
     ("changes", "message"),
     [
         ({"sequence_length": 8}, r"rows\.jsonl, line 1: a prompt of \d+ tokens and .* nothing to learn in a row of 8"),
-        ({"sequence_length": 100}, "sequence_length=100 exceeds the model's max_sequence_length=64"),
+        ({"sequence_length": 100}, "sequence_length=100 exceeds the model's limit of 64"),
         ({"eos_in_loss": "yes"}, "eos_in_loss='yes' is not known"),
         ({"chat_template": "gone"}, "chat_template='gone' is neither 'llada' nor a file"),
         ({"data_files": None}, "give either dataset=None or data_files=None"),

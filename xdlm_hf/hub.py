@@ -7,17 +7,18 @@ from contextlib import contextmanager
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .models.llada.configuration_llada import LLaDAConfig
-from .models.llada.modeling_llada import LLaDAForDiffusionLM
+from .generation.protocol import default_mixing_ratio, length_limit, output_rows
+from .models.registry import MODEL_FAMILIES
 
 PAPER = "arXiv 2602.01362"
 _SPECIAL_TOKENS = ("mask_token_id", "eos_token_id", "pad_token_id")
 
 
 def export_for_hub(
-    model: LLaDAForDiffusionLM,
+    model: PreTrainedModel,
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -44,14 +45,14 @@ def export_for_hub(
         The folder.
 
     Raises:
-        ValueError: If the folder is not empty, the model is no LLaDAForDiffusionLM or carries an adapter, the config
-            is invalid, or the tokenizer does not fit the model.
+        ValueError: If the folder is not empty, the model is of no registered family or carries an adapter, the
+            config is invalid, or the tokenizer does not fit the model.
     """
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder; export to a new one.")
     _validate_model(model)
-    model.config.validate_llada()
+    _validate_config(model.config)
     if tokenizer is not None:
         _validate_tokenizer(tokenizer, model.config)
     card = model_card(
@@ -71,7 +72,7 @@ def export_for_hub(
 
 
 def model_card(
-    model: LLaDAForDiffusionLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     name: str,
@@ -82,28 +83,28 @@ def model_card(
     """README.md of an export: base, k, schedule, special tokens, sizes, how to generate. See [`export_for_hub`]."""
     # No pipeline_tag: Transformers' text-generation pipeline is for models that write from left to right.
     header = ["---", "library_name: transformers"]
-    header += ["tags:", "- diffusion-language-model", "- xdlm", "- llada"]
+    header += ["tags:", "- diffusion-language-model", "- xdlm", f"- {model.config.model_type}"]
     header += [f"base_model: {base_model}"] if base_model else []
     header += [f"license: {license}"] if license else []
-    config, k = model.config, model.config.mixing_ratio
+    config, k = model.config, default_mixing_ratio(model.config)
     kind = {0: "masked noise only (MDLM)", 1: "uniform noise only (UDLM)"}.get(k, "masked and uniform noise (XDLM)")
     facts = {
         "Base model": base_model or "none: trained from scratch",
         "Mixing ratio k (Eq. 7)": f"{k:g}, {kind}",
-        "Noise schedule": config.noise_schedule,
+        "Noise schedule": getattr(config, "noise_schedule", "linear"),
         "Parameters": f"{model.num_parameters():,}, {str(model.dtype).removeprefix('torch.')}",
-        "Vocabulary N": f"{config.embedding_size:,} rows of the output layer",
-        "Training length": f"{config.max_sequence_length:,} tokens",
+        "Vocabulary N": f"{output_rows(config):,} rows of the output layer",
+        "Training length": f"{length_limit(config):,} tokens",
     }
     facts |= {
-        field.removesuffix("_id").replace("_", " ").capitalize(): _describe(getattr(config, field), tokenizer)
+        field.removesuffix("_id").replace("_", " ").capitalize(): _describe(getattr(config, field, None), tokenizer)
         for field in _SPECIAL_TOKENS
     }
     table = ["| | |", "|---|---|"] + [f"| {fact} | {value} |" for fact, value in facts.items()]
     weights = f"The weights: {license}." if license else "The weights: as stated for the base model."
     return "\n".join(
         [*header, "---", "", f"# {name}", ""]
-        + [f"A discrete diffusion language model in the LLaDA format, after XDLM ({PAPER}): it starts from noise"]
+        + [f"A discrete diffusion language model (`{config.model_type}`) after XDLM ({PAPER}): it starts from noise"]
         + ["and writes all positions in parallel, in as many steps as you ask for.", "", *table, ""]
         + ["## Generate", "", "With the package `xdlm_hf`, no remote code:", ""]
         + _example(name, "import xdlm_hf  # registers the model type\n", "")
@@ -142,31 +143,41 @@ def _validate_model(model: object) -> None:
         raise ValueError(
             f"cannot export a {type(model).__name__}; merge the adapter first: model.merge_and_unload() is the model."
         )
-    if not isinstance(model, LLaDAForDiffusionLM):
-        raise ValueError(f"cannot export a {type(model).__name__}; pass a LLaDAForDiffusionLM.")
+    families = MODEL_FAMILIES.values()
+    if not isinstance(model, tuple(families)):
+        names = " or a ".join(family.__name__ for family in families)
+        raise ValueError(f"cannot export a {type(model).__name__}; pass a {names}.")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            "cannot export a LLaDAForDiffusionLM with an adapter inside; load the base model, put the adapter on it "
-            "with peft.PeftModel.from_pretrained, and export what merge_and_unload() returns."
+            f"cannot export a {type(model).__name__} with an adapter inside; load the base model, put the adapter on "
+            "it with peft.PeftModel.from_pretrained, and export what merge_and_unload() returns."
         )
 
 
-def _validate_tokenizer(tokenizer: PreTrainedTokenizerBase, config: LLaDAConfig) -> None:
+def _validate_config(config: PreTrainedConfig) -> None:
+    """Fields may have been set after construction."""
+    try:
+        config.validate()
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
+
+
+def _validate_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     # LLaDA's own tokenizer names no mask token: then the config alone says which id it is.
     if tokenizer.mask_token_id is not None and tokenizer.mask_token_id != config.mask_token_id:
         raise ValueError(
             f"the tokenizer's mask_token_id={tokenizer.mask_token_id} is not the model's {config.mask_token_id}; "
             "pass the tokenizer the model was trained with."
         )
-    if len(tokenizer) > config.embedding_size:
+    if len(tokenizer) > output_rows(config):
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {config.embedding_size} rows; "
+            f"the tokenizer has {len(tokenizer)} tokens, the model {output_rows(config)} rows; "
             "pass the tokenizer the model was trained with."
         )
 
 
 @contextmanager
-def _auto_map(config: LLaDAConfig, auto_map: dict[str, str]) -> Iterator[None]:
+def _auto_map(config: PreTrainedConfig, auto_map: dict[str, str]) -> Iterator[None]:
     """Within it, the config names the classes beside it; afterwards it says what it said before."""
     before = getattr(config, "auto_map", None)
     config.auto_map = auto_map
@@ -178,7 +189,7 @@ def _auto_map(config: LLaDAConfig, auto_map: dict[str, str]) -> Iterator[None]:
             config.auto_map = before
 
 
-def _write_code(model: LLaDAForDiffusionLM, folder: Path) -> dict[str, str]:
+def _write_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     """Copy the modules that the model needs into `folder`, flat; the `auto_map` that names its classes.
 
     The Hub's loader follows relative imports within one folder, so every module is written under its own name alone and

@@ -7,10 +7,17 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .data.tokenizer import check_tokenizer
-from .models.llada.configuration_llada import LLaDAConfig
+from .models.registry import model_class
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -24,8 +31,8 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
         device: "auto" (the GPU if there is one), or a device of PyTorch such as "cuda:1".
 
     Raises:
-        ValueError: If there is no such checkpoint, it is no LLaDA, its tokenizer does not fit, or dtype or device is
-            not known.
+        ValueError: If there is no such checkpoint, its tokenizer does not fit, or its model type, the dtype or the
+            device is not known.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}.")
@@ -41,7 +48,7 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
     return load_weights(name, dtype=dtype).to(device).eval(), tokenizer
 
 
-def read_config(name: str) -> LLaDAConfig:
+def read_config(name: str) -> PreTrainedConfig:
     """Config of a checkpoint.
 
     Args:
@@ -52,8 +59,10 @@ def read_config(name: str) -> LLaDAConfig:
     """
     with _one_line_error(f"model={name!r} cannot be read as a folder or Hub name of a checkpoint"):
         config = AutoConfig.from_pretrained(name)
-    if config.model_type != "llada":
-        raise ValueError(f"model={name!r} has model_type={config.model_type!r}; here 'llada' checkpoints are run.")
+    try:
+        model_class(config)
+    except ValueError as error:
+        raise ValueError(f"model={name!r}: {error}") from error
     return config
 
 

@@ -66,13 +66,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
 
     Args:
         tokenizer: The tokenizer.
-        config: Model config with `mask_token_id`, and `embedding_size` or `vocab_size` rows in the output layer.
+        config: Model config with `mask_token_id`, and `output_rows` or `vocab_size` rows in the output layer.
 
     Raises:
         ValueError: If the tokenizer has ids beyond the output layer, another mask id than the config, or no
             end-of-text token.
     """
-    rows = getattr(config, "embedding_size", None) or config.vocab_size
+    rows = getattr(config, "output_rows", None) or config.vocab_size
     if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens but the model's output layer {rows} rows: "

@@ -21,6 +21,11 @@ from .categorical import uniform
 from .checks import as_column, validate_ids, validate_rates
 
 
+def redrawn_share(alpha_s: Tensor, alpha_t: Tensor) -> Tensor:
+    """b_ts = 1 - alpha_t / alpha_s, written so that nothing cancels as s -> t; 0 where both are pure noise (Eq. 5)."""
+    return torch.where(alpha_s > alpha_t, (alpha_s - alpha_t) / alpha_s.clamp_min(1e-300), 0.0)
+
+
 class NoiseDistribution(ABC):
     """What noise is drawn from: uniform over ordinary tokens with weight k, special tokens with the rest.
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .checks import as_column, check_targets, validate_rates
-from .noise import NoiseKernel
+from .noise import NoiseKernel, redrawn_share
 
 # Below this rho takes its series: 1 - log1p(y)/y has lost half its digits there.
 _SERIES_BELOW = 1e-2
@@ -60,7 +60,7 @@ def finite_step_terms(x_0: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor
     """Scalars of Eqs. 12, 13: rates at s, scale B alpha_s with B = b_ts r(z_t) / f_t(x, z_t)."""
     alpha_s, alpha_t = alpha_s.double(), alpha_t.double()
     r_z = kernel._rate(z_t, torch.float64)
-    b_ts = torch.where(alpha_s > alpha_t, (alpha_s - alpha_t) / alpha_s.clamp_min(1e-300), 0.0)
+    b_ts = redrawn_share(alpha_s, alpha_t)
     f_t = _f(alpha_t, (z_t == x_0).double(), (1 - alpha_t) * r_z)
     step = torch.where(b_ts * r_z > 0, b_ts * r_z / f_t, 0.0)
     return _stationary_terms(x_0, z_t, step * alpha_s, step, (1 - b_ts) / f_t, alpha_s, kernel)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .categorical import chunk_blocks, draw_from_weights, refuse_undefined, row_blocks, uniform
 from .checks import check_step
-from .noise import NoiseDistribution, NoiseKernel
+from .noise import NoiseDistribution, NoiseKernel, redrawn_share
 
 
 def posterior(p_x0: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: NoiseKernel) -> Tensor:
@@ -94,8 +94,7 @@ def stationary_step(z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: Noise
     """The step of a stationary kernel, whose noise is r at every time: b_t = beta_t r and b_ts = (1 - a_ts) r."""
     alpha_s, alpha_t = alpha_s.double(), alpha_t.double()
     r_z = kernel._rate(z_t, torch.float64)
-    # 1 - alpha_t / alpha_s, so written that nothing cancels as s -> t; 0 where both are pure noise
-    b_ts = torch.where(alpha_s > alpha_t, (alpha_s - alpha_t) / alpha_s.clamp_min(1e-300), 0.0)
+    b_ts = redrawn_share(alpha_s, alpha_t)
     return ReverseStep(alpha_s, alpha_t, (1 - alpha_t) * r_z, b_ts * r_z, kernel)
 
 

@@ -1,5 +1,6 @@
 """From noise to text: samplers, policies, and the loop that runs a network for them.
 
+protocol     what a model must say of itself
 generate     `model.generate()` and `model.revise()`
 config       the options, stored as generation_config.json
 sampler      the interface of samplers

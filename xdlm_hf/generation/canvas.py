@@ -28,7 +28,7 @@ class Canvas:
 
 
 @dataclass(frozen=True)
-class Look:
+class StepView:
     """One step's view of the columns it has predictions for, (B, C) unless said otherwise."""
 
     canvas: Canvas

@@ -5,18 +5,70 @@ Shapes: B batch, T whole length (prompt and answer), C columns or M positions as
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..diffusion.categorical import draw_from_weights, row_blocks, uniform
 from ..diffusion.checks import check_positive
-from .canvas import Canvas, Look
+from .canvas import Canvas, StepView
 from .refinement import BudgetRefinement, NoRefinement, Refinement, most_confident
 from .sampler import Request, Sampler
 
 REMASKING = ("low_confidence", "random")
+
+
+@dataclass(frozen=True)
+class ConfidenceSettings:
+    """What a `ConfidenceSampler` does, for any text.
+
+    Args:
+        mask_token_id: m, what an unfilled position holds; never predicted.
+        mixing_ratio: k in [0, 1], the refinement knob.
+        steps: Forward passes that fill; a multiple of the number of blocks, at most the answer's length; 0 to refine
+            only.
+        block_length: Columns that are filled together, left to right; divides the answer. None: all of it.
+        temperature: 0 predicts the argmax; above it, a draw from softmax(logits / temperature).
+        warp: Filter of the tempered logits before a draw, (M, N) to (M, N), that keeps the largest: top-k, top-p.
+        remasking: "low_confidence", or "random" to choose the holes to fill at random.
+        refinement: Policy for filled tokens; by default `BudgetRefinement(mixing_ratio)`, none at k = 0.
+        polish_steps: Steps after the last hole is filled that only refine; at temperature 0 they end when nothing
+            changes any more.
+        confidence_threshold: Fill every hole predicted with at least this confidence, and at least the step's number.
+        confidence_factor: Fill the n most confident holes, n the largest with (n + 1) (1 - c_n) < factor, c_n being
+            the n-th confidence (Fast-dLLM's rule), and at least the step's number.
+        ends_early: End a block when it has no hole left, also without threshold and factor.
+
+    Raises:
+        ValueError: If the temperature is negative, or `remasking` is not known.
+    """
+
+    mask_token_id: int
+    mixing_ratio: float
+    steps: int
+    block_length: int | None = None
+    temperature: float = 0.0
+    warp: Callable[[Tensor], Tensor] | None = None
+    remasking: str = "low_confidence"
+    refinement: Refinement | None = None
+    polish_steps: int = 0
+    confidence_threshold: float | None = None
+    confidence_factor: float | None = None
+    ends_early: bool = False
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must not be negative; 0 takes the most likely token.")
+        if self.remasking not in REMASKING:
+            raise ValueError(f"remasking={self.remasking!r} is not known; choose one of {list(REMASKING)}.")
+
+    @property
+    def policy(self) -> Refinement:
+        """The refinement, by default that of k."""
+        if self.refinement is not None:
+            return self.refinement
+        return BudgetRefinement(self.mixing_ratio) if self.mixing_ratio > 0 else NoRefinement()
 
 
 class ConfidenceSampler(Sampler):
@@ -27,73 +79,36 @@ class ConfidenceSampler(Sampler):
     confidence threshold or factor a step fills more where the network is sure, and a block without holes ends early.
 
     Args:
-        mask_token_id: m, what an unfilled position holds; never predicted.
-        mixing_ratio: k in [0, 1], the refinement knob.
-        steps: Forward passes that fill; a multiple of the number of blocks, at most `length`; 0 to refine only.
+        settings: What to do.
         start, length: The answer is the columns [start, start + length).
-        block_length: Columns that are filled together, left to right; divides `length`.
-        temperature: 0 predicts the argmax; above it, a draw from softmax(logits / temperature).
-        warp: Filter of the tempered logits before a draw, (M, N) to (M, N), that keeps the largest: top-k, top-p.
-        remasking: "low_confidence", or "random" to choose the holes to fill at random.
         generator: Source of randomness.
-        refinement: Policy for filled tokens; by default `BudgetRefinement(mixing_ratio)`, none at k = 0.
-        polish_steps: Steps after the last hole is filled that only refine; at temperature 0 they end when nothing
-            changes any more.
-        confidence_threshold: Fill every hole predicted with at least this confidence, and at least the step's number.
-        confidence_factor: Fill the n most confident holes, n the largest with (n + 1) (1 - c_n) < factor, c_n being
-            the n-th confidence (Fast-dLLM's rule), and at least the step's number.
-        ends_early: End a block when it has no hole left, also without threshold and factor.
 
     Raises:
-        ValueError: If the lengths or steps do not fit each other (`check_blocks`), or an option is not known.
+        ValueError: If lengths and steps do not fit each other (`check_blocks`).
     """
 
-    def __init__(
-        self,
-        mask_token_id: int,
-        mixing_ratio: float,
-        steps: int,
-        start: int,
-        length: int,
-        block_length: int | None = None,
-        temperature: float = 0.0,
-        warp: Callable[[Tensor], Tensor] | None = None,
-        remasking: str = "low_confidence",
-        generator: torch.Generator | None = None,
-        *,
-        refinement: Refinement | None = None,
-        polish_steps: int = 0,
-        confidence_threshold: float | None = None,
-        confidence_factor: float | None = None,
-        ends_early: bool = False,
-    ):
-        block_length = length if block_length is None else block_length
-        if steps or not polish_steps:
-            check_blocks(steps, length, block_length)
-        if temperature < 0:
-            raise ValueError(f"temperature={temperature} must not be negative; 0 takes the most likely token.")
-        if remasking not in REMASKING:
-            raise ValueError(f"remasking={remasking!r} is not known; choose one of {list(REMASKING)}.")
-        self.mask_token_id, self.mixing_ratio = mask_token_id, mixing_ratio
-        self.start, self.length, self.block_length = start, length, block_length
-        self.temperature, self.warp, self.remasking, self.generator = temperature, warp, remasking, generator
-        self.confidence_threshold, self.confidence_factor = confidence_threshold, confidence_factor
-        self.adaptive = ends_early or confidence_threshold is not None or confidence_factor is not None
-        if refinement is None:
-            refinement = BudgetRefinement(mixing_ratio) if mixing_ratio > 0 else NoRefinement()
-        self.refinement = refinement
+    def __init__(self, settings: ConfidenceSettings, start: int, length: int, generator: torch.Generator | None = None):
+        self.block_length = length if settings.block_length is None else settings.block_length
+        if settings.steps or not settings.polish_steps:
+            check_blocks(settings.steps, length, self.block_length)
+        self.settings, self.start, self.length, self.generator = settings, start, length, generator
+        fills_by_confidence = settings.confidence_threshold is not None or settings.confidence_factor is not None
+        self.adaptive = settings.ends_early or fills_by_confidence
+        self.refinement = settings.policy
         self.may_edit, self.may_remask = self.refinement.edits, self.refinement.remasks
-        self.fill_steps, self.steps = steps, steps + polish_steps
-        self.steps_per_block = max(steps * block_length // length, 1)
+        self.fill_steps, self.steps = settings.steps, settings.steps + settings.polish_steps
+        self.steps_per_block = max(settings.steps * self.block_length // length, 1)
 
     def begin(self, ids: Tensor, generated: Tensor, holes: Tensor | None = None) -> Canvas:
         holes = generated if holes is None else holes
         zeros = torch.zeros_like(ids[:, 0])
-        return Canvas(torch.where(holes, self.mask_token_id, ids), holes, generated, zeros, zeros, zeros.bool())
+        return Canvas(
+            torch.where(holes, self.settings.mask_token_id, ids), holes, generated, zeros, zeros, zeros.bool()
+        )
 
     def request(self, canvas: Canvas, i: int) -> Request:
         """The current block, and with refinement everything before it in the answer: nothing else can change."""
-        return Request(i, torch.arange(*self._columns(i), device=canvas.ids.device))
+        return Request(i, columns=torch.arange(*self._columns(i), device=canvas.ids.device))
 
     def _columns(self, i: int) -> tuple[int, int]:
         first, end = self.block(i)
@@ -102,38 +117,38 @@ class ConfidenceSampler(Sampler):
     def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
         """1. Predict. 2. Re-mask. 3. Fill the most confident holes. 4. Edit where the policy wants to. 5. Remember."""
         # 1.
-        look = self._look(canvas, logits, request)
+        view = self._view(canvas, logits, request)
         # 2.
-        remasked = self.refinement.remask(look)
-        look = replace(look, editable=look.editable & ~remasked)
+        remasked = self.refinement.remask(view)
+        view = replace(view, editable=view.editable & ~remasked)
         # 3.
-        priority = look.conf_predicted
-        if self.remasking == "random":
+        priority = view.conf_predicted
+        if self.settings.remasking == "random":
             priority = uniform(priority.shape, self.generator, priority.device)
-        fill = most_confident(priority, look.holes, self._fill_count(look) + remasked.sum(-1))
+        fill = most_confident(priority, view.holes, self._fill_count(view) + remasked.sum(-1))
         # 4.
-        edit = self.refinement.edit(look, fill)
-        tokens = torch.where(fill | edit, look.predicted, torch.where(remasked, self.mask_token_id, look.ids))
+        edit = self.refinement.edit(view, fill)
+        tokens = torch.where(fill | edit, view.predicted, torch.where(remasked, self.settings.mask_token_id, view.ids))
         # 5.
-        holes = canvas.holes.gather(1, look.columns)
+        holes = canvas.holes.gather(1, view.columns)
         return replace(
             canvas,
-            ids=look.write(canvas.ids, tokens),
-            holes=look.write(canvas.holes, (holes & ~fill) | remasked),
+            ids=view.write(canvas.ids, tokens),
+            holes=view.write(canvas.holes, (holes & ~fill) | remasked),
             num_edits=canvas.num_edits + edit.sum(-1),
             num_remasked=canvas.num_remasked + remasked.sum(-1),
-            undefined=canvas.undefined | (look.conf_predicted.isnan() & (fill | edit)).any(-1),
-            memory=self.refinement.remember(look, fill, edit),
+            undefined=canvas.undefined | (view.conf_predicted.isnan() & (fill | edit)).any(-1),
+            memory=self.refinement.remember(view, fill, edit),
         )
 
-    def _look(self, canvas: Canvas, logits: Tensor, request: Request) -> Look:
-        i, columns = request.i, request.positions.expand(canvas.ids.shape[0], -1)
+    def _view(self, canvas: Canvas, logits: Tensor, request: Request) -> StepView:
+        i, columns = request.i, request.columns.expand(canvas.ids.shape[0], -1)
         ids, holes, generated = (x.gather(1, columns) for x in (canvas.ids, canvas.holes, canvas.generated))
         predicted, conf_predicted, conf_current = self.predict(logits, ids)
         editable = generated & ~holes & self.working_rows(canvas, i)[:, None]
         if request.valid is not None:
             holes, editable = holes & request.valid, editable & request.valid
-        return Look(
+        return StepView(
             canvas=canvas,
             columns=columns,
             valid=request.valid,
@@ -158,7 +173,7 @@ class ConfidenceSampler(Sampler):
         Reads (B, C, N) logits of any dtype a few rows at a time, so that no copy of them is ever whole.
         """
         shape, logits, ids = ids.shape, logits.flatten(0, 1), ids.flatten()
-        u = uniform((len(ids), 1), self.generator, ids.device) if self.temperature > 0 else None
+        u = uniform((len(ids), 1), self.generator, ids.device) if self.settings.temperature > 0 else None
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         predicted = torch.empty_like(ids)
         confidences = torch.empty(2, len(ids), dtype=wide, device=ids.device)
@@ -167,7 +182,7 @@ class ConfidenceSampler(Sampler):
             if scratch is None:  # the first block is the largest
                 scratch = torch.empty_like(logits[rows], dtype=wide)
             block = scratch[: rows.stop - rows.start].copy_(logits[rows])
-            block[:, self.mask_token_id] = -torch.inf
+            block[:, self.settings.mask_token_id] = -torch.inf
             top, surest = block.max(-1, keepdim=True)  # of equals the first, and three times as fast as argmax
             predicted[rows] = surest.squeeze(-1) if u is None else self._draw(block, top, u[rows])
             both = torch.stack([predicted[rows], ids[rows]])
@@ -178,8 +193,8 @@ class ConfidenceSampler(Sampler):
 
     def _draw(self, logits: Tensor, top: Tensor, u: Tensor) -> Tensor:
         """Tokens at the quantiles u (M, 1) of softmax(warp(logits / temperature)); logits (M, N) with maximum `top`."""
-        tempered = (logits - top).div_(self.temperature)  # the difference first: it cannot overflow
-        tempered = tempered if self.warp is None else self.warp(tempered)
+        tempered = (logits - top).div_(self.settings.temperature)  # the difference first: it cannot overflow
+        tempered = tempered if self.settings.warp is None else self.settings.warp(tempered)
         return draw_from_weights(tempered.exp_(), u)
 
     def block(self, i: int) -> tuple[int, int]:
@@ -207,7 +222,7 @@ class ConfidenceSampler(Sampler):
         return i >= self.fill_steps
 
     def settled_rows(self, before: Canvas, after: Canvas, i: int) -> Tensor | None:
-        if not self.polishing(i) or self.temperature > 0:
+        if not self.polishing(i) or self.settings.temperature > 0:
             return None
         return (before.ids == after.ids).all(-1)
 
@@ -223,23 +238,23 @@ class ConfidenceSampler(Sampler):
         first, end = self.block(i)
         return not canvas.holes[:, first:end].any()
 
-    def _fill_count(self, look: Look) -> Tensor:
+    def _fill_count(self, view: StepView) -> Tensor:
         """Holes that a step fills, (B,): its share a_i, or more where the network is sure."""
-        count = self._share(look)
-        confidence = torch.where(look.holes, look.conf_predicted, 0.0)
-        if self.confidence_threshold is not None:
-            count = torch.maximum(count, (look.holes & (confidence >= self.confidence_threshold)).sum(-1))
-        if self.confidence_factor is not None:
+        count = self._share(view)
+        confidence = torch.where(view.holes, view.conf_predicted, 0.0)
+        if self.settings.confidence_threshold is not None:
+            count = torch.maximum(count, (view.holes & (confidence >= self.settings.confidence_threshold)).sum(-1))
+        if self.settings.confidence_factor is not None:
             falling = confidence.sort(dim=-1, descending=True).values
             n = torch.arange(1, falling.shape[-1] + 1, device=falling.device)
-            sure = (n + 1) * (1 - falling) < self.confidence_factor
+            sure = (n + 1) * (1 - falling) < self.settings.confidence_factor
             count = torch.maximum(count, sure.long().cumprod(-1).sum(-1))
         return count
 
-    def _share(self, look: Look) -> Tensor:
+    def _share(self, view: StepView) -> Tensor:
         """a_i, (B,): what is left of the block over the steps that are left, so earlier steps take the remainder."""
-        steps_left = max(look.steps_per_block - look.done, 1)
-        return (look.holes.sum(-1) + steps_left - 1) // steps_left
+        steps_left = max(view.steps_per_block - view.done, 1)
+        return (view.holes.sum(-1) + steps_left - 1) // steps_left
 
 
 def check_blocks(

@@ -24,15 +24,22 @@ from transformers.utils import ModelOutput, logging
 
 from ..diffusion.categorical import refuse_undefined
 from ..diffusion.checks import validate_ids
-from ..diffusion.noise import NoiseKernel
-from ..diffusion.schedules import get_schedule
 from . import released
 from .ancestral import AncestralSampler
 from .cache import check_cache_attention
-from .confidence import ConfidenceSampler, check_blocks
+from .confidence import ConfidenceSampler, ConfidenceSettings, check_blocks
 from .config import CONFIDENCE_ONLY, REMASKING_POLICIES, XDLMGenerationConfig, unknown_options
 from .loop import Finished, denoise
 from .network import Network
+from .protocol import (
+    DiffusionModel,
+    check_cache,
+    check_conditioning,
+    default_mixing_ratio,
+    input_device,
+    length_limit,
+    output_rows,
+)
 from .refinement import (
     BudgetRefinement,
     LoopGuard,
@@ -110,8 +117,8 @@ class _Task:
         return replace(self, **{name: getattr(self, name).repeat_interleave(times, 0) for name in names})
 
 
-class XDLMGenerationMixin:
-    """Gives `generate` to a model whose logits are about their own position and whose config names k and schedule."""
+class XDLMGenerationMixin(DiffusionModel):
+    """Gives `generate` to a diffusion model of tokens; `protocol` says what it asks of the model."""
 
     generation_config_class = XDLMGenerationConfig
 
@@ -341,6 +348,7 @@ class XDLMGenerationMixin:
         options = XDLMGenerationConfig()
         defaults = XDLMGenerationConfig._get_default_generation_params()
         defaults |= {name: getattr(self.config, name, None) for name in _FROM_MODEL_CONFIG}
+        defaults["mixing_ratio"] = default_mixing_ratio(self.config)
         for name in XDLMGenerationConfig.OPTIONS:
             stored = None if name in unfit else getattr(self.generation_config, name, None)
             values = [kwargs.get(name), getattr(given, name, None), stored, defaults.get(name)]
@@ -363,7 +371,18 @@ class XDLMGenerationMixin:
             )
         if options.cfg_scale and options.mask_token_id is None:
             raise ValueError(f"cfg_scale={options.cfg_scale} masks the prompt and needs a mask_token_id.")
+        check_conditioning(
+            self,
+            ("timesteps",) if options.sampler == "ancestral" and not options.reference_compat else (),
+            f"generation with sampler={options.sampler!r}",
+        )
+        if options.sampler == "ancestral" and self.attention != "full":
+            raise ValueError(
+                f"sampler='ancestral' denoises all positions at once, and {type(self).__name__} has "
+                f"attention={self.attention!r}; use sampler='confidence' with the block_length of its training."
+            )
         if options.use_cache:
+            check_cache(self, options.use_cache)
             check_cache_attention(self.config._attn_implementation)
             if self.training and self.is_gradient_checkpointing:
                 raise ValueError(
@@ -384,7 +403,7 @@ class XDLMGenerationMixin:
                     f"{name}={getattr(options, name)} bounds a refinement, and there is none to bound with "
                     f"mixing_ratio={options.mixing_ratio} and refinement={options.refinement!r}; leave it out."
                 )
-        rows = self.config.embedding_size
+        rows = output_rows(self.config)
         for name in ("mask_token_id", "pad_token_id"):
             if getattr(options, name) is not None:
                 validate_ids(name, torch.tensor([getattr(options, name)]), rows)
@@ -403,7 +422,7 @@ class XDLMGenerationMixin:
         adds_answer: bool,
     ) -> tuple[Tensor, Tensor]:
         """Prompts and their mask, on the device of the embedding."""
-        device = self.get_input_embeddings().weight.device
+        device = input_device(self)
         if input_ids is None:
             if attention_mask is not None:
                 raise ValueError("attention_mask was given without input_ids.")
@@ -428,38 +447,39 @@ class XDLMGenerationMixin:
         strange = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
         if strange.numel():  # positions are counted by it
             raise ValueError(f"attention_mask holds {strange[0].item()}; it must be 1 at text and 0 at padding.")
-        validate_ids("input_ids", input_ids, self.config.embedding_size)
-        limit = self.config.max_sequence_length
+        validate_ids("input_ids", input_ids, output_rows(self.config))
+        limit = length_limit(self.config)
         if not adds_answer and input_ids.shape[1] > limit:
             raise ValueError(
-                f"a text of {input_ids.shape[1]} tokens is longer than the model's max_sequence_length={limit}; "
-                "shorten it."
+                f"a text of {input_ids.shape[1]} tokens is longer than the model's limit of {limit}; shorten it."
             )
         total = input_ids.shape[1] + options.max_new_tokens
         if adds_answer and total > limit:
             raise ValueError(
                 f"a prompt of {input_ids.shape[1]} and max_new_tokens={options.max_new_tokens} make {total} tokens, "
-                f"more than the model's max_sequence_length={limit}; shorten one of them."
+                f"more than the model's limit of {limit}; shorten one of them."
             )
         return input_ids.to(device).long(), attention_mask.to(device).long()
 
     def _make_sampler(self, options: XDLMGenerationConfig, task: _Task, generator: torch.Generator | None) -> Sampler:
-        common = {"steps": options.steps, "start": task.start, "length": task.length, "generator": generator}
-        kernel = None
+        common = {"start": task.start, "length": task.length, "generator": generator}
+        process = None
         if options.sampler == "ancestral":
-            kernel = NoiseKernel(self.config.embedding_size, options.mixing_ratio, options.mask_token_id)
+            schedule = "loglinear" if options.reference_compat else None
+            process = self.noise_process(options.mixing_ratio, schedule, options.mask_token_id)
         if options.reference_compat:
-            return released.make_sampler(options, kernel, **common)
-        common["warp"] = _make_warp(options)
+            return released.make_sampler(options, process, steps=options.steps, **common)
+        warp = _make_warp(options)
         if options.sampler == "ancestral":
             temperature = 1.0 if options.temperature is None else options.temperature
-            return AncestralSampler(kernel, get_schedule(self.config.noise_schedule), temperature=temperature, **common)
-        return ConfidenceSampler(
+            return AncestralSampler(process, options.steps, temperature=temperature, warp=warp, **common)
+        settings = ConfidenceSettings(
             options.mask_token_id,
             options.mixing_ratio,
-            **common,
+            options.steps,
             block_length=options.block_length,
             temperature=options.temperature or 0.0,
+            warp=warp,
             remasking=options.remasking or "low_confidence",
             refinement=make_refinement(options),
             polish_steps=options.polish_steps or 0,
@@ -467,6 +487,7 @@ class XDLMGenerationMixin:
             confidence_factor=options.confidence_factor,
             ends_early=not task.open_ended,
         )
+        return ConfidenceSampler(settings, **common)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """The arguments as they are. Not used here; peft looks it up to load adapters saved as causal ones."""

@@ -1,6 +1,6 @@
 """The loop around a sampler: the network where a step needs it, and which rows are still at work.
 
-`generation.py` resolves what the user asked for and calls `denoise`. Costs are counted in forward passes.
+`generate` resolves what the user asked for and calls `denoise`. Costs are counted in forward passes.
 
 Shapes: B batch, R <= B rows still at work, T whole length (prompt and answer), N rows of the output layer.
 """
@@ -17,7 +17,7 @@ from .canvas import Canvas
 from .network import Network
 from .sampler import Sampler
 
-# A row at end-of-text is looked for every so many steps: looking waits for the device.
+# Steps between checks for rows at end-of-text, each of which synchronizes with the device.
 _STEPS_BETWEEN_CHECKS = 4
 
 
@@ -137,7 +137,10 @@ def denoise(
         before, passes = canvas, network.num_forward_passes
         working = sampler.working_rows(canvas, i)
         # 2.
-        logits, request = network.logits(canvas.ids, request, sampler)
+        if request.mask is None:
+            logits, request = network.at_columns(canvas.ids, request, sampler)
+        else:
+            logits = network.at_mask(canvas.ids, request.mask, request.t)
         # 3.
         canvas = sampler.step(canvas, logits, request)
         progress.passes[progress.rows] += working * (network.num_forward_passes - passes)

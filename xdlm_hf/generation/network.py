@@ -14,6 +14,7 @@ from transformers.generation import LogitsProcessorList
 from ..diffusion.categorical import row_slices
 from .cache import CanvasCache, RefreshPlan
 from .canvas import Canvas
+from .protocol import check_padding, forward_arguments, logits_at, output_rows, runs_in_parts
 from .sampler import Request, Sampler
 
 # Logits that one product of the output layer makes, where a step reads them a few positions at a time: enough for the
@@ -25,7 +26,7 @@ class Network:
     """Logits of chosen positions: forward pass, cache, guidance, processors; counts forward passes.
 
     Args:
-        model: Ids to logits.
+        model: Ids to logits, a `DiffusionModel`.
         attention_mask: (B, T), 0 at padding.
         canvas: The sampler's first canvas.
         options: A resolved `XDLMGenerationConfig`.
@@ -48,11 +49,15 @@ class Network:
         self.position_ids: Tensor | None = None
         # Without padding there is nothing to tell the model, and attention runs its fastest kernel.
         if not attention_mask.all():
+            check_padding(model, attention_mask)
             self.attention_mask = attention_mask
-            self.position_ids = self._positions(attention_mask)
+            if "position_ids" in forward_arguments(type(model)):
+                self.position_ids = self._positions(attention_mask)
         self.plan = RefreshPlan(options.use_cache, options.cache_refresh) if options.use_cache else None
         # Guidance runs two streams, and each has its own keys and values.
-        self.caches = [CanvasCache(model.config.n_layers) for _ in range(2)] if options.use_cache else [None, None]
+        self.caches = (
+            [CanvasCache(model.config.num_hidden_layers) for _ in range(2)] if options.use_cache else [None, None]
+        )
 
     def _hidden(self, attention_mask: Tensor, canvas: Canvas) -> Tensor:
         """(B, T) bool, the text that guidance hides: the prompt, and what else is fixed."""
@@ -63,46 +68,45 @@ class Network:
         padding stands."""
         return (attention_mask.cumsum(-1) - 1).clamp_min(0)
 
-    def logits(self, ids: Tensor, request: Request, sampler: Sampler) -> tuple[Tensor | Iterator[Tensor], Request]:
-        """What a step asked for, and for which positions it could be had: with a cache, those computed in this step.
+    def at_columns(self, ids: Tensor, request: Request, sampler: Sampler) -> tuple[Tensor, Request]:
+        """Logits (R, C, N) of the columns that a step asks for, in the model's dtype.
 
-        Logits of columns are (R, C, N), those of a mask come in chunks (m, N), in the model's dtype; guided, processed
-        or suppressed ones in float32 or wider.
+        Guided, processed or suppressed ones are float32 or wider. With a cache the request comes back with the columns
+        that could be had: those computed in this step.
         """
-        positions = request.positions
-        if positions.dtype == torch.bool:
-            return self._chunks(ids, positions), request
-        columns = None
+        positions, columns = request.columns, None
         if self.plan is not None:
             i = request.i
             planned = self.plan.columns(ids, sampler.block(i), sampler.may_edit, sampler.polishing(i))
             if planned is not None:
                 columns, valid, open_columns = planned
-                request = replace(request, positions=columns[:, :open_columns], valid=valid)
+                request = replace(request, columns=columns[:, :open_columns], valid=valid)
                 positions = torch.arange(open_columns, device=ids.device)
-        return self._adjusted(self._streams(ids, positions, columns), ids), request
+        return self._adjusted(self._streams(ids, positions, columns, request.t), ids), request
 
-    def _streams(self, ids: Tensor, positions: Tensor, columns: Tensor | None) -> Sequence[Tensor]:
-        """Logits of each text at the positions, (R, C, N) each; with a cache only `columns` (R, W) are computed."""
-        return [
-            self.model(logits_to_keep=positions, **self._inputs(stream, text, columns)).logits
-            for stream, text in enumerate(self._texts(ids))
-        ]
+    def at_mask(self, ids: Tensor, mask: Tensor, t: float | None = None) -> Iterator[Tensor]:
+        """Logits of the positions (R, T) bool in row-major order, chunk by chunk (m, N), of a dtype as `at_columns`.
 
-    def _chunks(self, ids: Tensor, positions: Tensor) -> Iterator[Tensor]:
-        """Logits of the positions (R, T) bool in row-major order, chunk by chunk; none cost no forward pass."""
-        if not positions.any():
+        No position costs no forward pass. `t` is the time of the step, if it is known.
+        """
+        if not mask.any():
             return
-        texts, rows = enumerate(self._texts(ids)), positions.nonzero()[:, 0]
-        if not is_unwrapped(self.model):
-            keep = {"logits_to_keep": positions}
-            streams = [self.model(**self._inputs(stream, text, None), **keep).logits for stream, text in texts]
-            yield self._adjusted(streams, ids[rows])
+        rows = mask.nonzero()[:, 0]
+        if not runs_in_parts(self.model):
+            yield self._adjusted(self._streams(ids, mask, None, t), ids[rows])
             return
         body, head = self.model.base_model, self.model.get_output_embeddings()
-        streams = [body(**self._inputs(stream, text, None)).last_hidden_state[positions] for stream, text in texts]
-        for part in chunk_slices(len(rows), self.model.config.embedding_size, ids.device):
+        texts = enumerate(self._texts(ids))
+        streams = [body(**self._inputs(stream, text, None, t)).last_hidden_state[mask] for stream, text in texts]
+        for part in chunk_slices(len(rows), output_rows(self.model.config), ids.device):
             yield self._adjusted([head(hidden[part]) for hidden in streams], ids[rows[part]])
+
+    def _streams(self, ids: Tensor, positions: Tensor, columns: Tensor | None, t: float | None) -> Sequence[Tensor]:
+        """Logits of each text, see `logits_at`; with a cache only `columns` (R, W) are computed."""
+        return [
+            logits_at(self.model, self._inputs(stream, text, columns, t), positions)
+            for stream, text in enumerate(self._texts(ids))
+        ]
 
     def _texts(self, ids: Tensor) -> Sequence[Tensor]:
         """What the network reads, (R, T) each: the text, and under guidance the text with its prompt hidden."""
@@ -110,7 +114,7 @@ class Network:
             return (ids,)
         return ids, torch.where(self.hidden, self.options.mask_token_id, ids)
 
-    def _inputs(self, stream: int, ids: Tensor, columns: Tensor | None) -> dict[str, Any]:
+    def _inputs(self, stream: int, ids: Tensor, columns: Tensor | None, t: float | None) -> dict[str, Any]:
         """Arguments of one forward pass, which is counted."""
         self.num_forward_passes += 1
         inputs = {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
@@ -119,6 +123,9 @@ class Network:
             ids = ids.gather(1, columns)
         if self.caches[stream] is not None:
             inputs["past_key_values"] = self.caches[stream].at(columns)
+        if "timesteps" in self.model.conditioning:
+            times = torch.full((len(ids),), t, dtype=torch.float64, device=ids.device)
+            inputs["timesteps"] = self.model.timesteps(times)
         return {"input_ids": ids, **{name: value for name, value in inputs.items() if value is not None}}
 
     def _adjusted(self, streams: Sequence[Tensor], ids: Tensor) -> Tensor:
@@ -157,13 +164,6 @@ class Network:
             for cache in self.caches:
                 if cache.get_seq_length():
                     cache.batch_select_indices(rows)
-
-
-def is_unwrapped(model: torch.nn.Module) -> bool:
-    """Whether calling the model runs its class's `forward` and nothing else. FSDP, accelerate (autocast, models spread
-    over devices) and torch.compile put themselves around it, and then parts of the model must not be called alone."""
-    around = model._forward_pre_hooks or model._forward_hooks or model._compiled_call_impl
-    return not around and "forward" not in vars(model)
 
 
 def chunk_slices(m: int, vocab_size: int, device: torch.device) -> Iterator[slice]:

@@ -1,10 +1,10 @@
-"""What a step may take back: policies that edit or re-mask tokens already filled, one class each.
+"""Policies that revise committed tokens, by editing or re-masking them; one class each.
 
-A policy sees a `Look`: what the network says in this step about the columns it was asked for. `edit` picks filled
+A policy sees a `StepView`: what the network says in this step about the columns it was asked for. `edit` picks filled
 tokens that become the predicted ones, `remask` filled tokens that become holes again. Policies hold no state; what one
 must remember per position lives in `Canvas.memory`. Any policy works with any weights; only XDLM's budget follows k.
 
-Shapes: B batch, T whole length, C columns looked at. Confidences are probabilities under the untempered softmax.
+Shapes: B batch, T whole length, C columns of a step. Confidences are probabilities under the untempered softmax.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.categorical import uniform
-from .canvas import Look
+from .canvas import StepView
 
 REMASK_SCHEDULES = ("cap", "rescale", "confidence")
 
@@ -26,16 +26,16 @@ class Refinement(ABC):
     remasks = False  # True: filled tokens of the current block may become holes again
 
     @abstractmethod
-    def edit(self, look: Look, fill: Tensor) -> Tensor:
+    def edit(self, view: StepView, fill: Tensor) -> Tensor:
         """Filled tokens to replace by the predicted ones; `fill` are the holes that this step fills."""
 
-    def remask(self, look: Look) -> Tensor:
+    def remask(self, view: StepView) -> Tensor:
         """Filled tokens to turn into holes again; the step fills as many holes more, as far as there are any."""
-        return torch.zeros_like(look.holes)
+        return torch.zeros_like(view.holes)
 
-    def remember(self, look: Look, filled: Tensor, edited: Tensor) -> dict[str, Tensor]:
+    def remember(self, view: StepView, filled: Tensor, edited: Tensor) -> dict[str, Tensor]:
         """What the canvas remembers after the step, by name, (B, T) each."""
-        return look.canvas.memory
+        return view.canvas.memory
 
 
 class NoRefinement(Refinement):
@@ -43,7 +43,7 @@ class NoRefinement(Refinement):
 
     edits = False
 
-    def edit(self, look: Look, fill: Tensor) -> Tensor:
+    def edit(self, view: StepView, fill: Tensor) -> Tensor:
         return torch.zeros_like(fill)
 
 
@@ -60,13 +60,13 @@ class BudgetRefinement(Refinement):
     def __init__(self, mixing_ratio: float):
         self.mixing_ratio = mixing_ratio
 
-    def edit(self, look: Look, fill: Tensor) -> Tensor:
-        return most_confident(look.conf_predicted, look.disagrees, self.allowance(look, fill))
+    def edit(self, view: StepView, fill: Tensor) -> Tensor:
+        return most_confident(view.conf_predicted, view.disagrees, self.allowance(view, fill))
 
-    def allowance(self, look: Look, fill: Tensor) -> Tensor:
+    def allowance(self, view: StepView, fill: Tensor) -> Tensor:
         """u_i, (B,): edits that this step may make."""
-        canvas = look.canvas
-        if look.step == 0 and not look.polish_steps_left:
+        canvas = view.canvas
+        if view.step == 0 and not view.polish_steps_left:
             return torch.zeros_like(canvas.num_edits)
         filled = (canvas.generated & ~canvas.holes).sum(-1) + fill.sum(-1)
         if self.mixing_ratio == 1:
@@ -75,7 +75,7 @@ class BudgetRefinement(Refinement):
         # In float64: an integer tensor times a Python float would be float32, and the nudge lost in its rounding.
         budget = (filled.double() * (self.mixing_ratio / (1 - self.mixing_ratio)) + 1e-9).floor().long()
         left = budget - canvas.num_edits
-        return -(-left // look.polish_steps_left) if look.polish_steps_left else left
+        return -(-left // view.polish_steps_left) if view.polish_steps_left else left
 
 
 class ThresholdRefinement(Refinement):
@@ -88,8 +88,8 @@ class ThresholdRefinement(Refinement):
     def __init__(self, threshold: float):
         self.threshold = threshold
 
-    def edit(self, look: Look, fill: Tensor) -> Tensor:
-        return look.disagrees & (look.conf_predicted >= self.threshold)
+    def edit(self, view: StepView, fill: Tensor) -> Tensor:
+        return view.disagrees & (view.conf_predicted >= self.threshold)
 
 
 class RemaskingRefinement(Refinement):
@@ -113,31 +113,31 @@ class RemaskingRefinement(Refinement):
     def __init__(self, schedule: str, rate: float):
         self.schedule, self.rate = schedule, rate
 
-    def edit(self, look: Look, fill: Tensor) -> Tensor:
+    def edit(self, view: StepView, fill: Tensor) -> Tensor:
         return torch.zeros_like(fill)
 
-    def remask(self, look: Look) -> Tensor:
-        candidates = look.editable & look.in_block
-        u = uniform(candidates.shape, look.generator, candidates.device)
-        return candidates & (u < self.sigma(look, candidates))
+    def remask(self, view: StepView) -> Tensor:
+        candidates = view.editable & view.in_block
+        u = uniform(candidates.shape, view.generator, candidates.device)
+        return candidates & (u < self.sigma(view, candidates))
 
-    def sigma(self, look: Look, candidates: Tensor) -> Tensor | float:
+    def sigma(self, view: StepView, candidates: Tensor) -> Tensor | float:
         """Probability of each candidate to become a hole, float or (B, C)."""
-        alpha_t, alpha_s = look.done / look.steps_per_block, (look.done + 1) / look.steps_per_block
+        alpha_t, alpha_s = view.done / view.steps_per_block, (view.done + 1) / view.steps_per_block
         largest = min(1.0, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 1.0
         if self.schedule == "cap":
             return min(self.rate, largest)
         if self.schedule == "rescale":
             return self.rate * largest
-        psi = look.recall("confidence", 0.0).double()
+        psi = view.recall("confidence", 0.0).double()
         share = torch.where(candidates, -psi, -torch.inf).softmax(-1)
         return self.rate * largest * share.nan_to_num(0.0)  # a row without candidates has no softmax
 
-    def remember(self, look: Look, filled: Tensor, edited: Tensor) -> dict[str, Tensor]:
+    def remember(self, view: StepView, filled: Tensor, edited: Tensor) -> dict[str, Tensor]:
         if self.schedule != "confidence":
-            return look.canvas.memory
-        confidence = torch.where(filled, look.conf_predicted, look.recall("confidence", 0.0))
-        return {**look.canvas.memory, "confidence": remembered(look, "confidence", confidence)}
+            return view.canvas.memory
+        confidence = torch.where(filled, view.conf_predicted, view.recall("confidence", 0.0))
+        return {**view.canvas.memory, "confidence": remembered(view, "confidence", confidence)}
 
 
 class SwitchedOff(Refinement):
@@ -152,21 +152,21 @@ class SwitchedOff(Refinement):
         self.policy, self.last_steps = policy, last_steps
         self.edits, self.remasks = policy.edits, policy.remasks
 
-    def _off(self, look: Look) -> bool:
-        return 0 < look.fill_steps_left <= self.last_steps
+    def _off(self, view: StepView) -> bool:
+        return 0 < view.fill_steps_left <= self.last_steps
 
-    def edit(self, look: Look, fill: Tensor) -> Tensor:
-        return torch.zeros_like(fill) if self._off(look) else self.policy.edit(look, fill)
+    def edit(self, view: StepView, fill: Tensor) -> Tensor:
+        return torch.zeros_like(fill) if self._off(view) else self.policy.edit(view, fill)
 
-    def remask(self, look: Look) -> Tensor:
-        return torch.zeros_like(look.holes) if self._off(look) else self.policy.remask(look)
+    def remask(self, view: StepView) -> Tensor:
+        return torch.zeros_like(view.holes) if self._off(view) else self.policy.remask(view)
 
-    def remember(self, look: Look, filled: Tensor, edited: Tensor) -> dict[str, Tensor]:
-        return self.policy.remember(look, filled, edited)
+    def remember(self, view: StepView, filled: Tensor, edited: Tensor) -> dict[str, Tensor]:
+        return self.policy.remember(view, filled, edited)
 
 
 class LoopGuard(Refinement):
-    """Another policy, kept from going round in circles.
+    """Another policy, with a bound on the edits of a position.
 
     A position is edited at most `max_edits` times, and never back to the token that its last edit replaced: without
     this, two tokens that each favour the other's replacement swap for ever.
@@ -180,29 +180,29 @@ class LoopGuard(Refinement):
         self.policy, self.max_edits = policy, max_edits
         self.edits, self.remasks = policy.edits, policy.remasks
 
-    def edit(self, look: Look, fill: Tensor) -> Tensor:
-        allowed = look.recall("edits", 0) < self.max_edits
-        allowed &= look.predicted != look.recall("replaced", -1).long()
-        return self.policy.edit(replace(look, editable=look.editable & allowed), fill)
+    def edit(self, view: StepView, fill: Tensor) -> Tensor:
+        allowed = view.recall("edits", 0) < self.max_edits
+        allowed &= view.predicted != view.recall("replaced", -1).long()
+        return self.policy.edit(replace(view, editable=view.editable & allowed), fill)
 
-    def remask(self, look: Look) -> Tensor:
-        return self.policy.remask(look)
+    def remask(self, view: StepView) -> Tensor:
+        return self.policy.remask(view)
 
-    def remember(self, look: Look, filled: Tensor, edited: Tensor) -> dict[str, Tensor]:
-        memory = dict(self.policy.remember(look, filled, edited))
+    def remember(self, view: StepView, filled: Tensor, edited: Tensor) -> dict[str, Tensor]:
+        memory = dict(self.policy.remember(view, filled, edited))
         # float64 holds every id exactly, and one dtype serves all memories.
-        edits = look.recall("edits", 0).double() + edited
-        replaced = torch.where(edited, look.ids.double(), look.recall("replaced", -1).double())
-        memory["edits"] = remembered(look, "edits", edits)
-        memory["replaced"] = remembered(look, "replaced", replaced, empty=-1)
+        edits = view.recall("edits", 0).double() + edited
+        replaced = torch.where(edited, view.ids.double(), view.recall("replaced", -1).double())
+        memory["edits"] = remembered(view, "edits", edits)
+        memory["replaced"] = remembered(view, "replaced", replaced, empty=-1)
         return memory
 
 
-def remembered(look: Look, name: str, values: Tensor, empty: float = 0) -> Tensor:
-    """The memory `name`, (B, T) float64, with `values` (B, C) at the columns of the look."""
-    kept = look.canvas.memory.get(name)
-    kept = torch.full(look.canvas.ids.shape, empty, dtype=torch.double, device=values.device) if kept is None else kept
-    return look.write(kept, values.double())
+def remembered(view: StepView, name: str, values: Tensor, empty: float = 0) -> Tensor:
+    """The memory `name`, (B, T) float64, with `values` (B, C) at the columns of the view."""
+    kept = view.canvas.memory.get(name)
+    kept = torch.full(view.canvas.ids.shape, empty, dtype=torch.double, device=values.device) if kept is None else kept
+    return view.write(kept, values.double())
 
 
 def most_confident(priority: Tensor, candidates: Tensor, count: Tensor) -> Tensor:

@@ -24,13 +24,12 @@ import torch
 from torch import Tensor
 
 from ..diffusion.categorical import masked_logits, refuse_undefined, uniform
-from ..diffusion.noise import NoiseKernel
-from ..diffusion.reverse import posterior
-from ..diffusion.schedules import LogLinearSchedule, Schedule
+from ..diffusion.process import NoiseProcess
 from .ancestral import AncestralSampler
 from .canvas import Canvas
 from .confidence import REMASKING, check_blocks
 from .network import Network
+from .protocol import logits_at
 from .sampler import Request, Sampler
 
 # What this package adds to the released confidence sampler.
@@ -80,10 +79,10 @@ def check_options(options: Any) -> None:
         )
 
 
-def make_sampler(options: Any, kernel: NoiseKernel | None, **common: Any) -> Sampler:
-    """The released sampler that the options ask for; `kernel` is the ancestral sampler's, `common` go to either."""
+def make_sampler(options: Any, process: NoiseProcess | None, **common: Any) -> Sampler:
+    """The released sampler that the options ask for; `process` is the ancestral sampler's, `common` go to either."""
     if options.sampler == "ancestral":
-        return ReferenceAncestralSampler(kernel, LogLinearSchedule(), **common)
+        return ReferenceAncestralSampler(process, **common)
     return ReferenceConfidenceSampler(
         options.mask_token_id,
         options.mixing_ratio,
@@ -106,14 +105,14 @@ class ReferenceNetwork(Network):
     def _widened(self, logits: Tensor) -> Tensor:
         return logits
 
-    def _streams(self, ids: Tensor, positions: Tensor, columns: Tensor | None) -> tuple[Tensor, ...]:
+    def _streams(self, ids: Tensor, positions: Tensor, columns: Tensor | None, t: float | None) -> tuple[Tensor, ...]:
         """One pass over both texts: in low precision the size of a batch can decide how a product is rounded."""
         texts = self._texts(ids)
         self.num_forward_passes += len(texts)
-        inputs = {"input_ids": torch.cat(list(texts)), "logits_to_keep": positions}
+        inputs = {"input_ids": torch.cat(list(texts))}
         if self.attention_mask is not None:
             inputs["attention_mask"] = self.attention_mask.repeat(len(texts), 1)
-        return self.model(**inputs).logits.chunk(len(texts))
+        return logits_at(self.model, inputs, positions).chunk(len(texts))
 
 
 class ReferenceConfidenceSampler(Sampler):
@@ -173,7 +172,7 @@ class ReferenceConfidenceSampler(Sampler):
 
     def request(self, canvas: Canvas, i: int) -> Request:
         """All columns: ties fall by the width of the row."""
-        return Request(i, torch.arange(canvas.ids.shape[1], device=canvas.ids.device))
+        return Request(i, columns=torch.arange(canvas.ids.shape[1], device=canvas.ids.device))
 
     def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
         """1. Predict. 2. Choose holes to fill. 3. Choose tokens to edit. 4. Write both."""
@@ -250,45 +249,40 @@ class ReferenceAncestralSampler(AncestralSampler):
     the uniform part of the kernel; for k = 1, UDLM, posterior and noise are float64.
 
     Args:
-        kernel: Noise kernel with the model's N, k and mask token.
-        schedule: alpha_t; the release's is `LogLinearSchedule()`.
+        process: The noise, over the model's N rows; the release's schedule is `LogLinearSchedule()`.
         steps: Steps before the additional pass, as the release counts them.
         start, length, generator: As in `AncestralSampler`.
     """
 
     def __init__(
         self,
-        kernel: NoiseKernel,
-        schedule: Schedule,
+        process: NoiseProcess,
         steps: int,
         start: int,
         length: int,
         generator: torch.Generator | None = None,
     ):
-        super().__init__(kernel, schedule, steps, start, length, generator=generator)
-        self.times, self.steps = torch.linspace(1, _LAST_TIME, steps + 1), steps + 1
+        super().__init__(process, steps, start, length, generator=generator)
+        self.grid, self.steps = torch.linspace(1, _LAST_TIME, steps + 1), steps + 1
 
     def request(self, canvas: Canvas, i: int) -> Request:
         """Every position, as the released step reads them all."""
-        return Request(i, canvas.generated)
+        return Request(i, mask=canvas.generated, t=self.times(i)[1].item())
 
     def step(self, canvas: Canvas, logits: Iterable[Tensor], request: Request) -> Canvas:
-        p = masked_logits(torch.cat(list(logits)), self.kernel.absorbing_ids).softmax(-1)[None]
+        s, t = (time[0].to(canvas.ids.device) for time in self.times(request.i))
+        noise = self.process.noise(s[:, None])
+        p = masked_logits(torch.cat(list(logits)), noise.absorbing_ids).softmax(-1)[None]
         refuse_undefined(p[..., 0].isnan())  # one NaN makes a whole softmax NaN
-        p = p.double() if self.kernel.mixing_ratio == 1 else p.float()
-        z_t = canvas.ids[canvas.generated][None]
-        alpha_s, alpha_t = (rate.view(1) for rate in self._rates(request.i, canvas))
-        probs = posterior(p, z_t, alpha_s, alpha_t, self.kernel)
-        noise = uniform(probs.shape, self.generator, probs.device, probs.dtype)
+        p = p.double() if noise.mixing_ratio == 1 else p.float()
+        probs = self.process.posterior(p, canvas.ids[canvas.generated][None], s, t)
+        u = uniform(probs.shape, self.generator, probs.device, probs.dtype)
         # Gumbel-max without its logarithm: argmax of p / E, E exponential.
-        drawn = (probs / (1e-10 - (noise + 1e-10).log())).argmax(-1)
-        return self._moved(canvas, canvas.ids.masked_scatter(canvas.generated, drawn[0]))
+        drawn = (probs / (1e-10 - (u + 1e-10).log())).argmax(-1)
+        z_s = canvas.ids.masked_scatter(canvas.generated, drawn[0])
+        return self._moved(canvas, z_s, noise.absorbing_ids)
 
-    def _rates(self, i: int, canvas: Canvas) -> tuple[Tensor, Tensor]:
-        """alpha_s and alpha_t of step `i`, (1, 1) float32."""
-        t = self.times[i].to(canvas.ids.device).view(1, 1)
-        alpha_t, _ = self.schedule(t)
-        if i == self.steps - 1:
-            return torch.ones_like(alpha_t), alpha_t
-        alpha_s, _ = self.schedule(t - (1 - _LAST_TIME) / (self.steps - 1))
-        return alpha_s, alpha_t
+    def times(self, i: int) -> tuple[Tensor, Tensor]:
+        """s and t of step `i`, (1, 1) each, float32, on the CPU; the additional pass ends at s = 0, alpha_s = 1."""
+        t = self.grid[i].view(1, 1)
+        return (torch.zeros_like(t) if i == self.steps - 1 else t - (1 - _LAST_TIME) / (self.steps - 1)), t

@@ -20,14 +20,14 @@ from .canvas import Canvas
 
 @dataclass(frozen=True)
 class Request:
-    """What step `i` needs of the network."""
+    """What step `i` needs of the network: logits of columns, or of a mask; the other one is None."""
 
     i: int
-    # (C,) columns or (B, C) columns of each row, answered by logits (B, C, N); or (B, T) bool, answered by those M
-    # positions' logits in row-major order, in chunks (m, N)
-    positions: Tensor
-    draw: StepDraw | None = None  # what an ancestral step has drawn already
+    columns: Tensor | None = None  # (C,), or (B, C) for each row: answered by logits (B, C, N)
     valid: Tensor | None = None  # (B, C) bool, columns that count, where some only fill a row up
+    mask: Tensor | None = None  # (B, T) bool, M positions: answered by their logits in row-major order, chunks (m, N)
+    t: float | None = None  # the time of the step, for networks that take it; None: the sampler knows none
+    draw: StepDraw | None = None  # what an ancestral step has drawn already
 
 
 class Sampler(ABC):

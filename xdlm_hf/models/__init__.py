@@ -1,6 +1,7 @@
 """Networks, a folder each.
 
 registry     their registration with Transformers' Auto classes
+strict_loading  weights that belong to the config, or an error
 llada        LLaDA, in the format of its public checkpoints
 """
 

@@ -1,21 +1,41 @@
 """Registration of every model type with Transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
+from ..generation.protocol import DiffusionModel
 from .llada.configuration_llada import LLaDAConfig
 from .llada.modeling_llada import LLaDAForDiffusionLM
 
 # Configuration, and the network with logits.
-MODEL_FAMILIES = ((LLaDAConfig, LLaDAForDiffusionLM),)
+MODEL_FAMILIES: dict[type[PreTrainedConfig], type[DiffusionModel]] = {}
+
+
+def register_family(config: type[PreTrainedConfig], model: type[DiffusionModel]) -> None:
+    """Make the Auto classes, and all that loads checkpoints here, know a model type.
+
+    Registered classes win over a checkpoint's remote code and need no trust_remote_code. Both Auto classes of models
+    give the network with logits, as the auto_map of the public LLaDA checkpoints does.
+    """
+    MODEL_FAMILIES[config] = model
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
 
 
 def register() -> None:
-    """Make the Auto classes know the model types.
+    """Register the families of this package."""
+    register_family(LLaDAConfig, LLaDAForDiffusionLM)
 
-    Registered classes win over a checkpoint's remote code and need no trust_remote_code. Both Auto classes of models
-    give the network with logits, as the auto_map of the public checkpoints does.
+
+def model_class(config: PreTrainedConfig) -> type[DiffusionModel]:
+    """The class of the network with logits for a config.
+
+    Raises:
+        ValueError: If the config is of no registered family.
     """
-    for config, model in MODEL_FAMILIES:
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        AutoModelForCausalLM.register(config, model, exist_ok=True)
+    if type(config) not in MODEL_FAMILIES:
+        known = ", ".join(repr(family.model_type) for family in MODEL_FAMILIES)
+        raise ValueError(
+            f"model_type={config.model_type!r} is not a diffusion model that is known here; known are {known}."
+        )
+    return MODEL_FAMILIES[type(config)]

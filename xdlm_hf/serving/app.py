@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
+from ..generation.protocol import length_limit
 from .engine import Done, Engine, Job, Piece
 from .fields import RequestError
 from .prompts import TokenFloor
@@ -142,7 +143,7 @@ class _Service:
             "object": "model",
             "created": self.created,
             "owned_by": "xdlm_hf",
-            "max_model_len": self.engine.model.config.max_sequence_length,  # prompt and answer, as vLLM names it
+            "max_model_len": length_limit(self.engine.model.config),  # prompt and answer, as vLLM names it
         }
 
     def _counted(self, request: Request, response: Response) -> Response:

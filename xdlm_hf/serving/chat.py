@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation.confidence import check_blocks
 from ..generation.config import XDLMGenerationConfig
+from ..generation.protocol import length_limit
 from ..loading import DTYPES, end_ids, end_of_turn_ids, load
 from ..watch.display import harmless
 from ..watch.streamers import LiveStreamer
@@ -173,12 +174,12 @@ class Chat:
         Raises:
             ValueError: If the last message alone is too long.
         """
-        room = self.model.config.max_sequence_length - self._length
+        room = length_limit(self.model.config) - self._length
         ids = self._encode(messages[-1:])  # first, because a long message takes long, and longer with every turn before
         if ids.shape[1] > room:
             raise ValueError(
                 f"this message of {ids.shape[1]} tokens and an answer of {self._length} do not fit the model's "
-                f"{self.model.config.max_sequence_length}; shorten it, or the answer with /length."
+                f"{length_limit(self.model.config)}; shorten it, or the answer with /length."
             )
         for first in range(0, len(messages), 2):
             ids = self._encode(messages[first:])

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..generation.confidence import check_blocks
 from ..generation.config import REMASKING_POLICIES, XDLMGenerationConfig
+from ..generation.protocol import length_limit, output_rows
 from .fields import ENGINE, RequestError, read_fields
 from .prompts import PromptReader, TokenFloor, check_rows
 
@@ -136,9 +137,9 @@ def parse(
     settings = _settings(fields, max_tokens, limits, defaults)
     n, canvas = fields.get("n", 1), settings.max_new_tokens
     check_rows(1, n, limits.max_rows)
-    room = config.max_sequence_length - canvas
+    room = length_limit(config) - canvas
     room = room if limits.max_prompt_tokens is None else min(room, limits.max_prompt_tokens)
-    reader = PromptReader(tokenizer, config.embedding_size, canvas, room, floor)
+    reader = PromptReader(tokenizer, output_rows(config), canvas, room, floor)
     prompts = reader.conversation(fields) if chat else reader.prompts(fields, n, limits.max_rows)
     return GenerationRequest(
         chat,

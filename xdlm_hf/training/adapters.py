@@ -12,27 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bitsandbytes import functional
-from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
-
-from ..models.llada.configuration_llada import LLaDAConfig
 
 if TYPE_CHECKING:  # peft belongs to the extras: importing this module must not need it
     from peft import PeftModel
-# The block's projections; a bare `ff_out` would also match the output layer, which must stay a plain matrix.
-LORA_TARGETS = r".*blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
 NOISE_FILE = "xdlm_noise.json"
 _NOISE_FIELDS = ("mixing_ratio", "noise_schedule")
 
 
 def add_adapters(model: PreTrainedModel, rank: int, alpha: float, dropout: float = 0.0) -> "PeftModel":
-    """Freeze a LLaDA and put trainable adapters on all seven projections of each block.
+    """Freeze a model and put trainable adapters on its `lora_targets`; a LLaDA's are all seven projections of a block.
 
     Args:
-        model: The model, in any dtype or in 4 bits.
+        model: A `DiffusionModel`, in any dtype or in 4 bits.
         rank: Of the two matrices of each adapter.
         alpha: Scale of the adapters, times `rank`.
         dropout: Before the adapters.
@@ -40,6 +33,7 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float, dropout: float
     Raises:
         ValueError: If `rank` is not positive.
     """
+    from peft import LoraConfig, get_peft_model
 
     if rank < 1:
         raise ValueError(f"lora_rank={rank} must be at least 1; leave it at 0 to train all weights.")
@@ -47,13 +41,13 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float, dropout: float
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=LORA_TARGETS,
+        target_modules=model.lora_targets,
         task_type=None,  # peft's task types wrap generate() in ways that only causal models have
     )
     return get_peft_model(model, lora)
 
 
-def save_noise(config: LLaDAConfig, folder: str | Path) -> None:
+def save_noise(config: PreTrainedConfig, folder: str | Path) -> None:
     """Write the noise of a config beside an adapter: `{"mixing_ratio": k, "noise_schedule": name}`."""
     noise = {name: getattr(config, name) for name in _NOISE_FIELDS}
     Path(folder, NOISE_FILE).write_text(json.dumps(noise, indent=2) + "\n", encoding="utf-8")
@@ -69,11 +63,16 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, **options: Any) ->
         options: Further arguments of peft's `PeftModel.from_pretrained`.
 
     Raises:
-        ValueError: If the file holds anything but a mixing ratio and a known schedule; the model is as before.
+        ValueError: If the file holds anything but a mixing ratio and a known schedule, or they do not fit the model,
+            which is then as before.
     """
     from peft import PeftModel
 
     noise = _stored_noise(adapter, options.get("revision"))
+    try:
+        model.noise_process(**noise)  # checks the values
+    except ValueError as error:
+        raise ValueError(f"{adapter}: {NOISE_FILE}: {error}") from error
     adapted = PeftModel.from_pretrained(model, adapter, **options)
     for name, value in noise.items():
         setattr(model.config, name, value)
@@ -94,10 +93,8 @@ def _stored_noise(adapter: str | Path, revision: str | None) -> dict[str, Any]:
     noise = json.loads(Path(found).read_text(encoding="utf-8"))
     if not isinstance(noise, dict) or set(noise) != set(_NOISE_FIELDS):
         raise ValueError(f"{adapter}: {NOISE_FILE} must hold {' and '.join(_NOISE_FIELDS)}, not {noise!r:.80}.")
-    try:
-        LLaDAConfig(**noise)  # checks the values
-    except (ValueError, StrictDataclassError) as error:
-        raise ValueError(f"{adapter}: {NOISE_FILE}: {error}") from error
+    if isinstance(noise["mixing_ratio"], bool) or not isinstance(noise["mixing_ratio"], int | float):
+        raise ValueError(f"{adapter}: {NOISE_FILE}: mixing_ratio={noise['mixing_ratio']!r} must be a number.")
     return noise
 
 
@@ -127,6 +124,7 @@ def quantization_4bit(device: str | torch.device, compute_dtype: torch.dtype) ->
 
 def _probe_4bit(device: torch.device) -> None:
     """Quantize a few numbers: what a device or a build can do is not written down anywhere."""
+    from bitsandbytes import functional
 
     try:
         quantized, state = functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")

@@ -58,8 +58,8 @@ def flops_per_token(model: nn.Module, length: int) -> float:
     """Floating-point operations that training needs per token, recomputed activations not counted.
 
     Two per weight and token for the forward pass, two for the gradient of the inputs, two more for the gradient of a
-    weight that is trained; and attention over `length` tokens, both ways: 12 n_layers d_model L. LLaDA-8B: 211 TFLOP
-    for a row of 4096.
+    weight that is trained; and attention over `length` tokens, both ways: 12 layers x hidden_size x L. LLaDA-8B: 211
+    TFLOP for a row of 4096.
 
     Args:
         model: The model, or a peft model around it, before its parameters are spread over processes.
@@ -76,7 +76,7 @@ def flops_per_token(model: nn.Module, length: int) -> float:
         shape = getattr(parameter, "ds_shape", parameter.shape) if quantized is None else quantized.shape
         if len(shape) == 2 and id(parameter) not in lookups:
             flops += math.prod(shape) * (6 if parameter.requires_grad else 4)
-    return flops + 12 * model.config.n_layers * model.config.d_model * length
+    return flops + 12 * model.config.num_hidden_layers * model.config.hidden_size * length
 
 
 def peak_memory_gib(device: torch.device) -> float:

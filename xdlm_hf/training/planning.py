@@ -12,8 +12,8 @@ At the optimizer's step activations and loss are gone, so that the larger of bot
 estimate: it adds peaks that do not all fall on one moment. `RESERVED` of a GPU's memory is left for
 the CUDA context, NCCL and fragmentation. Dropout is taken to be 0, as in every config here.
 
-Shapes: B rows of one pass, L length, M = B L tokens, D = d_model, F = mlp_hidden_size, H heads, N rows of the output
-layer, W GPUs.
+Shapes: B rows of one pass, L length, M = B L tokens, D = hidden_size, F = intermediate_size, H heads, N rows of the
+output layer, W GPUs.
 Precision: w bytes of a weight, c bytes of a matrix product's input (2 in bfloat16, 4 in float32).
 """
 
@@ -27,6 +27,7 @@ from torch import nn
 
 from ..diffusion.ops.fused import CHUNK_TOKENS
 from ..diffusion.ops.rows import BLOCK_ELEMENTS
+from ..generation.protocol import output_rows
 from .metrics import flops_per_token
 from .optimizers import ADAMW, Optimizer
 from .precision import check_trained_dtype
@@ -108,7 +109,7 @@ class Run:
     """One way to train: what of it decides the memory.
 
     Args:
-        config: The model's `LLaDAConfig`.
+        config: The model's, in Transformers' names for a decoder with a gated MLP.
         counts: Its parameters.
         rows: B, rows of one pass on one GPU.
         length: L, tokens per row.
@@ -253,8 +254,8 @@ def activation_bytes(run: Run, layout: Layout) -> float:
     block at a time has the rest. Eager attention keeps (L, L) matrices beside it: (4 + c) H L per token.
     """
     config, (width, compute, copies) = run.config, run.precision(layout)
-    d, f, heads = config.d_model, config.mlp_hidden_size, config.n_heads
-    keys = config.n_kv_heads * d // heads
+    d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    keys = config.num_key_value_heads * d // heads
     norm = 4 if run.adapters_only else 4 + width
     block = 2 * norm * d + compute * d * (5 if copies else 2) + compute * (2 * d + 2 * keys) + 4 * heads
     block += 4 * compute * f
@@ -263,7 +264,7 @@ def activation_bytes(run: Run, layout: Layout) -> float:
     if config._attn_implementation == "eager":
         block += heads * run.length * (4 + (compute if compute < 4 else 0))
     ends = (norm + compute) * d
-    kept = config.n_layers * width * d + block if run.checkpointing else config.n_layers * block
+    kept = config.num_hidden_layers * width * d + block if run.checkpointing else config.num_hidden_layers * block
     return float(run.rows * run.length * (kept + ends))
 
 
@@ -276,22 +277,22 @@ def loss_bytes(run: Run, layout: Layout) -> float:
     and two float32 blocks in which rows of logits are read, at most as large as the logits.
     """
     _, compute, _ = run.precision(layout)
-    rows, tokens = run.config.embedding_size, run.rows * run.length
+    rows, tokens = output_rows(run.config), run.rows * run.length
     blocks = 8.0 * min(BLOCK_ELEMENTS[run.device], tokens * rows)
-    head = compute * rows * run.config.d_model if run.counts.head_trained else 0
+    head = compute * rows * run.config.hidden_size if run.counts.head_trained else 0
     if not run.fused_loss:
         return 2.0 * compute * tokens * rows + blocks + head
     chunk = min(run.chunk_size or CHUNK_TOKENS[run.device], tokens)
     blocks = min(blocks, 8.0 * chunk * rows)
-    return blocks + compute * chunk * rows + 4 * tokens * run.config.d_model + head
+    return blocks + compute * chunk * rows + 4 * tokens * run.config.hidden_size + head
 
 
 def run_flops(model: nn.Module, counts: Counts, length: int, tokens: int, checkpointing: bool) -> float:
     """Floating-point operations of a run over `tokens` tokens: `flops_per_token`, and with checkpointing a second
-    forward pass through the blocks: 2 for each weight of their matrices and 4 n_layers D L for attention."""
+    forward pass through the blocks: 2 for each weight of their matrices and 4 D L for attention of each layer."""
     per_token = flops_per_token(model, length)
     if checkpointing:
-        per_token += 2 * counts.block_matrices + 4 * model.config.n_layers * model.config.d_model * length
+        per_token += 2 * counts.block_matrices + 4 * model.config.num_hidden_layers * model.config.hidden_size * length
     return per_token * tokens
 
 

@@ -39,6 +39,7 @@ from ..data.tokenizer import check_tokenizer
 from ..diffusion.losses import diffusion_loss
 from ..diffusion.ops.fused import fused_linear_diffusion_loss
 from ..diffusion.schedules import get_schedule
+from ..generation.protocol import check_trainable
 from .adapters import save_noise
 from .arguments import XDLMTrainingArguments
 from .checkpoints import (
@@ -95,7 +96,7 @@ class XDLMTrainer(Trainer):
     NaN. Checkpoints are whole or absent, and resuming repeats the uninterrupted run bit for bit; see `checkpoints`.
 
     Args:
-        model: A `LLaDAForDiffusionLM` or a peft model around it. Its config is given the run's `mixing_ratio` and
+        model: A `DiffusionModel` or a peft model around it. Its config is given the run's `mixing_ratio` and
             `noise_schedule`, so that checkpoints know them.
         args: The run.
         data_collator: By default a `DiffusionCollator` with the tokenizer's, else the model's padding id.
@@ -125,6 +126,7 @@ class XDLMTrainer(Trainer):
     ):
         if not isinstance(args, XDLMTrainingArguments):
             raise ValueError(f"args must be XDLMTrainingArguments, got {type(args).__name__}.")
+        check_trainable(model)
         self.kernel = model.noise_kernel(args.mixing_ratio)
         self.schedule = get_schedule(args.noise_schedule)
         self.noise_seed = args.seed if args.noise_seed is None else args.noise_seed

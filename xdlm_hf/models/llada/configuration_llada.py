@@ -90,6 +90,7 @@ class LLaDAConfig(PreTrainedConfig):
         "num_key_value_heads": "n_kv_heads",
         "intermediate_size": "mlp_hidden_size",
         "max_position_embeddings": "max_sequence_length",
+        "output_rows": "embedding_size",
         "hidden_act": "activation_type",
         "initializer_range": "init_std",
         "tie_word_embeddings": "weight_tying",

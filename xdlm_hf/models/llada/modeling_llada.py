@@ -12,11 +12,9 @@ Shapes: B batch, L length, D = d_model, H query heads, W = D / H their width, N 
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -27,9 +25,10 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from ...diffusion.noise import NoiseKernel
 from ...generation.cache import CanvasCache, check_cache_attention
 from ...generation.generate import XDLMGenerationMixin
+from ...generation.protocol import plain_output_layer
+from ..strict_loading import StrictLoading
 from .configuration_llada import LLaDAConfig, refuse_copying_code
 
 
@@ -189,7 +188,7 @@ class LLaDABlock(GradientCheckpointingLayer):
         return nn.functional.dropout(branch, self.residual_dropout, self.training)
 
 
-class LLaDAPreTrainedModel(PreTrainedModel):
+class LLaDAPreTrainedModel(StrictLoading, PreTrainedModel):
     """What both LLaDA classes share: loading that refuses damaged or foreign files, embeddings, capabilities."""
 
     config: LLaDAConfig
@@ -206,50 +205,6 @@ class LLaDAPreTrainedModel(PreTrainedModel):
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)
         config.validate_llada()  # fields may have been set after construction
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path | None,
-        *model_args: Any,
-        use_safetensors: bool | None = None,
-        ignore_mismatched_sizes: bool = False,
-        output_loading_info: bool = False,
-        **kwargs: Any,
-    ) -> "LLaDAPreTrainedModel":
-        """Transformers' `from_pretrained`, with every doubt about the file an error instead of a warning.
-
-        Transformers initialises at random what a file lacks, ignores what the model lacks, and reads pickles.
-
-        Raises:
-            ValueError: If the weights are pickles; if a safetensors file is damaged; if a tensor is missing, unknown
-                to the model, or (unless `ignore_mismatched_sizes`) of another shape. The message names it.
-        """
-        source = pretrained_model_name_or_path
-        _refuse_pickle(source, use_safetensors)
-        try:
-            model, info = super().from_pretrained(
-                source,
-                *model_args,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # so that the report comes back and can be named below
-                output_loading_info=True,
-                **kwargs,
-            )
-        except SafetensorError as error:
-            raise ValueError(
-                f"{_damaged_file(source)} is not a whole safetensors file ({error}); it was probably cut short. "
-                "Copy or download it again."
-            ) from error
-        mismatched = set() if ignore_mismatched_sizes else info["mismatched_keys"]
-        _refuse_foreign_tensors(source, info["missing_keys"], info["unexpected_keys"], mismatched)
-        head, wte = model.get_output_embeddings(), model.get_input_embeddings()
-        if head is not None and model.config.weight_tying and head.weight is not wte.weight:
-            raise ValueError(
-                f"{source}: weight_tying is true, but the file holds an output layer that differs from the embedding; "
-                "set weight_tying to false in config.json to keep both."
-            )
-        return (model, info) if output_loading_info else model
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -353,11 +308,13 @@ class LLaDAModel(LLaDAPreTrainedModel):
 class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
     """LLaDA with its output layer: token ids (B, L), noisy or masked, to logits of the clean tokens (B, L, N).
 
-    Not shifted: the logits at a position are about that position. `noise_kernel()` is the noise the checkpoint was
-    trained with; the objective lives in `losses`, and `generate()` samples.
+    `noise_process()` is the noise the checkpoint was trained with, and has the objective; `generate()` samples.
     """
 
     _tied_weights_keys = {"model.transformer.ff_out.weight": "model.transformer.wte.weight"}
+    supports_canvas_cache = True
+    # The block's projections; a bare `ff_out` would also match the output layer, which must stay a plain matrix.
+    lora_targets = r".*blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)
@@ -372,18 +329,7 @@ class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.model.transformer.ff_out = value
 
-    def noise_kernel(self, mixing_ratio: float | None = None) -> NoiseKernel:
-        """The noise of this checkpoint, Eq. 7, over the N rows of the output layer.
-
-        Args:
-            mixing_ratio (`float`, *optional*, defaults to `config.mixing_ratio`): Another k.
-
-        Raises:
-            ValueError: If k lies outside [0, 1], or k < 1 and the config names no mask token.
-        """
-        k = self.config.mixing_ratio if mixing_ratio is None else mixing_ratio
-        return NoiseKernel(self.config.embedding_size, k, self.config.mask_token_id)
-
+    @plain_output_layer
     @can_return_tuple
     def forward(
         self,
@@ -455,58 +401,6 @@ def _check_cache(cache: Any, config: LLaDAConfig) -> None:
             "position: pass an xdlm_hf.generation.cache.CanvasCache, or generate with use_cache='prefix' or 'dual'."
         )
     check_cache_attention(config._attn_implementation)
-
-
-def _refuse_pickle(source: str | Path | None, use_safetensors: bool | None) -> None:
-    if use_safetensors is False:
-        raise ValueError(
-            "use_safetensors=False asks for pickle weights, which run code when loaded and are refused; "
-            "convert them to model.safetensors and drop the argument."
-        )
-    folder = Path(source) if source is not None else None
-    if folder is None or not folder.is_dir() or any(folder.rglob("*.safetensors*")):
-        return
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickles:
-        raise ValueError(
-            f"{source} holds only pickle weights ({', '.join(pickles)}), which run code when loaded and are refused; "
-            "convert them to model.safetensors."
-        )
-
-
-def _damaged_file(source: str | Path | None) -> str:
-    """The first safetensors file of a folder that does not open, or the source itself when it is no folder."""
-    if source is not None and Path(source).is_dir():
-        for path in sorted(Path(source).rglob("*.safetensors")):
-            try:
-                with safe_open(path, framework="pt"):
-                    continue
-            except SafetensorError:
-                return str(path)
-    return str(source)
-
-
-def _refuse_foreign_tensors(
-    source: str | Path | None, missing: set[str], unexpected: set[str], mismatched: set[tuple]
-) -> None:
-    problems = []
-    if missing:
-        problems.append(f"lacks {_some(missing)}")
-    if unexpected:
-        problems.append(f"holds {_some(unexpected)}, unknown to this model")
-    if mismatched:
-        shapes = {f"{name} {tuple(theirs)} where the config gives {tuple(ours)}" for name, theirs, ours in mismatched}
-        problems.append(f"holds {_some(shapes)}")
-    if problems:
-        raise ValueError(
-            f"{source}: the checkpoint {'; it '.join(problems)}. Nothing was loaded; check that config.json belongs to "
-            "these weights and that all files are there."
-        )
-
-
-def _some(names: set[str]) -> str:
-    first = ", ".join(sorted(names)[:4])
-    return first if len(names) <= 4 else f"{first} and {len(names) - 4} more tensors"
 
 
 __all__ = ["LLaDAForDiffusionLM", "LLaDAModel", "LLaDAPreTrainedModel"]

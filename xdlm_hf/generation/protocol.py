@@ -1,0 +1,226 @@
+"""The protocol for models: all that generation, training, planning and evaluation ask of a network.
+
+Of its config, under Transformers' names:
+
+    vocab_size                          tokens; also N, the rows of the output layer, unless there is `output_rows`
+    num_hidden_layers, hidden_size      for the cache and for operation counts
+    max_position_embeddings             longest sequence, in tokens
+    mask_token_id                       [MASK], needed for k < 1; pad_token_id, bos_token_id and eos_token_id if any
+    mixing_ratio, noise_schedule        the noise it was trained with; without them k = 0 and "linear"
+
+Of the network: `get_input_embeddings()`, `get_output_embeddings()`, and `forward(input_ids, ...)`, whose output has
+`.logits` (B, L, N). Where forward takes them by name it is given `attention_mask` (B, L) for padded rows, with
+`position_ids` (B, L) that count text alone, and `logits_to_keep`, the positions whose logits are wanted. All else are
+the members of `DiffusionModel`, with defaults.
+
+Shapes: B batch, R rows, L length, C columns, M positions asked for, N rows of the output layer.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.noise import NoiseKernel
+from ..diffusion.process import NoiseProcess, StationaryProcess
+from ..diffusion.schedules import get_schedule
+
+ATTENTION = ("full", "block_causal")
+
+
+class DiffusionModel:
+    """Base of every model class of the package; a family overrides what is not so for it.
+
+    Attributes:
+        conditioning: Inputs of `forward` besides ids that must be given: of "timesteps" (B,), see `timesteps`, and
+            "class_labels" (B,).
+        predicts_next: Whether the logits at a position are about the next one, as in models that were autoregressive;
+            by default they are about the position itself.
+        attention: "full", or "block_causal": a position sees its own block and those before it.
+        supports_canvas_cache: Whether `forward` takes a `CanvasCache` as `past_key_values`.
+        lora_targets: What adapters are put on, as peft's `target_modules`.
+    """
+
+    conditioning: tuple[str, ...] = ()
+    predicts_next: bool = False
+    attention: str = "full"
+    supports_canvas_cache: bool = False
+    lora_targets: str | tuple[str, ...] = "all-linear"
+
+    def noise_process(
+        self, mixing_ratio: float | None = None, noise_schedule: str | None = None, mask_token_id: int | None = None
+    ) -> NoiseProcess:
+        """The noise that the model was trained with; the config says what is not given.
+
+        Args:
+            mixing_ratio (`float`, *optional*): Another k, in [0, 1].
+            noise_schedule (`str`, *optional*): Name of another schedule.
+            mask_token_id (`int`, *optional*): Another [MASK].
+
+        Raises:
+            ValueError: If k lies outside [0, 1], k < 1 comes without a mask token, or there is no such schedule.
+        """
+        config = self.config
+        k = default_mixing_ratio(config) if mixing_ratio is None else mixing_ratio
+        name = getattr(config, "noise_schedule", "linear") if noise_schedule is None else noise_schedule
+        mask = getattr(config, "mask_token_id", None) if mask_token_id is None else mask_token_id
+        return StationaryProcess(NoiseKernel(output_rows(config), k, mask), get_schedule(name))
+
+    def noise_kernel(self, mixing_ratio: float | None = None) -> NoiseKernel:
+        """The kernel of `noise_process(mixing_ratio)`, Eq. 7, over the N rows of the output layer."""
+        return self.noise_process(mixing_ratio).kernel
+
+    def timesteps(self, t: Tensor) -> Tensor:
+        """What `forward` takes as `timesteps` at the times t (B,): sigma_t = -log alpha_t, (B,) float32."""
+        return -self.noise_process().alpha(t.double()).log().float()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Of the config
+
+
+def output_rows(config: Any) -> int:
+    """N, the rows of the output layer, padding rows counted."""
+    return getattr(config, "output_rows", None) or config.vocab_size
+
+
+def length_limit(config: Any) -> int:
+    """Longest sequence in tokens.
+
+    Raises:
+        ValueError: If the config names none.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        raise ValueError(
+            f"{type(config).__name__} has no max_position_embeddings, the longest sequence in tokens; set it, or map "
+            "it to the config's own field by attribute_map."
+        )
+    return limit
+
+
+def default_mixing_ratio(config: Any) -> float:
+    """k of the noise that the model was trained with."""
+    return getattr(config, "mixing_ratio", 0.0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Of the network
+
+
+def check_conditioning(model: Any, given: Collection[str], who: str) -> None:
+    """Refuse a model that takes inputs which nobody gives it.
+
+    Args:
+        model: A `DiffusionModel`, or a wrapper that passes its attributes on.
+        given: Names of the inputs that `who` gives.
+        who: For the message.
+
+    Raises:
+        ValueError: Naming the input.
+    """
+    for name in model.conditioning:
+        if name not in given:
+            raise ValueError(f"{type(model).__name__} takes {name}, and {who} gives none; use another model.")
+
+
+def check_trainable(model: Any) -> None:
+    """Raise ValueError for a model that the loss cannot be computed for from noisy ids alone."""
+    check_conditioning(model, (), "XDLMTrainer")
+    if model.predicts_next:
+        raise ValueError(
+            f"{type(model).__name__} has predicts_next=True, and XDLMTrainer reads logits as being about the position "
+            "itself; give the family a forward that moves them."
+        )
+
+
+def check_cache(model: Any, use_cache: str) -> None:
+    """Raise ValueError for a model that cannot take a `CanvasCache`, naming why and the remedy."""
+    name = type(model).__name__
+    if not model.supports_canvas_cache:
+        raise ValueError(f"use_cache={use_cache!r}: {name} takes no cache of a whole canvas; leave out use_cache.")
+    for member, value, wanted in (
+        ("attention", model.attention, "full"),
+        ("predicts_next", model.predicts_next, False),
+    ):
+        if value != wanted:
+            raise ValueError(
+                f"use_cache={use_cache!r} needs {member}={wanted!r}, and {name} has {member}={value!r}; leave out "
+                "use_cache."
+            )
+
+
+@functools.cache
+def forward_arguments(model_class: type[nn.Module]) -> frozenset[str]:
+    """Names that `forward` takes; one with **kwargs is read as passing them on to its base class'."""
+    names: set[str] = set()
+    for cls in model_class.__mro__:
+        if "forward" in vars(cls):
+            parameters = inspect.signature(vars(cls)["forward"]).parameters.values()
+            names |= {parameter.name for parameter in parameters}
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+                break
+    return frozenset(names)
+
+
+def check_padding(model: nn.Module, attention_mask: Tensor) -> None:
+    """Raise ValueError for padded rows (R, T) if the model's `forward` takes no attention mask."""
+    if "attention_mask" not in forward_arguments(type(model)) and not attention_mask.all():
+        raise ValueError(
+            f"{type(model).__name__} takes no attention_mask, and the rows are padded; pass rows of one length."
+        )
+
+
+def logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor | int) -> Tensor:
+    """One forward pass; logits about some positions, (R, C, N), or (M, N) in row-major order for a mask.
+
+    Args:
+        model: The network.
+        inputs: Arguments of its `forward`.
+        positions: Columns (C,), a mask (R, L) bool, or the number of last columns.
+    """
+    if not model.predicts_next and "logits_to_keep" in forward_arguments(type(model)):
+        return model(**inputs, logits_to_keep=positions).logits
+    logits = model(**inputs).logits
+    if model.predicts_next:  # nothing stands before the first position, which keeps its own
+        logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+    if isinstance(positions, int):
+        return logits[:, logits.shape[1] - positions :]
+    return logits[positions] if positions.dtype == torch.bool else logits[:, positions]
+
+
+def plain_output_layer(forward: Callable) -> Callable:
+    """Mark a `forward` whose logits are `get_output_embeddings()` of `base_model`'s last hidden state, nothing else.
+
+    Then hidden states may be computed once and the output layer run on some of them at a time. A subclass with a
+    `forward` of its own is without the mark.
+    """
+    forward.plain_output_layer = True
+    return forward
+
+
+def runs_in_parts(model: nn.Module) -> bool:
+    """Whether calling the model is calling its backbone, then its output layer.
+
+    FSDP, accelerate (autocast, models spread over devices) and torch.compile put themselves around a model; then parts
+    of it must not be called alone. Nor where a class or an instance has a `forward` without `plain_output_layer`, or
+    the logits are about the next position.
+    """
+    around = model._forward_pre_hooks or model._forward_hooks or model._compiled_call_impl
+    plain = getattr(type(model).forward, "plain_output_layer", False) and "forward" not in vars(model)
+    return plain and not around and not model.predicts_next
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Device that ids go to: the embedding's, or the one on which accelerate runs an embedding that it offloads."""
+    embedding = model.get_input_embeddings()
+    for module in (embedding, model):
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            device = getattr(part, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return embedding.weight.device

@@ -1,0 +1,108 @@
+"""Loading of weights that refuses pickles, damaged files, and files that do not belong to the config."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+
+class StrictLoading:
+    """Comes before `PreTrainedModel` among the bases of a model class."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | None,
+        *model_args: Any,
+        use_safetensors: bool | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        """Transformers' `from_pretrained`, with every doubt about the file an error instead of a warning.
+
+        Transformers initialises at random what a file lacks, ignores what the model lacks, and reads pickles.
+
+        Raises:
+            ValueError: If the weights are pickles; if a safetensors file is damaged; if a tensor is missing, unknown
+                to the model, or (unless `ignore_mismatched_sizes`) of another shape. The message names it.
+        """
+        source = pretrained_model_name_or_path
+        _refuse_pickle(source, use_safetensors)
+        try:
+            model, info = super().from_pretrained(
+                source,
+                *model_args,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that the report comes back and can be named below
+                output_loading_info=True,
+                **kwargs,
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"{_damaged_file(source)} is not a whole safetensors file ({error}); it was probably cut short. "
+                "Copy or download it again."
+            ) from error
+        mismatched = set() if ignore_mismatched_sizes else info["mismatched_keys"]
+        _refuse_foreign_tensors(source, info["missing_keys"], info["unexpected_keys"], mismatched)
+        head, wte = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is not None and model.config.tie_word_embeddings and head.weight is not wte.weight:
+            tying = model.config.attribute_map.get("tie_word_embeddings", "tie_word_embeddings")
+            raise ValueError(
+                f"{source}: {tying} is true, but the file holds an output layer that differs from the embedding; set "
+                f"{tying} to false in config.json to keep both."
+            )
+        return (model, info) if output_loading_info else model
+
+
+def _refuse_pickle(source: str | Path | None, use_safetensors: bool | None) -> None:
+    if use_safetensors is False:
+        raise ValueError(
+            "use_safetensors=False asks for pickle weights, which run code when loaded and are refused; "
+            "convert them to model.safetensors and drop the argument."
+        )
+    folder = Path(source) if source is not None else None
+    if folder is None or not folder.is_dir() or any(folder.rglob("*.safetensors*")):
+        return
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{source} holds only pickle weights ({', '.join(pickles)}), which run code when loaded and are refused; "
+            "convert them to model.safetensors."
+        )
+
+
+def _damaged_file(source: str | Path | None) -> str:
+    """The first safetensors file of a folder that does not open, or the source itself when it is no folder."""
+    if source is not None and Path(source).is_dir():
+        for path in sorted(Path(source).rglob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt"):
+                    continue
+            except SafetensorError:
+                return str(path)
+    return str(source)
+
+
+def _refuse_foreign_tensors(
+    source: str | Path | None, missing: set[str], unexpected: set[str], mismatched: set[tuple]
+) -> None:
+    problems = []
+    if missing:
+        problems.append(f"lacks {_some(missing)}")
+    if unexpected:
+        problems.append(f"holds {_some(unexpected)}, unknown to this model")
+    if mismatched:
+        shapes = {f"{name} {tuple(theirs)} where the config gives {tuple(ours)}" for name, theirs, ours in mismatched}
+        problems.append(f"holds {_some(shapes)}")
+    if problems:
+        raise ValueError(
+            f"{source}: the checkpoint {'; it '.join(problems)}. Nothing was loaded; check that config.json belongs to "
+            "these weights and that all files are there."
+        )
+
+
+def _some(names: set[str]) -> str:
+    first = ", ".join(sorted(names)[:4])
+    return first if len(names) <= 4 else f"{first} and {len(names) - 4} more tensors"
