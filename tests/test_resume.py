@@ -41,6 +41,7 @@ from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.training.checkpoints import RUN_RECORD, UNFINISHED, check_same_run, last_checkpoint
 from xdlm_hf.training.checksums import CHECKSUMS, damage, write_checksums
 from xdlm_hf.training.precision import NonFiniteError
+from xdlm_hf.training.row_noise import TRAIN_ROW, generator_of
 from xdlm_hf.training.trainer import XDLMTrainer
 
 SCRIPT = Path(__file__).parent / "training.py"
@@ -654,8 +655,8 @@ def spoiled(step, what):
     """A trainer whose loss or gradient becomes NaN in one step."""
 
     class Spoiled(XDLMTrainer):
-        def _weighted_loss(self, model, inputs, noise):
-            total, per_token = super()._weighted_loss(model, inputs, noise)
+        def _weighted_loss(self, model, inputs):
+            total, per_token = super()._weighted_loss(model, inputs)
             if self.state.global_step + 1 == step and self.is_in_train:
                 if what == "loss":
                     per_token = per_token.clone()
@@ -694,7 +695,7 @@ def test_named_times_are_those_of_the_rows(tmp_path):
     run = trainer(tmp_path, kind=spoiled(1, "loss"), max_steps=1)
     with pytest.raises(NonFiniteError, match="sample indices 2 ") as error:
         run.train()
-    generator = run._generator(0, 2)
+    generator = generator_of(run.args.noise_seed, TRAIN_ROW, 2)
     t = torch.rand((), generator=generator, dtype=torch.float64).item()
     assert f"(t = {(1 - 1e-3) * t + 1e-3:.6g})" in str(error.value)
 

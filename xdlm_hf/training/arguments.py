@@ -96,6 +96,8 @@ class XDLMTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.time_sampling == "antithetic":
             self.time_sampling = "stratified"
+        if self.noise_seed is None:
+            self.noise_seed = self.seed
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation_steps()
 
