@@ -616,6 +616,30 @@ def test_fused_loss_needs_a_plain_head(tmp_path):
         trainer(tmp_path, model=model, fused_loss=True)
 
 
+def test_a_resized_model_keeps_the_fused_loss(tmp_path):
+    """Transformers makes a new nn.Linear for more tokens, which could not take the fused loss."""
+    model = tiny_model()
+    model.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
+    run = trainer(tmp_path, model=model, max_steps=2)
+    assert run._fused and run.process.vocab_size == VOCAB + 8
+    run.train()
+    tied = tiny_model(weight_tying=True)
+    tied.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+
+
+def test_a_reduction_takes_the_place_of_the_logits():
+    model, ids = tiny_model(), torch.arange(6, 18).view(2, 6)
+    with torch.no_grad():
+        outputs = model(ids, output_reduction=lambda hidden, weight: ((hidden @ weight.T).sum(), hidden[..., 0]))
+        logits = model(ids).logits
+    assert "logits" not in outputs and outputs.token_losses.shape == ids.shape
+    assert outputs.loss.item() == pytest.approx(logits.sum().item(), rel=1e-4)
+    model.set_output_embeddings(torch.nn.Linear(32, VOCAB))
+    with pytest.raises(ValueError, match="output_reduction needs an OutputLayer, and the output layer is Linear"):
+        model(ids, output_reduction=lambda hidden, weight: None)
+
+
 @pytest.mark.parametrize("fused", [None, False])
 def test_a_compiled_model_takes_the_same_trajectory(fused, tmp_path):
     """Compiled once and not at every step, and the fused loss, the default, between its graphs."""

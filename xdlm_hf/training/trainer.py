@@ -15,8 +15,9 @@ the device, nor on the global random state. One training step:
 t = 0 is clean, t = 1 is noise. Shapes: B batch, L length, N vocabulary (rows of the output layer).
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from transformers.trainer_utils import has_length
 from ..data.collator import DiffusionCollator
 from ..data.stream import PackedStream
 from ..data.tokenizer import check_tokenizer
+from ..diffusion.noise import NoiseKernel
 from ..diffusion.process import StationaryProcess
 from ..diffusion.schedules import get_schedule
 from .arguments import XDLMTrainingArguments
@@ -107,13 +109,8 @@ class XDLMTrainer(CheckpointingTrainer):
             raise ValueError(f"args must be XDLMTrainingArguments, got {type(args).__name__}.")
         kernel = model.noise_kernel(args.mixing_ratio)
         self.process = StationaryProcess(kernel, get_schedule(args.noise_schedule))
-        self.row_noise = RowNoise(
-            self.process,
-            args.noise_seed,
-            args.t_eps,
-            args.time_sampling == "stratified",
-            args.random_length_probability,
-        )
+        stratified = args.time_sampling == "stratified"
+        self.row_noise = RowNoise(self.process, args.noise_seed, args.t_eps, stratified, args.random_length_probability)
         if processing_class is not None:
             check_tokenizer(processing_class, model.config)
         check_layout(args, train_dataset)
@@ -122,9 +119,7 @@ class XDLMTrainer(CheckpointingTrainer):
             check_offload(args)
         self._fused = uses_fused_loss(model, args.fused_loss)
         if data_collator is None:
-            # With k = 1 no token absorbs, and none is special.
-            mask_id = kernel.mask_token_id if kernel.absorbing_ids else None
-            data_collator = DiffusionCollator(_pad_token_id(processing_class, model.config), mask_id)
+            data_collator = _collator(kernel, processing_class, model.config)
         self.metrics = _metrics(model, args)
         model.config.mixing_ratio = args.mixing_ratio
         model.config.noise_schedule = args.noise_schedule
@@ -197,13 +192,8 @@ class XDLMTrainer(CheckpointingTrainer):
     def _place_rows(self, batch: dict[str, Tensor], number: int) -> None:
         """Add `sample_index`, and give rows that only fill up the last global batch of an epoch no weight."""
         step, global_batch = self.state.global_step, self.get_total_train_batch_size(self.args)
-        place = place_in_global_batch(
-            number,
-            len(batch["input_ids"]),
-            self._train_batch_size,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
+        rows, process, processes = len(batch["input_ids"]), self.args.process_index, self.args.world_size
+        place = place_in_global_batch(number, rows, self._train_batch_size, process, processes)
         batch["sample_index"] = step * global_batch + place
         if has_length(self.train_dataset) and not self.args.dataloader_drop_last:
             batch["token_weights"][repeated_rows(place, step, global_batch, len(self.train_dataset))] = 0
@@ -250,26 +240,24 @@ class XDLMTrainer(CheckpointingTrainer):
     def _check_finite(self, inputs: dict[str, Tensor], losses: Tensor) -> None:
         bad = ~torch.isfinite(losses).all(1)
         if bad.any():
-            indices, times = (inputs[name][bad].tolist() for name in ("sample_index", "t"))
-            self._stop("the loss is not finite", indices, times, "its rows have")
+            rows = _rows(*(inputs[name][bad].tolist() for name in ("sample_index", "t")))
+            self._stop(f"the loss is not finite; its rows have the sample indices {rows}")
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float | Tensor:
         """As in `Trainer`; a norm that is not finite stops the run, except where a loss scaler deals with it."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not self.args.fp16 and grad_norm is not None and not math.isfinite(grad_norm):
-            indices, times = ([x for part in parts for x in part] for parts in zip(*self._drawn, strict=True))
-            self._stop(f"the gradient's norm is {float(grad_norm)}", indices, times, "this process' rows had")
+            rows = _rows(*(itertools.chain(*parts) for parts in zip(*self._drawn, strict=True)))
+            self._stop(f"the gradient's norm is {float(grad_norm)}; this process' rows had the sample indices {rows}")
         return grad_norm
 
-    def _stop(self, what: str, indices: list[int], times: list[float], whose: str) -> None:
-        shown = ", ".join(f"{index} (t = {t:.6g})" for index, t in list(zip(indices, times, strict=True))[:16])
-        more = ", ..." if len(indices) > 16 else ""
-        last = last_checkpoint(self.args.output_dir)
+    def _stop(self, what: str) -> None:
         weights = non_finite_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
         why = f" Nor are the weights, since an earlier step ({first_of(weights)})." if weights else ""
+        last = last_checkpoint(self.args.output_dir)
         raise NonFiniteError(
-            f"step {self.state.global_step + 1}: {what}; {whose} the sample indices {shown}{more}.{why} No checkpoint "
-            f"was written from it; the last whole one is {last.name if last else 'none'}."
+            f"step {self.state.global_step + 1}: {what}.{why} No checkpoint was written from it; the last whole one is "
+            f"{last.name if last else 'none'}."
         )
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -336,7 +324,17 @@ def _metrics(model: nn.Module, args: XDLMTrainingArguments) -> TrainingMetrics:
     )
 
 
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None, config: Any) -> int:
-    """Any id will do where there is none: padding is neither attended to, noised nor scored."""
+def _collator(kernel: NoiseKernel, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> DiffusionCollator:
+    """Pads with the tokenizer's, else the model's padding id; refuses [MASK] as text unless no token absorbs (k = 1).
+
+    Any padding id will do where there is none: padding is neither attended to, noised nor scored.
+    """
     candidates = (getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None))
-    return next((token_id for token_id in candidates if token_id is not None), 0)
+    pad_token_id = next((token_id for token_id in candidates if token_id is not None), 0)
+    return DiffusionCollator(pad_token_id, kernel.mask_token_id if kernel.absorbing_ids else None)
+
+
+def _rows(indices: Iterable[int], times: Iterable[float]) -> str:
+    """Places and times of rows for a message, of no more than 16."""
+    rows = [f"{index} (t = {t:.6g})" for index, t in zip(indices, times, strict=True)]
+    return ", ".join(rows[:16] + (["..."] if len(rows) > 16 else []))
