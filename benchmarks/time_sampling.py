@@ -77,9 +77,10 @@ def draw(model, rows: list, global_batch: int, steps: int, t_eps: float) -> np.n
     for step in range(steps):
         batch = run.data_collator([rows[row] for row in generator.integers(len(rows), size=global_batch)])
         batch["sample_index"] = step * global_batch + torch.arange(global_batch)
+        run._add_noise(batch)
         with torch.no_grad():
             _, outputs = run.compute_loss(run.model, batch, return_outputs=True)
-        _, times = run._drawn.pop()
+        times = batch["t"]
         losses.append(outputs["token_losses"].double().mean(1).numpy()[np.argsort(times)])
     return np.stack(losses)
 

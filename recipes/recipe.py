@@ -30,6 +30,7 @@ from xdlm_hf.loading import load_weights, read_config, read_tokenizer
 from xdlm_hf.models.registry import model_class
 from xdlm_hf.training.adapters import add_adapters, load_adapter, quantization_4bit
 from xdlm_hf.training.arguments import XDLMTrainingArguments
+from xdlm_hf.training.checkpointing import model_bytes
 from xdlm_hf.training.checkpoints import (
     UNFINISHED,
     explained_failure,
@@ -39,7 +40,7 @@ from xdlm_hf.training.checkpoints import (
 )
 from xdlm_hf.training.precision import check_trained_dtype
 from xdlm_hf.training.processes import found_by_the_first
-from xdlm_hf.training.trainer import XDLMTrainer, model_bytes
+from xdlm_hf.training.trainer import XDLMTrainer
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 

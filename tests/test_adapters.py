@@ -137,7 +137,7 @@ def test_4_bits_are_for_the_blocks_alone(tmp_path):
         tmp_path, quantization_config=quantization_4bit("cpu", torch.float32), device_map={"": "cpu"}
     )
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if hasattr(module, "in_features")}
-    assert kinds.pop("model.transformer.ff_out") == "Linear"
+    assert kinds.pop("model.transformer.ff_out") == "OutputLayer"
     assert len(kinds) == 14 and set(kinds.values()) == {"Linear4bit"}
     for parameter in whole.parameters():  # frozen, as in 4 bits
         parameter.requires_grad_(parameter is whole.get_output_embeddings().weight)

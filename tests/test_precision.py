@@ -41,7 +41,7 @@ def test_16_bit_weights_without_float32_copies_are_refused(tmp_path, dtype):
 
 def test_bfloat16_would_lose_updates_that_float32_keeps(tmp_path, monkeypatch):
     """Why: at a rate of 1e-5 three steps change nearly every float32 weight, and few of the bfloat16 ones."""
-    monkeypatch.setattr("xdlm_hf.trainer.check_trained_weights", lambda *_: None)
+    monkeypatch.setattr("xdlm_hf.training.trainer.check_trained_weights", lambda *_: None)
     changed = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model().to(dtype)

@@ -7,7 +7,7 @@ import signal
 import pytest
 from training import SCRIPT, RecordingTrainer, launch, losses, parameter_gap, state, trainer
 
-import xdlm_hf.preemption
+import xdlm_hf.training.preemption
 from xdlm_hf.training.checksums import damage
 from xdlm_hf.training.preemption import PREEMPTED_STATUS, Preempted
 from xdlm_hf.training.processes import run_script
@@ -80,7 +80,7 @@ def test_a_checkpoint_is_written_when_the_seconds_have_passed(tmp_path, monkeypa
     """By a clock on which every step takes 10 seconds, and saving none."""
     clock = itertools.count()
     now = [0.0]
-    monkeypatch.setattr(xdlm_hf.preemption.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(xdlm_hf.training.preemption.time, "monotonic", lambda: now[0])
 
     class Timed(RecordingTrainer):
         def training_step(self, *args, **kwargs):

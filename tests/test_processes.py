@@ -8,7 +8,7 @@ import pytest
 SCRIPT = """
 import atexit, sys, threading
 import torch
-from xdlm_hf.processes import end_script
+from xdlm_hf.training.processes import end_script
 
 if "{group}":
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

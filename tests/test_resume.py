@@ -41,6 +41,7 @@ from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.training.checkpoints import RUN_RECORD, UNFINISHED, check_same_run, last_checkpoint
 from xdlm_hf.training.checksums import CHECKSUMS, damage, write_checksums
 from xdlm_hf.training.precision import NonFiniteError
+from xdlm_hf.training.row_noise import TRAIN_ROW, generator_of
 from xdlm_hf.training.trainer import XDLMTrainer
 
 SCRIPT = Path(__file__).parent / "training.py"
@@ -514,7 +515,7 @@ def test_other_changes_of_the_optimization_are_said(finished, adapted, tmp_path,
     saved = adapted if "lora" in options else finished / "rows"
     model = adapters(**options.pop("lora")) if "lora" in options else None
     run = trainer(tmp_path, model=model, **{**SAVES, **options})
-    with caplog.at_level(logging.WARNING, "xdlm_hf.checkpoints"):
+    with caplog.at_level(logging.WARNING, "xdlm_hf.training.checkpoints"):
         check_same_run(saved / "checkpoint-8", run._run_record(), reshards=True)
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 1 and re.match(f"checkpoint-8 has {message}", warnings[0])
@@ -571,7 +572,7 @@ def test_auto_goes_back_to_the_last_whole_checkpoint_and_says_so(copied, tmp_pat
     with pytest.raises(ValueError, match=rf"checkpoint-8 is damaged: {message}.*or resume from an earlier"):
         trainer(copied, **SAVES).train(resume_from_checkpoint=str(copied / "checkpoint-8"))
     run = trainer(copied, **options)
-    with caplog.at_level(logging.WARNING, "xdlm_hf.checkpoints"):
+    with caplog.at_level(logging.WARNING, "xdlm_hf.training.checkpoints"):
         run.train(resume_from_checkpoint=True)
     assert re.search(rf"checkpoint-8 is damaged \({message}.*\). It is now called damaged-checkpoint-8", caplog.text)
     assert "going back to checkpoint-6" in caplog.text
@@ -592,7 +593,7 @@ def test_nothing_is_moved_or_begun_when_every_checkpoint_is_damaged(copied):
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_without_a_state_is_refused_even_without_checksums(copied, caplog, file):
     (copied / "checkpoint-8" / CHECKSUMS).unlink()
-    with caplog.at_level(logging.WARNING, "xdlm_hf.checkpoints"):
+    with caplog.at_level(logging.WARNING, "xdlm_hf.training.checkpoints"):
         trainer(copied, **SAVES).train(resume_from_checkpoint=True)
     assert "checkpoint-8 has no checksums: its files are resumed from unverified" in caplog.text
     (copied / "checkpoint-8" / file).unlink()
@@ -654,8 +655,8 @@ def spoiled(step, what):
     """A trainer whose loss or gradient becomes NaN in one step."""
 
     class Spoiled(XDLMTrainer):
-        def _weighted_loss(self, model, inputs, noise):
-            total, per_token = super()._weighted_loss(model, inputs, noise)
+        def _weighted_loss(self, model, inputs):
+            total, per_token = super()._weighted_loss(model, inputs)
             if self.state.global_step + 1 == step and self.is_in_train:
                 if what == "loss":
                     per_token = per_token.clone()
@@ -694,7 +695,7 @@ def test_named_times_are_those_of_the_rows(tmp_path):
     run = trainer(tmp_path, kind=spoiled(1, "loss"), max_steps=1)
     with pytest.raises(NonFiniteError, match="sample indices 2 ") as error:
         run.train()
-    generator = run._generator(0, 2)
+    generator = generator_of(run.args.noise_seed, TRAIN_ROW, 2)
     t = torch.rand((), generator=generator, dtype=torch.float64).item()
     assert f"(t = {(1 - 1e-3) * t + 1e-3:.6g})" in str(error.value)
 

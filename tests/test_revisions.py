@@ -204,7 +204,7 @@ def test_a_local_folder_has_no_revision(hub, tmp_path, caplog):
 TWO = """
 import torch
 from accelerate import PartialState
-from xdlm_hf.processes import found_by_the_first, end_script
+from xdlm_hf.training.processes import found_by_the_first, end_script
 
 def refuse():
     raise ValueError(f"refused by {rank}")

@@ -107,8 +107,7 @@ def test_prompts_stay_clean_and_padding_is_not_scored(base, tmp_path):
     trainer = llada_sft.main(options(base, tmp_path / "run", max_steps=1, t_eps=0.999, mixing_ratio=0.0))
     rows = [trainer.train_dataset[i] for i in (0, len(trainer.train_dataset) - 1)]
     batch = trainer.data_collator(rows)
-    batch["sample_index"] = torch.arange(2)
-    z_t, _, _ = trainer._training_noise(batch)
+    z_t, _ = trainer.row_noise.draw(batch["input_ids"], batch["noise_mask"], [0, 1], 2)
     answer = batch["noise_mask"]
     assert torch.equal(z_t[~answer], batch["input_ids"][~answer])
     assert (z_t[answer] == trainer.model.config.mask_token_id).float().mean() > 0.8

@@ -28,7 +28,7 @@ def tokenizer():
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr("xdlm_hf.stream.DOCUMENTS_PER_CALL", 16)
+    monkeypatch.setattr("xdlm_hf.data.stream.DOCUMENTS_PER_CALL", 16)
 
 
 @pytest.fixture

@@ -31,8 +31,11 @@ from transformers.trainer_utils import EvalPrediction
 from xdlm_hf.data.collator import DiffusionCollator
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.diffusion.losses import diffusion_loss
+from xdlm_hf.diffusion.schedules import LinearSchedule
 from xdlm_hf.training.checkpoints import refuse_other_run
-from xdlm_hf.training.trainer import XDLMTrainer, nelbo_metrics
+from xdlm_hf.training.nelbo import evaluation_noise, nelbo_metrics
+from xdlm_hf.training.optimizers import check_offload
+from xdlm_hf.training.trainer import XDLMTrainer
 
 SCRIPT = Path(__file__).parent / "training.py"
 ROOT = SCRIPT.parent.parent
@@ -152,7 +155,8 @@ def test_first_loss_is_the_objective_over_the_global_batch(tmp_path):
     batches, tokens = run.get_batch_samples(iter(run.get_train_dataloader()), 4, "cpu")
     nats, count = 0.0, 0.0
     for batch in batches:
-        z_t, alpha_t, d_alpha_t = run._training_noise(batch)
+        alpha_t, d_alpha_t = LinearSchedule()(batch["t"])
+        z_t = batch["z_t"]
         with torch.no_grad():
             logits = model(z_t, attention_mask=batch.get("attention_mask")).logits
             per_token = diffusion_loss(logits, batch["input_ids"], z_t, alpha_t, d_alpha_t, model.noise_kernel(0.1))
@@ -180,29 +184,38 @@ def test_committed_trajectory(tmp_path):
 
 def test_noise_is_a_function_of_seed_and_place(tmp_path):
     run = trainer(tmp_path)
-    batch, _ = one_batch(run)
     torch.manual_seed(1)
-    first = run._training_noise(batch)
+    first, _ = one_batch(run)
     torch.manual_seed(2)
-    assert all(torch.equal(a, b) for a, b in zip(first, run._training_noise(batch), strict=True))
+    again, _ = one_batch(run)
+    assert torch.equal(first["z_t"], again["z_t"]) and torch.equal(first["t"], again["t"])
     # Row 2 alone, unpadded, gets the noise it has in the batch.
-    alone = {**run.data_collator([run.train_dataset[2]]), "sample_index": batch["sample_index"][2:3]}
-    z_t, alpha_t, _ = run._training_noise(alone)
-    assert torch.equal(z_t[0], first[0][2, : z_t.shape[1]]) and alpha_t[0] == first[1][2]
+    alone = {**run.data_collator([run.train_dataset[2]]), "sample_index": first["sample_index"][2:3]}
+    run._add_noise(alone)
+    assert torch.equal(alone["z_t"][0], first["z_t"][2, : alone["z_t"].shape[1]]) and alone["t"][0] == first["t"][2]
     # Another step, or another seed, gives other noise.
     run.state.global_step = 1
-    assert not torch.equal(first[1], run._training_noise(one_batch(run)[0])[1])
-    run.noise_seed += 1
-    assert not torch.equal(first[1], run._training_noise(batch)[1])
+    assert not torch.equal(first["t"], one_batch(run)[0]["t"])
+    run.state.global_step = 0
+    run.row_noise.seed += 1
+    assert not torch.equal(first["t"], one_batch(run)[0]["t"])
+
+
+def test_noise_is_drawn_before_a_batch_is_moved(tmp_path):
+    """Batches come on the CPU, where their rows draw noise, and go to the device once, with z_t."""
+    run = trainer(tmp_path, eval_rows=4)
+    for loader in (run.get_train_dataloader(), run.get_eval_dataloader()):
+        assert loader.device is None
+    assert run.accelerator.device_placement
 
 
 def times(run, steps, global_batch):
     batch = run.data_collator([{"input_ids": [7]}] * global_batch)
     drawn = []
     for step in range(steps):
-        index = step * global_batch + torch.arange(global_batch)
-        _, alpha_t, _ = run._training_noise({**batch, "sample_index": index})
-        drawn.append(1 - alpha_t)
+        batch["sample_index"] = step * global_batch + torch.arange(global_batch)
+        run._add_noise(batch)
+        drawn.append(batch["t"])
     return torch.stack(drawn)
 
 
@@ -243,10 +256,11 @@ def test_stratified_times_lower_the_variance_on_a_trained_model(tmp_path):
     batch, _ = one_batch(run, 16)
     variance = {}
     for sampling in ("independent", "stratified"):
-        run.args.time_sampling = sampling
+        run.row_noise.stratified = sampling == "stratified"
         estimates = []
         for step in range(120):
             batch["sample_index"] = step * 16 + torch.arange(16)
+            run._add_noise(batch)
             with torch.no_grad():
                 estimates.append(run.compute_loss(run.model, batch).item())
         variance[sampling] = np.var(estimates, ddof=1)
@@ -256,7 +270,7 @@ def test_stratified_times_lower_the_variance_on_a_trained_model(tmp_path):
 def test_prompt_and_padding_are_neither_noised_nor_scored(tmp_path):
     run = trainer(tmp_path, mixing_ratio=0.0, t_eps=0.999)
     batch, tokens = one_batch(run)
-    z_t, _, _ = run._training_noise(batch)
+    z_t = batch["z_t"]
     protected = ~batch["noise_mask"]
     assert protected[:, 0].tolist() == [False, True, True, False]  # rows 1 and 2 open with a prompt
     assert torch.equal(z_t[protected], batch["input_ids"][protected])
@@ -266,7 +280,7 @@ def test_prompt_and_padding_are_neither_noised_nor_scored(tmp_path):
     loss = run.compute_loss(run.model, batch, num_items_in_batch=tokens).item()
     padding = batch["attention_mask"] == 0
     assert padding.any()
-    other = {**batch, "input_ids": batch["input_ids"].masked_fill(padding, 9)}
+    other = {**batch, **{name: batch[name].masked_fill(padding, 9) for name in ("input_ids", "z_t")}}
     assert run.compute_loss(run.model, other, num_items_in_batch=tokens).item() == pytest.approx(loss, rel=1e-6)
 
 
@@ -289,8 +303,9 @@ def test_weights_survive_a_cast_to_the_models_dtype(tmp_path):
     run._prepare_input = lambda data: {
         name: value.bfloat16() if value.is_floating_point() else value for name, value in data.items()
     }
-    weights = torch.tensor([[0.3]])
-    assert torch.equal(run._prepare_inputs({"token_weights": weights})["token_weights"], weights)
+    exact = {"token_weights": torch.tensor([[0.3]]), "t": torch.tensor([0.3], dtype=torch.float64)}
+    prepared = run._prepare_inputs(exact)
+    assert all(torch.equal(prepared[name], exact[name]) for name in exact)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -329,7 +344,7 @@ def test_random_lengths_are_uniform_and_as_frequent_as_asked(tmp_path):
     assert len(counts) == LENGTH and (counts - len(cut) / LENGTH).abs().max() < 5 * math.sqrt(len(cut) / LENGTH)
     torch.manual_seed(1)
     assert drawn[:100] == [run._random_length(step) for step in range(100)]
-    run.noise_seed += 1
+    run.row_noise.seed += 1
     assert drawn[:100] != [run._random_length(step) for step in range(100)]
     assert trainer(tmp_path, pack=True)._random_length(0) is None
 
@@ -409,7 +424,8 @@ def test_nelbo_is_deterministic_and_logged(tmp_path):
 def test_nelbo_times_cover_the_unit_interval_evenly(tmp_path):
     run = trainer(tmp_path, nelbo_samples=4)
     batch = run.data_collator([{"input_ids": [7]}] * 16)
-    t = torch.cat([1 - run._evaluation_noise(batch, range(16), sample)[1] for sample in range(4)])
+    x_0, noise_mask = batch["input_ids"], batch["noise_mask"]
+    t = torch.cat([evaluation_noise(run.process, 7, x_0, noise_mask, range(16), j, 4)[1] for j in range(4)])
     assert 0 < t.min() and t.max() <= 1
     assert (t * 64).ceil().sort().values.tolist() == list(range(1, 65))  # one in each of (0, 1/64], (1/64, 2/64], ...
 
@@ -558,9 +574,9 @@ def test_an_offloaded_optimizer_that_would_become_another_is_refused(tmp_path, n
     args = arguments(tmp_path, optim=name)
     with pytest.raises(ValueError, match=message):
         XDLMTrainer(model=tiny_model(), args=offloading(args))
-    XDLMTrainer._check_offload(offloading(args, zero_force_ds_cpu_optimizer=False))
-    XDLMTrainer._check_offload(offloading(args, optimizer={"type": "Lion"}))
-    XDLMTrainer._check_offload(offloading(arguments(tmp_path, optim="adamw_torch_fused")))
+    check_offload(offloading(args, zero_force_ds_cpu_optimizer=False))
+    check_offload(offloading(args, optimizer={"type": "Lion"}))
+    check_offload(offloading(arguments(tmp_path, optim="adamw_torch_fused")))
 
 
 @pytest.mark.parametrize(
@@ -596,8 +612,32 @@ def test_fused_loss_needs_a_plain_head(tmp_path):
     model = tiny_model()
     model.set_output_embeddings(torch.nn.Linear(32, VOCAB, bias=True))
     assert not trainer(tmp_path, model=model)._fused
-    with pytest.raises(ValueError, match="fused_loss=True needs an output layer that is a plain nn.Linear"):
+    with pytest.raises(ValueError, match="fused_loss=True needs an output layer that is a plain OutputLayer"):
         trainer(tmp_path, model=model, fused_loss=True)
+
+
+def test_a_resized_model_keeps_the_fused_loss(tmp_path):
+    """Transformers makes a new nn.Linear for more tokens, which could not take the fused loss."""
+    model = tiny_model()
+    model.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
+    run = trainer(tmp_path, model=model, max_steps=2)
+    assert run._fused and run.process.vocab_size == VOCAB + 8
+    run.train()
+    tied = tiny_model(weight_tying=True)
+    tied.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+
+
+def test_a_reduction_takes_the_place_of_the_logits():
+    model, ids = tiny_model(), torch.arange(6, 18).view(2, 6)
+    with torch.no_grad():
+        outputs = model(ids, output_reduction=lambda hidden, weight: ((hidden @ weight.T).sum(), hidden[..., 0]))
+        logits = model(ids).logits
+    assert "logits" not in outputs and outputs.token_losses.shape == ids.shape
+    assert outputs.loss.item() == pytest.approx(logits.sum().item(), rel=1e-4)
+    model.set_output_embeddings(torch.nn.Linear(32, VOCAB))
+    with pytest.raises(ValueError, match="output_reduction needs an OutputLayer, and the output layer is Linear"):
+        model(ids, output_reduction=lambda hidden, weight: None)
 
 
 @pytest.mark.parametrize("fused", [None, False])

@@ -33,7 +33,7 @@ class XDLMTrainingArguments(TrainingArguments):
             `gradient_accumulation_steps`; refused when it does not divide.
         nelbo_samples (`int`, *optional*, defaults to `4`): Noise levels per row in evaluation.
         fused_loss (`bool`, *optional*): Compute head and loss together, without the logits of whole rows. By default
-            wherever possible: when the head is a plain linear layer. It runs between the graphs of a compiled model.
+            wherever possible: when the head is a plain `OutputLayer`. It runs between the graphs of a compiled model.
         loss_chunk_size (`int`, *optional*): Tokens per chunk of the fused loss; its own default otherwise.
         peak_tflops (`float`, *optional*): What one device can do at best, for the logged utilisation; by default from
             a table of GPUs, and none for others.
@@ -96,6 +96,8 @@ class XDLMTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.time_sampling == "antithetic":
             self.time_sampling = "stratified"
+        if self.noise_seed is None:
+            self.noise_seed = self.seed
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = self._accumulation_steps()
 

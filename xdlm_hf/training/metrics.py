@@ -16,13 +16,16 @@ tells it apart.
 Shapes: B batch, L length.
 """
 
+import contextlib
 import math
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from .nelbo import nelbo_of_sums
 
 KINDS = ("masked", "uniform", "clean")
 QUARTERS = ("0_25", "25_50", "50_75", "75_100")
@@ -107,9 +110,12 @@ class TrainingMetrics:
         self._flops = 0.0
         self._clock = time.perf_counter()
 
-    def leave_out(self, seconds: float) -> None:
-        """Do not count this time: something else than training was done."""
-        self._clock += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time inside the block: something else than training is done."""
+        start = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - start
 
     def add(
         self, x_0: Tensor, z_t: Tensor, t: Tensor, weights: Tensor, losses: Tensor, absorbing_ids: Sequence[int]
@@ -157,24 +163,12 @@ class TrainingMetrics:
         self.start_anew()
         if not sums[2]:
             return {}
-        figures = {**_bound(*sums[:_ROW_SUMS]), **_parts(sums)}
+        figures = {**nelbo_of_sums(*sums[:_ROW_SUMS]), **_parts(sums)}
         figures["tokens_per_second"] = positions / seconds
         if self.peak is not None:
             figures["model_flops_utilization"] = flops / seconds / (self.peak * processes)
         figures["peak_memory_gib"] = memory
         return figures
-
-
-def _bound(rows: float, nats: float, tokens: float, nats_2: float, both: float, tokens_2: float) -> dict[str, float]:
-    """NELBO as a ratio estimate over rows, its standard error and both for the perplexity (delta method)."""
-    nelbo = nats / tokens
-    perplexity = math.exp(min(nelbo, 700.0))
-    figures = {"nelbo": nelbo, "perplexity": perplexity}
-    if rows > 1:
-        residuals = max(nats_2 - 2 * nelbo * both + nelbo**2 * tokens_2, 0.0)
-        error = math.sqrt(residuals * rows / (rows - 1)) / tokens
-        figures |= {"nelbo_standard_error": error, "perplexity_standard_error": perplexity * error}
-    return figures
 
 
 def _parts(sums: Sequence[float]) -> dict[str, float]:

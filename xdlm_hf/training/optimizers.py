@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from transformers import TrainingArguments
+
 # bitsandbytes' optimizers in 8 bits: numbers that share a float32 scale, and the smallest tensor that is not float32.
 _STATE_BLOCK, _SMALLEST_8_BIT_STATE = 256, 4096
 
@@ -86,3 +88,20 @@ def optimizer_of(name: str, options: str | None = None) -> Optimizer | None:
     if has_momentum:
         return OPTIMIZERS["sgd"]._replace(states=1)
     return OPTIMIZERS.get(name)
+
+
+def check_offload(args: TrainingArguments) -> None:
+    """Refuse an optimizer in main memory that is not AdamW: accelerate would quietly train with another one.
+
+    Raises:
+        ValueError: Naming the optimizer.
+    """
+    config = args.deepspeed_plugin.deepspeed_config if args.deepspeed_plugin is not None else {}
+    device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") or "none"
+    replaced = device != "none" and "optimizer" not in config and config.get("zero_force_ds_cpu_optimizer", True)
+    known = OPTIMIZERS.get(args.optim)
+    if replaced and not (known and known.offloads):
+        raise ValueError(
+            f"optim={args.optim.value!r} with offload_optimizer to {device}: accelerate would train with "
+            "DeepSpeed's CPU Adam in its place. Use optim='adamw_torch', or a configuration that does not offload."
+        )

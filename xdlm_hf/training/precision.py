@@ -82,6 +82,11 @@ def non_finite_weights(
     return [name for name, bad in zip(parameters, flags.tolist(), strict=True) if bad]
 
 
+def first_of(names: list[str]) -> str:
+    """The first of some names for a message, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
 def _local_part(parameter: nn.Parameter) -> Tensor:
     """What this process holds of a parameter: all of it, ZeRO-3's partition, or the shard of a DTensor."""
     part = getattr(parameter, "ds_tensor", parameter).detach()

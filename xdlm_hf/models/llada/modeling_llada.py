@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ...generation.cache import CanvasCache, check_cache_attention
 from ...generation.generate import XDLMGenerationMixin
 from ...generation.protocol import plain_output_layer
+from ..output_layer import OutputLayer, ReducedOutput, Reduction
 from ..strict_loading import StrictLoading
 from .configuration_llada import LLaDAConfig, refuse_copying_code
 
@@ -228,6 +229,8 @@ class LLaDAPreTrainedModel(StrictLoading, PreTrainedModel):
             raise ValueError(f"{rows} rows would cut off mask_token_id={mask}; keep at least {mask + 1}.")
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.config.embedding_size = self.config.vocab_size
+        if self.get_output_embeddings() is not None:  # Transformers' is a new nn.Linear
+            self.set_output_embeddings(OutputLayer.around(self.get_output_embeddings()))
         return embeddings
 
 
@@ -320,7 +323,7 @@ class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
         super().__init__(config)
         self.model = LLaDAModel(config)
         # The format keeps the output layer beside the embedding, under the name of the blocks' down projection.
-        self.model.transformer.ff_out = nn.Linear(config.d_model, config.embedding_size, bias=False)
+        self.model.transformer.ff_out = OutputLayer(config.d_model, config.embedding_size)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -339,8 +342,9 @@ class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         past_key_values: CanvasCache | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_reduction: Reduction | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput:
+    ) -> MaskedLMOutput | ReducedOutput:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`): Noisy token ids z_t.
@@ -355,13 +359,18 @@ class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Where to run the output layer: the last n positions, 0 for all; a LongTensor of columns, logits
                 `(B, n, N)`; or a bool mask `(B, L)`, logits `(number selected, N)` in row order.
+            output_reduction (`Callable`, *optional*):
+                Takes the output layer's input `(B, n, D)` and weight `(N, D)` and returns a loss and its parts by
+                position, such as the fused loss; no logits are made.
             output_hidden_states, output_attentions (`bool`, *optional*): As everywhere in Transformers.
 
         Returns:
-            [`~transformers.modeling_outputs.MaskedLMOutput`] with `logits`, in the model's dtype, and no loss.
+            [`~transformers.modeling_outputs.MaskedLMOutput`] with `logits`, in the model's dtype, and no loss; with
+            `output_reduction` a [`ReducedOutput`].
 
         Raises:
-            ValueError: If the inputs do not fit together, or an argument is unknown.
+            ValueError: If the inputs do not fit together, an argument is unknown, or the output layer was replaced by
+                one that takes no reduction.
         """
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep} is negative; it counts positions from the end.")
@@ -374,11 +383,12 @@ class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
             **kwargs,
         )
         kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        return MaskedLMOutput(
-            logits=self.model.transformer.ff_out(kept),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        head, captured = self.model.transformer.ff_out, (outputs.hidden_states, outputs.attentions)
+        if output_reduction is None:
+            return MaskedLMOutput(None, head(kept), *captured)
+        if not isinstance(head, OutputLayer):
+            raise ValueError(f"output_reduction needs an OutputLayer, and the output layer is {head}: leave it out.")
+        return ReducedOutput(*head(kept, reduction=output_reduction), *captured)
 
 
 def _refuse_unknown_arguments(kwargs: dict[str, Any]) -> None:

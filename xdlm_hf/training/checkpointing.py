@@ -1,0 +1,278 @@
+"""A Trainer whose checkpoints are whole or absent, and whose resumed runs repeat uninterrupted ones bit for bit."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate.data_loader import prepare_data_loader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import has_length, rotate_checkpoints
+
+from ..data.stream import PackedStream, StreamPosition, stream_loader
+from .adapters import save_noise
+from .arguments import XDLMTrainingArguments
+from .checkpoints import (
+    RUN_RECORD,
+    UNFINISHED,
+    check_same_run,
+    explained_failure,
+    last_checkpoint,
+    last_whole_checkpoint,
+    optimization_record,
+    publish,
+    refuse_other_run,
+    tokenizer_checksum,
+    whole_model,
+)
+from .checksums import write_checksums
+from .precision import NonFiniteError, first_of, non_finite_weights
+from .preemption import Preempted, SaveOnRequest
+
+
+class CheckpointingTrainer(Trainer):
+    """Transformers' Trainer with atomic checkpoints, exact resuming (of streams too) and saving on SIGTERM.
+
+    Weights are checked before each save, so that no checkpoint and no model holds a NaN. See `checkpoints` for the
+    files.
+
+    Args:
+        args: The run.
+        optimizers: As in `Trainer`.
+        others: As in `Trainer`, by keyword.
+    """
+
+    args: XDLMTrainingArguments
+
+    def __init__(self, args: XDLMTrainingArguments, optimizers: tuple = (None, None), **others):
+        super().__init__(args=args, optimizers=optimizers, **others)
+        self._saving = False
+        self._stream_position = StreamPosition()
+        self._optimizer_given = None if optimizers[0] is None else type(optimizers[0]).__name__
+        self._save_on_request = SaveOnRequest(args.save_seconds, self._all_sum, args.device)
+        self.add_callback(self._save_on_request)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in `Trainer`, except that a `PackedStream`, sharded by itself, is not sharded a second time."""
+        if not isinstance(self.train_dataset, PackedStream):
+            return super().get_train_dataloader()
+        loader = stream_loader(
+            self.train_dataset,
+            self._stream_position,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return prepare_data_loader(
+            loader,
+            self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=False,
+            dispatch_batches=False,
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As in `Trainer`; resuming repeats the uninterrupted run bit for bit, a stream without re-reading.
+
+        Raises:
+            ValueError: If `output_dir` holds another run and `resume_from_checkpoint` is not given, or the checkpoint
+                is missing, incomplete or of another run (`checkpoints.check_same_run` says what may differ).
+            NonFiniteError: If a loss, a gradient or a weight to be saved is not finite.
+            OSError: If a checkpoint cannot be written; earlier ones stay as they are.
+            Preempted: If SIGTERM arrived, after the step that was running and a checkpoint of it.
+        """
+        self._save_on_request.catch_signals()
+        try:
+            return self._train(resume_from_checkpoint, **kwargs)
+        finally:
+            self._save_on_request.release()
+
+    def _train(self, resume_from_checkpoint: str | bool | None, **kwargs):
+        if not resume_from_checkpoint:
+            refuse_other_run(self.args.output_dir)
+            self._stream_position = StreamPosition()
+            return super().train(**kwargs)
+        checkpoint, shared = resume_from_checkpoint, not self.args.save_on_each_node
+        if checkpoint is True:
+            checkpoint = last_whole_checkpoint(self.args.output_dir, shared)
+            if checkpoint is None:
+                raise ValueError(f"output_dir={str(self.args.output_dir)!r} holds no complete checkpoint to resume.")
+        checkpoint = Path(checkpoint)
+        reshards = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        check_same_run(checkpoint, self._run_record(), reshards, shared, self.args.accept_repaired_data)
+        if not isinstance(self.train_dataset, PackedStream):
+            return super().train(resume_from_checkpoint=str(checkpoint), **kwargs)
+        path = checkpoint / f"stream_state_{self.args.process_index}.json"
+        self._stream_position = StreamPosition(**json.loads(path.read_text(encoding="utf-8")))
+        # The stream starts where it stood: nothing is to be read and thrown away.
+        self.args.ignore_data_skip, before = True, self.args.ignore_data_skip
+        try:
+            return super().train(resume_from_checkpoint=str(checkpoint), **kwargs)
+        finally:
+            self.args.ignore_data_skip = before
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As in `Trainer`, which takes a step too many when it resumes from the checkpoint of the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """As in `Trainer`; leaves training here once what SIGTERM asked for is saved.
+
+        Not at the end of training, where the Trainer deletes the last checkpoint with `save_total_limit=1` and
+        `load_best_model_at_end`.
+        """
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._save_on_request.stopping:
+            step = self.state.global_step
+            raise Preempted(step, str(Path(self.args.output_dir) / f"checkpoint-{step}"))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`; one whole safetensors model under FSDP too, whose checkpoints hold a part per process.
+
+        Raises:
+            OSError: If it cannot be written; the folder and the checkpoints stay as they are.
+            NonFiniteError: If a weight is not finite; they stay as they are too.
+        """
+        if self._saving:  # part of a checkpoint
+            return super().save_model(output_dir, _internal_call)
+        self._check_weights()
+        run_dir = Path(self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        needs = model_bytes(model, trained_only=hasattr(model, "peft_config"))
+        with whole_model(
+            Path(output_dir or run_dir), run_dir, self.state.global_step, needs, self.args.should_save
+        ) as unfinished:
+            self.accelerator.wait_for_everyone()
+            self._save_whole_model(str(unfinished))
+            self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_whole_model(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call=True)
+        plugin = self.accelerator.state.fsdp_plugin
+        before = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            super().save_model(output_dir, _internal_call=True)
+        finally:
+            plugin.set_state_dict_type(before)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As in `Trainer`; beside an adapter also the noise, which else only the whole model's config would know."""
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.args.should_save and hasattr(model, "peft_config"):
+            save_noise(model.config, output_dir or self.args.output_dir)
+
+    def _check_weights(self) -> None:
+        """Refuse to save weights that are not finite. Every process must call this, and all agree.
+
+        Raises:
+            NonFiniteError: Naming the step and the parameters.
+        """
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        bad = non_finite_weights(model, lambda flags: self._all_sum(flags.to(self.args.device)))
+        if bad:
+            last = last_checkpoint(self.args.output_dir)
+            raise NonFiniteError(
+                f"step {self.state.global_step}: the weights are not finite ({first_of(bad)}), so nothing was saved. "
+                f"The last whole checkpoint is {last.name if last else 'none'}; lower learning_rate, or check the data."
+            )
+
+    def _run_record(self) -> dict[str, Any]:
+        """What `check_same_run` compares, as JSON."""
+        args, data = self.args, self.train_dataset
+        stream = isinstance(data, PackedStream)
+        fingerprint = getattr(data, "fingerprint", None) or {"rows": len(data) if has_length(data) else None}
+        plain = ("mixing_ratio", "noise_schedule", "t_eps", "time_sampling", "random_length_probability")
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return {
+            **{name: getattr(args, name) for name in plain},
+            **optimization_record(args, model, self._optimizer_given),
+            "noise_seed": args.noise_seed,
+            "seed": None if stream else args.seed if args.data_seed is None else args.data_seed,
+            "global_batch_size": self.get_total_train_batch_size(args),
+            "world_size": args.world_size,
+            "readers": f"{args.world_size}x{max(1, args.dataloader_num_workers)}" if stream else None,
+            "tokenizer": tokenizer_checksum(self.processing_class),
+            "data": json.loads(json.dumps(fingerprint)),
+            "weights_only": args.save_only_model,
+        }
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = Path(super()._get_output_dir(trial))
+        return str(run_dir / UNFINISHED if self._saving else run_dir)
+
+    @contextlib.contextmanager
+    def _written_aside(self) -> Iterator[None]:
+        self._saving = True
+        try:
+            yield
+        finally:
+            self._saving = False
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in `Trainer`, but under another name until it is complete, and never with weights that are not finite."""
+        self._check_weights()
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        unfinished = run_dir / UNFINISHED / name
+        with explained_failure(self.state.global_step, run_dir / UNFINISHED, run_dir, self.args.should_save):
+            if self.args.should_save:  # what a killed process left
+                shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            with self._written_aside():
+                super()._save_checkpoint(model, trial)
+            self._save_record(unfinished, run_dir)
+            self.accelerator.wait_for_everyone()
+            write_checksums(unfinished, shared=not self.args.save_on_each_node)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(unfinished, run_dir / name)
+                shutil.rmtree(run_dir / UNFINISHED)
+                rotate_checkpoints(
+                    output_dir=str(run_dir),
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                )
+        self.accelerator.wait_for_everyone()
+
+    def _save_record(self, unfinished: Path, run_dir: Path) -> None:
+        """What this class adds to a checkpoint, each process its own part."""
+        if isinstance(self.train_dataset, PackedStream):
+            position = json.dumps(self._stream_position.as_json())
+            (unfinished / f"stream_state_{self.args.process_index}.json").write_text(position, encoding="utf-8")
+        best = self.state.best_global_step
+        if best:  # the Trainer looked for it beside the unfinished one
+            folder = run_dir / f"checkpoint-{best}"
+            found = best == self.state.global_step or folder.is_dir()
+            self.state.best_model_checkpoint = str(folder) if found else None
+        if self.args.should_save:
+            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+            (unfinished / RUN_RECORD).write_text(json.dumps(self._run_record(), indent=1), encoding="utf-8")
+
+    def _all_sum(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, "sum")
+
+
+def model_bytes(model: nn.Module, trained_only: bool = False) -> int:
+    """Bytes of a model's parameters, also where ZeRO-3 keeps only a part of each in this process."""
+    return sum(
+        getattr(p, "ds_numel", p.numel()) * p.element_size()
+        for p in model.parameters()
+        if p.requires_grad or not trained_only
+    )
