@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 import xdlm_hf
 from xdlm_hf.data.tokenizer import check_tokenizer
 from xdlm_hf.evaluation.manifest import content_sha, hub_commit
-from xdlm_hf.generation.blocks import check_blocks
+from xdlm_hf.generation.blocks import check_blocks, check_even_blocks
 from xdlm_hf.generation.config import XDLMGenerationConfig
 from xdlm_hf.generation.options import ACCEPTED, section_names
 from xdlm_hf.loading import DTYPES
@@ -235,7 +235,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     XDLMGenerationConfig(**settings)
     length = settings.get("max_new_tokens")
     if length is not None and settings.get("sampler") != "ancestral":
-        check_blocks(settings.get("steps", length), length, settings.get("block_length", length))
+        check = check_even_blocks if settings.get("reference_compat") else check_blocks
+        check(settings.get("steps", length), length, settings.get("block_length", length))
 
 
 def _choose_device(device: str | torch.device | None) -> torch.device:

@@ -1,7 +1,13 @@
 """From noise to text: samplers, policies, and the loop that runs a network for them.
 
-generate     `model.generate()` and `model.revise()`
+generate     `model.generate()`
+revise       `model.revise()`
+options      the table of options, and how they are spelled
+resolution   one set of options from call, config and checkpoint
 config       the options, stored as generation_config.json
+layout       fixed, editable and masked positions of a batch
+blocks       columns and steps of the blocks
+output       what `generate` returns, and who watches it
 sampler      the interface of samplers
 confidence   low-confidence remasking with refinement (Algorithm 1)
 ancestral    exact reverse diffusion (Eq. 11)

@@ -26,8 +26,10 @@ Check = Callable[[str, Any], None]
 
 
 def _count(label: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= _LARGEST:
-        raise ValueError(f"{label}={value!r} must be a positive integer, {_LARGEST} at most.")
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{label}={value!r} must be a positive integer.")
+    if value > _LARGEST:
+        raise ValueError(f"{label}={value!r} must be {_LARGEST} at most.")
 
 
 def _integer(label: str, value: Any) -> None:

@@ -133,7 +133,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "temperature",
         lambda o: o.sampler == "ancestral" and o.temperature == 0,
-        lambda o: f"{o.say('temperature')} must be positive: the ancestral sampler draws; use sampler='confidence'.",
+        lambda o: f"{o.say('temperature')} must be positive for sampler='ancestral', which draws; leave it out.",
     ),
     Rule(
         "remasking",
