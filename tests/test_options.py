@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, XDLMGenerationConfig
 from xdlm_hf.evaluation.arguments import GENERATION, Arguments
 from xdlm_hf.generation.blocks import Blocks
-from xdlm_hf.generation.options import GROUPS, OPTIONS, TABLE, compose, flatten, markdown_table
+from xdlm_hf.generation.options import GROUPS, OPTIONS, TABLE, markdown_table
 from xdlm_hf.generation.resolution import resolve
+from xdlm_hf.generation.spelling import compose, flatten
 from xdlm_hf.serving.fields import ENGINE
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -2,7 +2,8 @@
 
 generate     `model.generate()`
 revise       `model.revise()`
-options      the table of options, and how they are spelled
+options      the table of options
+spelling     options as the user gives them, as rows of the table and back
 resolution   one set of options from call, config and checkpoint
 config       the options, stored as generation_config.json
 layout       fixed, editable and masked positions of a batch

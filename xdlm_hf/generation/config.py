@@ -5,8 +5,9 @@ from typing import Any
 from transformers.generation import GenerationConfig
 from transformers.utils import logging
 
-from .options import ACCEPTED, OPTIONS, TABLE, compose, flatten, markdown_table
+from .options import ACCEPTED, OPTIONS, TABLE, markdown_table
 from .resolution import check_options
+from .spelling import compose, flatten
 
 logger = logging.get_logger(__name__)
 
@@ -18,7 +19,7 @@ class XDLMGenerationConfig(GenerationConfig):
 
     An option of several settings is a dict, `refinement={"policy": "threshold", "threshold": 0.9}`, or a plain name
     where that says all, `cache="prefix"`. Each setting is also accepted by the name in brackets, as a keyword and in a
-    stored file; `ReMDM`'s policies also as `remask_cap`, `remask_rescale` and `remask_confidence`.
+    stored file; ReMDM's policies also as `remask_cap`, `remask_rescale` and `remask_confidence`.
 
     {table}
 

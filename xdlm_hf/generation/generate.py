@@ -24,7 +24,6 @@ from ..diffusion.categorical import refuse_undefined
 from ..diffusion.checks import validate_ids
 from ..diffusion.noise import NoiseKernel
 from ..diffusion.schedules import get_schedule
-from . import released
 from .ancestral import AncestralSampler
 from .blocks import check_blocks
 from .confidence import ConfidenceSampler
@@ -35,6 +34,7 @@ from .network import Network
 from .options import Options
 from .output import DiffusionGenerateOutput, Watcher
 from .refinement import make_refinement
+from .released import ReferenceNetwork, make_released_sampler
 from .resolution import resolve
 from .revise import RevisionMixin, make_generator
 from .sampler import Sampler
@@ -136,7 +136,7 @@ class XDLMGenerationMixin(RevisionMixin):
         answer = layout.generated if layout.open_ended else None
         finished = Finished(options, criteria, answer, sampler.may_edit or sampler.may_remask)
         canvas = sampler.begin(layout.ids, layout.generated, layout.holes)
-        network_class = released.ReferenceNetwork if options.reference_compat else Network
+        network_class = ReferenceNetwork if options.reference_compat else Network
         network = network_class(self, layout.attention_mask, canvas, options, processors)
         watcher = Watcher(options, streamer, sampler, finished, layout.start)
         watcher.begin(canvas.ids)
@@ -210,7 +210,7 @@ class XDLMGenerationMixin(RevisionMixin):
         if options.sampler == "ancestral":
             kernel = NoiseKernel(self.config.embedding_size, options.mixing_ratio, options.mask_token_id)
         if options.reference_compat:
-            return released.make_sampler(options, kernel, **common)
+            return make_released_sampler(options, kernel, **common)
         common["warp"] = _make_warp(options)
         if options.sampler == "ancestral":
             schedule = get_schedule(self.config.noise_schedule)

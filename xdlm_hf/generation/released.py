@@ -37,7 +37,7 @@ from .sampler import Request, Sampler
 _LAST_TIME = 1e-5
 
 
-def make_sampler(options: Any, kernel: NoiseKernel | None, **common: Any) -> Sampler:
+def make_released_sampler(options: Any, kernel: NoiseKernel | None, **common: Any) -> Sampler:
     """The released sampler that the options ask for; `kernel` is the ancestral sampler's, `common` go to either."""
     if options.sampler == "ancestral":
         return ReferenceAncestralSampler(kernel, LogLinearSchedule(), **common)

@@ -14,7 +14,8 @@ import torch
 
 from ..diffusion.checks import validate_ids
 from .cache import check_cache_attention
-from .options import REMDM_POLICIES, TABLE, Options, canonical, check_values, draws, flatten, policy
+from .options import REMDM_POLICIES, TABLE, Options, draws, policy
+from .spelling import canonical, check_values, flatten
 
 # What a checkpoint's config.json says when no generation config does.
 _FROM_MODEL_CONFIG = ("mixing_ratio", "mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")

@@ -8,7 +8,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..generation.options import SAMPLERS, check_values, flatten, section_names
+from ..generation.options import SAMPLERS, section_names
+from ..generation.spelling import check_values, flatten
 
 MAX_STOPS = 4  # as OpenAI has it
 MAX_STOP_LENGTH = 256  # characters

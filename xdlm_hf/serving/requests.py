@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..generation.blocks import check_blocks
 from ..generation.config import XDLMGenerationConfig
-from ..generation.options import flatten
 from ..generation.resolution import draws_with
+from ..generation.spelling import flatten
 from .fields import ENGINE, RequestError, read_fields
 from .prompts import PromptReader, TokenFloor, check_rows
 
