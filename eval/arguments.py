@@ -116,7 +116,7 @@ class Arguments(_GenerationArguments):
         Raises:
             ValueError: As the class, and if a name is unknown or `pretrained` is missing.
         """
-        known = [field.name for field in fields(cls)]
+        known = [field.name for field in sorted(fields(cls), key=lambda field: field.kw_only)]  # generate's last
         unknown = sorted(set(arguments) - set(known))
         if "trust_remote_code" in unknown:
             raise ValueError("trust_remote_code is neither needed nor accepted: xdlm_hf brings the model's code itself")

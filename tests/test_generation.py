@@ -19,7 +19,7 @@ from transformers.generation import (
 )
 
 from xdlm_hf import LinearSchedule, LLaDAConfig, LLaDAForDiffusionLM, NoiseKernel, XDLMGenerationConfig, posterior
-from xdlm_hf.generation import loop as denoising
+from xdlm_hf.generation import network as denoising
 from xdlm_hf.generation.ancestral import AncestralSampler
 from xdlm_hf.generation.released import ReferenceAncestralSampler
 from xdlm_hf.generation.resolution import resolve
