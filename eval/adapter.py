@@ -39,6 +39,7 @@ from xdlm_hf.evaluation.processes import ProcessesLM
 from xdlm_hf.evaluation.protocols import END_OF_TEXT
 from xdlm_hf.evaluation.rows import READ
 from xdlm_hf.generation.protocol import default_mixing_ratio, length_limit
+from xdlm_hf.generation.resolution import draws_with
 from xdlm_hf.loading import end_ids
 from xdlm_hf.training.adapters import load_adapter
 
@@ -363,11 +364,7 @@ class XDLMEvalModel(ProcessesLM):
 
     def _depends_on_batch(self, settings: Mapping[str, Any]) -> bool:
         """Whether an answer under these settings is another one in another batch: drawn, or edited with its padding."""
-        sampler, remasking = (self._in_force(name, settings) for name in ("sampler", "remasking"))
-        refinement = self._in_force("refinement", settings) or ""
-        if sampler == "ancestral" or remasking == "random" or refinement.startswith("remask"):
-            return True
-        return any(self._in_force(name, settings) for name in ("temperature", "reference_compat"))
+        return draws_with(self.model.generation_config, settings) or bool(self._in_force("reference_compat", settings))
 
     def _encode(self, contexts: Sequence[str], room: int) -> dict[str, Tensor]:
         """Left-padded ids and attention mask, (B, L); prompts longer than `room` tokens keep their end."""

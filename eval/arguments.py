@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Self
 
 import torch
@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from xdlm_hf.data.tokenizer import check_tokenizer
 from xdlm_hf.evaluation.manifest import content_sha, hub_commit
-from xdlm_hf.generation.confidence import check_blocks
+from xdlm_hf.generation.blocks import check_blocks, check_even_blocks
 from xdlm_hf.generation.config import XDLMGenerationConfig
+from xdlm_hf.generation.options import ACCEPTED, section_names
 from xdlm_hf.generation.protocol import length_limit
-from xdlm_hf.generation.released import BEYOND_REFERENCE
 from xdlm_hf.loading import DTYPES
 from xdlm_hf.models.registry import model_class
 
@@ -21,18 +21,7 @@ DEFAULT_MAX_NEW_TOKENS = 256
 
 
 # Arguments that are passed on to `generate`.
-GENERATION = (
-    "steps",
-    "max_new_tokens",
-    "block_length",
-    "mixing_ratio",
-    "sampler",
-    "temperature",
-    "cfg_scale",
-    "remasking",
-    "reference_compat",
-    *BEYOND_REFERENCE,
-)
+GENERATION = section_names("length", "sampling", "speed", "refinement", "audit")
 
 
 # What may come from the Hub: the argument of its revision, and a file that every such repository has.
@@ -40,8 +29,13 @@ _REVISIONS = {"pretrained": "revision", "tokenizer": "tokenizer_revision", "peft
 _FILES = {"pretrained": "config.json", "tokenizer": "tokenizer_config.json", "peft": "adapter_config.json"}
 
 
+_GenerationArguments = make_dataclass(
+    "_GenerationArguments", [(name, Any, field(default=None, kw_only=True)) for name in GENERATION]
+)
+
+
 @dataclass
-class Arguments:
+class Arguments(_GenerationArguments):
     """Arguments of `XDLMEvalModel`, checked without loading anything.
 
     What the run asks for wins over what the task asks for, and that over the checkpoint's generation_config.json: a
@@ -64,9 +58,7 @@ class Arguments:
         max_new_tokens: Length of an answer; 256 if neither the run nor the task says.
         mixing_ratio: The run's k, by default the checkpoint's: of the sampler, and of the noise that likelihoods are
             bounded under.
-        block_length, sampler, remasking, temperature, cfg_scale, reference_compat: As in `XDLMGenerationConfig`.
-        confidence_threshold, confidence_factor, early_stop, use_cache, cache_refresh, refinement, edit_threshold,
-            remask_rate, max_edits_per_token, refinement_off_steps, polish_steps: Likewise.
+        block_length, sampler, temperature and the rest of `GENERATION`: As in `XDLMGenerationConfig`.
         mc_samples: Draws per likelihood, each one row of a forward pass.
         check_greedy: Whether likelihoods also say if greedy decoding gives the continuation, which takes one forward
             pass per token of it (LAMBADA's accuracy needs that).
@@ -92,26 +84,6 @@ class Arguments:
     batch_size: int | str = 1
     max_batch_size: int | None = None
     max_length: int | None = None
-    steps: int | None = None
-    max_new_tokens: int | None = None
-    block_length: int | None = None
-    mixing_ratio: float | None = None
-    sampler: str | None = None
-    temperature: float | None = None
-    cfg_scale: float | None = None
-    remasking: str | None = None
-    reference_compat: bool | None = None
-    confidence_threshold: float | None = None
-    confidence_factor: float | None = None
-    early_stop: bool | None = None
-    use_cache: str | None = None
-    cache_refresh: int | None = None
-    refinement: str | None = None
-    edit_threshold: float | None = None
-    remask_rate: float | None = None
-    max_edits_per_token: int | None = None
-    refinement_off_steps: int | None = None
-    polish_steps: int | None = None
     mc_samples: int = 128
     check_greedy: bool = True
     batch_all: bool = False
@@ -145,7 +117,7 @@ class Arguments:
         Raises:
             ValueError: As the class, and if a name is unknown or `pretrained` is missing.
         """
-        known = [field.name for field in fields(cls)]
+        known = [field.name for field in sorted(fields(cls), key=lambda field: field.kw_only)]  # generate's last
         unknown = sorted(set(arguments) - set(known))
         if "trust_remote_code" in unknown:
             raise ValueError("trust_remote_code is neither needed nor accepted: xdlm_hf brings the model's code itself")
@@ -262,11 +234,12 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: As `XDLMGenerationConfig`, or if steps, blocks and length do not fit each other.
     """
-    settings = {name: value for name, value in settings.items() if name in XDLMGenerationConfig.OPTIONS}
+    settings = {name: value for name, value in settings.items() if name in ACCEPTED}
     XDLMGenerationConfig(**settings)
     length = settings.get("max_new_tokens")
     if length is not None and settings.get("sampler") != "ancestral":
-        check_blocks(settings.get("steps", length), length, settings.get("block_length", length))
+        check = check_even_blocks if settings.get("reference_compat") else check_blocks
+        check(settings.get("steps", length), length, settings.get("block_length", length))
 
 
 def _choose_device(device: str | torch.device | None) -> torch.device:

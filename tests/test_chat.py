@@ -86,10 +86,21 @@ def test_a_base_model_continues_the_text(loaded, monkeypatch):
 
 
 def test_settings(loaded, monkeypatch):
-    lines = ["/k 0.2", "/length 24", "/block 7", "/block 8", "/steps 6", "/temperature", "/k", "/k default", "/k"]
+    lines = [
+        "/k 0.2",
+        "/length 24",
+        "/steps 3",
+        "/block 7",
+        "/block 8",
+        "/steps 6",
+        "/temperature",
+        "/k",
+        "/k default",
+        "/k",
+    ]
     chat, _, printed = talk(loaded, *lines, monkeypatch=monkeypatch)
     assert chat.settings == {"max_new_tokens": 24, "steps": 6, "block_length": 8}
-    assert "Before the next answer: block_length=7 does not divide max_new_tokens=24" in " ".join(printed.split())
+    assert "Before the next answer: steps=3 is too few for the 4 blocks of 7 tokens" in " ".join(printed.split())
     shown = [line for line in printed.splitlines() if "mixing_ratio" in line]
     assert shown == ["mixing_ratio = 0.2"] * 2 + ["mixing_ratio = default"] * 2
 

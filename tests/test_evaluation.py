@@ -421,7 +421,11 @@ class TestBadArguments:
             ({"mixing_ratio": 1.5}, r"mixing_ratio=1.5 must lie in \[0, 1\]"),
             ({"sampler": "beam"}, "sampler='beam' is not known"),
             ({"steps": 9, "max_new_tokens": 8}, "steps=9 is more than max_new_tokens=8"),
-            ({"max_new_tokens": 8, "block_length": 3}, "block_length=3 does not divide max_new_tokens=8"),
+            ({"max_new_tokens": 8, "block_length": 3, "steps": 2}, "steps=2 is too few for the 3 blocks"),
+            (
+                {"max_new_tokens": 8, "block_length": 3, "reference_compat": True},
+                "block_length=3 does not divide max_new_tokens=8",
+            ),
         ],
     )
     def test_refused_before_anything_is_loaded(self, arguments, message):

@@ -31,6 +31,7 @@ from xdlm_hf.generation import network
 from xdlm_hf.generation.ancestral import AncestralSampler
 from xdlm_hf.generation.protocol import runs_in_parts
 from xdlm_hf.generation.released import ReferenceAncestralSampler
+from xdlm_hf.generation.resolution import resolve
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "tiny-llada"
 RECORDED = json.loads((CHECKPOINT / "expected_generation.json").read_text())
@@ -543,7 +544,7 @@ def test_precedence_call_then_config_then_model_then_defaults():
     assert model.generate().shape == (1, 4)
     assert model.generate(generation_config=XDLMGenerationConfig(max_new_tokens=6)).shape == (1, 6)
     assert model.generate(generation_config=XDLMGenerationConfig(max_new_tokens=6), max_new_tokens=8).shape == (1, 8)
-    options = model._resolve_options(None, {"max_new_tokens": 8})
+    options = resolve(model, None, {"max_new_tokens": 8})
     assert (options.mixing_ratio, options.mask_token_id, options.steps, options.sampler) == (0.5, 20, 2, "confidence")
     assert model.generation_config.max_new_tokens == 4
 
@@ -569,9 +570,9 @@ def test_a_checkpoints_autoregressive_options_are_dropped_and_said(tmp_path, cap
         ({"steps": 0}, r"steps=0 must be a positive integer"),
         ({"steps": 2.5}, r"steps=2.5 must be a positive integer"),
         ({"max_new_tokens": -1}, r"max_new_tokens=-1 must be a positive integer"),
-        ({"block_length": 5}, r"block_length=5 does not divide max_new_tokens=16; use e.g. block_length=4"),
+        ({"block_length": 3}, r"steps=4 is too few for the 6 blocks of 3 tokens.*steps=6 or more"),
         ({"steps": 17}, r"steps=17 is more than max_new_tokens=16"),
-        ({"steps": 3, "block_length": 8}, r"steps=3 does not spread evenly over the 2 blocks"),
+        ({"block_length": 0}, r"block_length=0 must be a positive integer"),
         ({"sampler": "ddim"}, r"sampler='ddim' is not known; choose one of \['confidence', 'ancestral'\]"),
         ({"remasking": "lucky"}, r"remasking='lucky' is not known"),
         ({"temperature": -1}, r"temperature=-1 must be 0 or above"),
@@ -586,21 +587,28 @@ def test_a_checkpoints_autoregressive_options_are_dropped_and_said(tmp_path, cap
         ({"input_ids": [[1, 2]]}, r"must be tensors: tokenize with return_tensors='pt'"),
         ({"input_ids": torch.empty(0, 2, dtype=torch.long)}, r"of shape \(B, P\) with B >= 1, got \(0, 2\)"),
         ({"top_p": 0.0, "temperature": 1.0}, r"top_p=0.0 must lie in \(0, 1\]"),
-        ({"top_k": 0, "temperature": 1.0}, r"top_k=0 must be a positive integer"),
+        ({"top_k": -1, "temperature": 1.0}, r"top_k=-1 must be a positive integer"),
         ({"top_k": 5}, r"top_k=5.*temperature=0 draws nothing"),
         ({"cfg_scale": -1.0}, r"cfg_scale=-1.0 must be 0"),
         ({"sampler": "ancestral", "block_length": 4}, r"sampler='ancestral' has no option block_length=4"),
         ({"sampler": "ancestral", "polish_steps": 4}, r"sampler='ancestral' has no option polish_steps=4"),
-        ({"confidence_threshold": 0.0}, r"confidence_threshold=0.0 must lie in \(0, 1\]"),
+        ({"confidence_threshold": -0.1}, r"confidence_threshold=-0.1 must lie in \(0, 1\]"),
         ({"confidence_threshold": 1.5}, r"confidence_threshold=1.5 must lie in \(0, 1\]"),
         ({"confidence_threshold": 0.9, "remasking": "random"}, r"remasking='random' chooses holes by chance"),
-        ({"confidence_factor": 0}, r"confidence_factor=0 must be above 0"),
+        ({"confidence_factor": -1}, r"confidence_factor=-1 must be above 0"),
         ({"early_stop": "yes"}, r"early_stop='yes' must be True or False"),
         ({"refinement": "magic"}, r"refinement='magic' is not known; choose one of \['budget', 'threshold'"),
         ({"refinement": "threshold"}, r"refinement='threshold' needs edit_threshold, a number in \(0, 1\]"),
-        ({"refinement": "remask_cap"}, r"refinement='remask_cap' needs remask_rate"),
+        ({"refinement": "remask_cap"}, r"refinement='remdm_cap' needs remask_rate"),
+        ({"refinement": {"policy": "threshold"}}, r"needs .*\{'policy': 'threshold', 'threshold': ...\}"),
+        ({"refinement": {"policy": "threshold", "threshold": 2}}, r"refinement\['threshold'\]=2 must lie in \(0, 1\]"),
+        ({"refinement": {"speed": 2}}, r"refinement={'speed': 2} has no setting 'speed'; settings: policy, threshold"),
+        ({"refinement": {"policy": "none"}, "edit_threshold": 0.5}, r"edit_threshold=0.5 is a setting of refinement="),
+        ({"cache": "dual", "use_cache": "dual"}, r"use_cache='dual' is a setting of cache='dual'.*leave out use_cache"),
+        ({"cache": "paged"}, r"cache='paged' is not known; choose one of \['prefix', 'dual', False\]"),
+        ({"parallel_decoding": 0.9}, r"parallel_decoding=0.9 must be a dict with one of 'threshold', 'factor'"),
         ({"edit_threshold": 0.5}, r"edit_threshold=0.5 belongs to refinement='threshold'"),
-        ({"refinement": "budget", "remask_rate": 0.5, "mixing_ratio": 0.1}, r"remask_rate=0.5 belongs to .*remask_cap"),
+        ({"refinement": "budget", "remask_rate": 0.5, "mixing_ratio": 0.1}, r"remask_rate=0.5 belongs to .*remdm_cap"),
         ({"refinement": "budget"}, r"refinement='budget' allows .* none at mixing_ratio=0"),
         ({"polish_steps": 2}, r"polish_steps=2 only edit, and mixing_ratio=0 edits nothing"),
         ({"polish_steps": 2, "refinement": "none"}, r"polish_steps=2 only edit, and refinement='none' edits nothing"),
@@ -737,7 +745,7 @@ def test_stored_options_give_way_to_what_the_call_chooses(stored, call):
 def test_a_stored_remasking_stays_where_nothing_contradicts_it():
     model = small_model()
     model.generation_config = XDLMGenerationConfig(remasking="random")
-    assert model._resolve_options(None, {}).remasking == "random"
+    assert resolve(model, None, {}).remasking == "random"
 
 
 def test_a_tiny_temperature_is_greedy_also_with_filters(model, prompt):

@@ -128,7 +128,7 @@ def test_spans_are_columns_of_every_row(model, text):
         ([(5, 6)], {"reference_compat": True}, r"reference_compat=True: the released sampler knows only answers"),
         ([(5, 6)], {"stopping_criteria": [lambda ids, scores: True]}, r"stopping_criteria end an answer"),
         ([(5, 6)], {"steps": 13}, r"steps=13 is more than text length=12"),
-        ([(5, 6)], {"block_length": 5}, r"block_length=5 does not divide text length=12"),
+        ([(5, 6)], {"block_length": 5, "steps": 2}, r"steps=2 is too few for the 3 blocks of 5 tokens"),
         ([(5, 6)], {"generation_config": XDLMGenerationConfig(reference_compat=True)}, r"reference_compat=True: the"),
     ],
 )

@@ -98,7 +98,7 @@ def test_steps_ask_for_what_the_whole_pass_gives():
 
 def test_training(tmp_path):
     run = trainer(tmp_path, model=second(), mixing_ratio=0.1, max_steps=20, eval_rows=8, learning_rate=0.02)
-    assert run._fused  # its output layer is a plain matrix
+    assert not run._fused  # its output layer is no OutputLayer, so it makes logits
     before = run.evaluate()["eval_loss"]
     run.train()
     assert run.evaluate()["eval_loss"] < before - 0.5

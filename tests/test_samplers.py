@@ -232,9 +232,9 @@ def test_ancestral_edits_are_token_to_token_changes():
     [
         ({"steps": 0}, r"steps=0 must be a positive integer"),
         ({"length": -4}, r"max_new_tokens=-4 must be a positive integer"),
-        ({"block_length": 3}, r"block_length=3 does not divide max_new_tokens=8; use e.g. block_length=[24]"),
+        ({"block_length": 0}, r"block_length=0 must be a positive integer"),
         ({"steps": 9}, r"steps=9 is more than max_new_tokens=8.*use steps=8"),
-        ({"steps": 3, "block_length": 4}, r"steps=3 does not spread evenly over the 2 blocks.*steps=4"),
+        ({"steps": 2, "block_length": 3}, r"steps=2 is too few for the 3 blocks of 3 tokens.*steps=3 or more"),
         ({"temperature": -1.0}, r"temperature=-1.0 must not be negative"),
         ({"remasking": "entropy"}, r"remasking='entropy' is not known.*low_confidence"),
     ],

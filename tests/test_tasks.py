@@ -368,8 +368,8 @@ class TestBeforeTheModelIsLoaded:
         data = {"data": str(DATA)}
         with pytest.raises(ValueError, match="steps=300 is more than max_new_tokens=256"):
             cli.check(["xdlm_gsm8k"], [], data, True, {"pretrained": "nowhere", "steps": 300})
-        with pytest.raises(ValueError, match="block_length=100 does not divide max_new_tokens=256"):
-            cli.check(["xdlm_gsm8k"], [], data, True, {"block_length": 100})
+        with pytest.raises(ValueError, match="steps=2 is too few for the 3 blocks of 100 tokens"):
+            cli.check(["xdlm_gsm8k"], [], data, True, {"block_length": 100, "steps": 2})
         cli.check(["xdlm_gsm8k"], [], data, True, {"steps": 300, "max_new_tokens": 512, "seed": 1})
 
     def test_every_subtask_is_in_the_group(self):

@@ -1,8 +1,15 @@
 """From noise to text: samplers, policies, and the loop that runs a network for them.
 
 protocol     what a model must say of itself
-generate     `model.generate()` and `model.revise()`
+generate     `model.generate()`
+revise       `model.revise()`
+options      the table of options
+spelling     options as the user gives them, as rows of the table and back
+resolution   one set of options from call, config and checkpoint
 config       the options, stored as generation_config.json
+layout       fixed, editable and masked positions of a batch
+blocks       columns and steps of the blocks
+output       what `generate` returns, and who watches it
 sampler      the interface of samplers
 confidence   low-confidence remasking with refinement (Algorithm 1)
 ancestral    exact reverse diffusion (Eq. 11)

@@ -3,7 +3,6 @@
 Shapes: B batch, T whole length (prompt and answer), C columns or M positions asked for, N vocabulary.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.categorical import draw_from_weights, row_blocks, uniform
-from ..diffusion.checks import check_positive
+from .blocks import Blocks, check_blocks
 from .canvas import Canvas, StepView
 from .refinement import BudgetRefinement, NoRefinement, Refinement, most_confident
 from .sampler import Request, Sampler
@@ -97,7 +96,7 @@ class ConfidenceSampler(Sampler):
         self.refinement = settings.policy
         self.may_edit, self.may_remask = self.refinement.edits, self.refinement.remasks
         self.fill_steps, self.steps = settings.steps, settings.steps + settings.polish_steps
-        self.steps_per_block = max(settings.steps * self.block_length // length, 1)
+        self.blocks = Blocks(start, length, self.block_length, settings.steps)
 
     def begin(self, ids: Tensor, generated: Tensor, holes: Tensor | None = None) -> Canvas:
         holes = generated if holes is None else holes
@@ -143,6 +142,7 @@ class ConfidenceSampler(Sampler):
 
     def _view(self, canvas: Canvas, logits: Tensor, request: Request) -> StepView:
         i, columns = request.i, request.columns.expand(canvas.ids.shape[0], -1)
+        done, steps_per_block = (0, self.blocks.place(0)[1]) if self.polishing(i) else self.blocks.place(i)
         ids, holes, generated = (x.gather(1, columns) for x in (canvas.ids, canvas.holes, canvas.generated))
         predicted, conf_predicted, conf_current = self.predict(logits, ids)
         editable = generated & ~holes & self.working_rows(canvas, i)[:, None]
@@ -160,8 +160,8 @@ class ConfidenceSampler(Sampler):
             conf_predicted=conf_predicted,
             conf_current=conf_current,
             step=i,
-            done=0 if self.polishing(i) else i % self.steps_per_block,
-            steps_per_block=self.steps_per_block,
+            done=done,
+            steps_per_block=steps_per_block,
             fill_steps_left=max(self.fill_steps - i, 0),
             polish_steps_left=self.steps - i if self.polishing(i) else 0,
             generator=self.generator,
@@ -200,8 +200,7 @@ class ConfidenceSampler(Sampler):
     def block(self, i: int) -> tuple[int, int]:
         if self.polishing(i):
             return self.start, self.start + self.length
-        first = self.start + i // self.steps_per_block * self.block_length
-        return first, first + self.block_length
+        return self.blocks.columns[self.blocks.of(i)]
 
     def working_rows(self, canvas: Canvas, i: int) -> Tensor:
         """With blocks that may end early, the rows whose block has holes: a row must not depend on its neighbours'."""
@@ -215,7 +214,7 @@ class ConfidenceSampler(Sampler):
             settled = self.settled_rows(before, after, i)
             return self.steps if settled is not None and bool(settled.all()) else i + 1
         if self.adaptive and self._is_full(after, i):
-            i = i // self.steps_per_block * self.steps_per_block + self.steps_per_block - 1
+            return self._skip_full_blocks(after, self.blocks.next_block(i))
         return self._skip_full_blocks(after, i + 1)
 
     def polishing(self, i: int) -> bool:
@@ -230,8 +229,8 @@ class ConfidenceSampler(Sampler):
         return self._skip_full_blocks(canvas, 0)
 
     def _skip_full_blocks(self, canvas: Canvas, i: int) -> int:
-        while self.adaptive and i < self.fill_steps and i % self.steps_per_block == 0 and self._is_full(canvas, i):
-            i += self.steps_per_block
+        while self.adaptive and i < self.fill_steps and self.blocks.place(i)[0] == 0 and self._is_full(canvas, i):
+            i = self.blocks.next_block(i)
         return i
 
     def _is_full(self, canvas: Canvas, i: int) -> bool:
@@ -255,29 +254,3 @@ class ConfidenceSampler(Sampler):
         """a_i, (B,): what is left of the block over the steps that are left, so earlier steps take the remainder."""
         steps_left = max(view.steps_per_block - view.done, 1)
         return (view.holes.sum(-1) + steps_left - 1) // steps_left
-
-
-def check_blocks(
-    steps: int, length: int, block_length: int, name: str = "max_new_tokens", may_idle: bool = False
-) -> None:
-    """Raise ValueError unless `block_length` divides the answer and the steps spread evenly over its blocks.
-
-    `name` is what the messages call `length`; with `may_idle` there may be steps that fill nothing.
-    """
-    check_positive(**{"steps": steps, name: length, "block_length": block_length})
-    if length % block_length:
-        divisors = [d for d in range(1, length + 1) if length % d == 0]
-        nearest = min(divisors, key=lambda d: abs(d - block_length))
-        raise ValueError(
-            f"block_length={block_length} does not divide {name}={length}; use e.g. block_length={nearest}."
-        )
-    if steps > length and not may_idle:
-        raise ValueError(
-            f"steps={steps} is more than {name}={length}: every step fills at least one; use steps={length}."
-        )
-    blocks = length // block_length
-    if steps % blocks:
-        raise ValueError(
-            f"steps={steps} does not spread evenly over the {blocks} blocks of {block_length} tokens; "
-            f"use a multiple of {blocks}, e.g. steps={math.ceil(steps / blocks) * blocks}."
-        )

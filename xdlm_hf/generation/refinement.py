@@ -9,6 +9,7 @@ Shapes: B batch, T whole length, C columns of a step. Confidences are probabilit
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -203,6 +204,24 @@ def remembered(view: StepView, name: str, values: Tensor, empty: float = 0) -> T
     kept = view.canvas.memory.get(name)
     kept = torch.full(view.canvas.ids.shape, empty, dtype=torch.double, device=values.device) if kept is None else kept
     return view.write(kept, values.double())
+
+
+def make_refinement(options: Any) -> Refinement:
+    """The policy that resolved options describe, Algorithm 1's budget by default."""
+    name = options.policy
+    if name == "none":
+        return NoRefinement()
+    if name == "budget":
+        policy: Refinement = BudgetRefinement(options.mixing_ratio)
+    elif name == "threshold":
+        policy = ThresholdRefinement(options.edit_threshold)
+    else:
+        policy = RemaskingRefinement(name.removeprefix("remdm_"), options.remask_rate)
+    if options.max_edits_per_token is not None:
+        policy = LoopGuard(policy, options.max_edits_per_token)
+    if options.refinement_off_steps is not None:
+        policy = SwitchedOff(policy, options.refinement_off_steps)
+    return policy
 
 
 def most_confident(priority: Tensor, candidates: Tensor, count: Tensor) -> Tensor:

@@ -26,60 +26,17 @@ from torch import Tensor
 from ..diffusion.categorical import masked_logits, refuse_undefined, uniform
 from ..diffusion.process import NoiseProcess
 from .ancestral import AncestralSampler
+from .blocks import check_even_blocks
 from .canvas import Canvas
-from .confidence import REMASKING, check_blocks
+from .confidence import REMASKING
 from .network import Network
 from .protocol import logits_at
 from .sampler import Request, Sampler
 
-# What this package adds to the released confidence sampler.
-BEYOND_REFERENCE = (
-    "confidence_threshold",
-    "confidence_factor",
-    "early_stop",
-    "use_cache",
-    "cache_refresh",
-    "refinement",
-    "edit_threshold",
-    "remask_rate",
-    "max_edits_per_token",
-    "refinement_off_steps",
-    "polish_steps",
-)
 _LAST_TIME = 1e-5
 
 
-def not_released(sampler: str | None) -> tuple[str, ...]:
-    """Options that the released sampler of that name does not have."""
-    return (*BEYOND_REFERENCE, "top_k", "top_p", *(("temperature", "cfg_scale") if sampler == "ancestral" else ()))
-
-
-def check_options(options: Any) -> None:
-    """Raise ValueError for options, an `XDLMGenerationConfig`, with which there is no released sampler to reproduce."""
-    ancestral = options.sampler == "ancestral"
-    for name in not_released(options.sampler):
-        value = getattr(options, name)
-        if value and not (name == "temperature" and value == 1):
-            raise ValueError(
-                f"the released sampler, which reference_compat=True reproduces, has no option {name}={value!r}; "
-                "leave one of them out."
-            )
-    if ancestral:
-        return
-    if options.remasking == "random" and options.mixing_ratio:
-        raise ValueError(
-            f"remasking='random' with mixing_ratio={options.mixing_ratio}: the released sampler, which "
-            "reference_compat=True reproduces, ends with an error there, because its edits need confidences. Leave out "
-            "reference_compat or remasking, or set mixing_ratio=0."
-        )
-    if options.sampler == "confidence" and options.mixing_ratio == 1:
-        raise ValueError(
-            "mixing_ratio=1 has no released sampler to reproduce: its edit budget k / (1 - k) divides by 0. Leave out "
-            "reference_compat, or use sampler='ancestral'."
-        )
-
-
-def make_sampler(options: Any, process: NoiseProcess | None, **common: Any) -> Sampler:
+def make_released_sampler(options: Any, process: NoiseProcess | None, **common: Any) -> Sampler:
     """The released sampler that the options ask for; `process` is the ancestral sampler's, `common` go to either."""
     if options.sampler == "ancestral":
         return ReferenceAncestralSampler(process, **common)
@@ -149,7 +106,7 @@ class ReferenceConfidenceSampler(Sampler):
         generator: torch.Generator | None = None,
     ):
         block_length = length if block_length is None else block_length
-        check_blocks(steps, length, block_length, may_idle=True)
+        check_even_blocks(steps, length, block_length)
         if not 0 <= mixing_ratio < 1:
             raise ValueError(f"mixing_ratio={mixing_ratio} must lie in [0, 1): the budget is k / (1 - k).")
         if temperature < 0:

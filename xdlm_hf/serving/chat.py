@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..generation.confidence import check_blocks
+from ..generation.blocks import check_blocks
 from ..generation.config import XDLMGenerationConfig
 from ..generation.protocol import length_limit
 from ..loading import DTYPES, end_ids, end_of_turn_ids, load
@@ -209,7 +209,9 @@ class Chat:
             self.settings[name] = number
         self._say(f"{name} = {self.settings.get(name, 'default')}")
         try:
-            check_blocks(self.settings.get("steps", 1), self._length, self.settings.get("block_length", self._length))
+            check_blocks(
+                self.settings.get("steps", self._length), self._length, self.settings.get("block_length", self._length)
+            )
         except ValueError as error:  # not refused: the setting that makes it fit may come next
             self._say(f"Before the next answer: {error}")
 

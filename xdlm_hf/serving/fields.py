@@ -8,11 +8,12 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..generation.cache import CACHES
-from ..generation.config import REFINEMENTS, SAMPLERS
+from ..generation.options import SAMPLERS, section_names
+from ..generation.spelling import check_values, flatten
 
 MAX_STOPS = 4  # as OpenAI has it
 MAX_STOP_LENGTH = 256  # characters
+MAX_POLISH_STEPS = 64  # each is a forward pass beyond `steps`
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # Fields without effect here, with the values that ask for nothing; 0 stands for 0.0 too. OpenAI's, then those that
 # clients of vLLM and SGLang send.
@@ -294,19 +295,25 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _option(name: str, value: Any) -> Any:
+    """An option of `generate`, checked by itself as its table of options says."""
+    try:
+        check_values(*flatten({name: value}))
+    except ValueError as error:
+        raise RequestError(str(error), 400, name) from error
+    return value
+
+
+def _polish_steps(name: str, value: Any) -> Any:
+    if is_integer(value) and value > MAX_POLISH_STEPS:
+        raise RequestError(f"{name}={_short(value)} is above this server's {MAX_POLISH_STEPS}.", 400, name)
+    return _option(name, value)
+
+
 # Options of `generate` that a client passes as they are; what does not go together `generate` refuses.
 ENGINE: dict[str, Callable[[str, Any], Any]] = {
-    "confidence_threshold": _number(1e-6, 1),
-    "confidence_factor": _number(1e-6, 1e6),
-    "early_stop": _boolean,
-    "use_cache": _choice(*CACHES),
-    "cache_refresh": _integer(1),
-    "refinement": _choice(*REFINEMENTS),
-    "edit_threshold": _number(1e-6, 1),
-    "remask_rate": _number(1e-6, 1),
-    "max_edits_per_token": _integer(1),
-    "refinement_off_steps": _integer(1),
-    "polish_steps": _integer(1, 64),  # each is a forward pass beyond `steps`
+    **dict.fromkeys(section_names("speed", "refinement"), _option),
+    "polish_steps": _polish_steps,
 }
 COMMON: dict[str, Callable[[str, Any], Any]] = {
     "model": _string,

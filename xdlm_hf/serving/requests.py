@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..generation.confidence import check_blocks
-from ..generation.config import REMASKING_POLICIES, XDLMGenerationConfig
+from ..generation.blocks import check_blocks
+from ..generation.config import XDLMGenerationConfig
 from ..generation.protocol import length_limit, output_rows
+from ..generation.resolution import draws_with
+from ..generation.spelling import flatten
 from .fields import ENGINE, RequestError, read_fields
 from .prompts import PromptReader, TokenFloor, check_rows
 
@@ -30,11 +32,8 @@ class Defaults:
     max_tokens: int = 128
     block_length: int | None = None
     tokens_per_step: int = 1
-    # As the checkpoint has them: what fits a request, and whether its seed matters, depends on these.
-    sampler: str | None = None
-    temperature: float | None = None
-    remasking: str | None = None
-    refinement: str | None = None
+    # As the checkpoint has it: what fits a request, and whether its seed matters, depends on it.
+    stored: XDLMGenerationConfig = field(default_factory=XDLMGenerationConfig)
 
     @classmethod
     def of(
@@ -42,17 +41,14 @@ class Defaults:
     ) -> "Defaults":
         """The server's options over what the checkpoint stores."""
         block_length = stored.block_length if block_length is None else block_length
-        kept = (stored.sampler, stored.temperature, stored.remasking, stored.refinement)
-        return cls(max_tokens, block_length, tokens_per_step, *kept)
+        return cls(max_tokens, block_length, tokens_per_step, stored)
 
     def draws(self, fields: Mapping[str, Any]) -> bool:
         """Whether generation with these fields draws random numbers, so that a seed has an effect."""
-        return (
-            fields.get("sampler", self.sampler) == "ancestral"
-            or fields.get("temperature", self.temperature) not in (None, 0)
-            or fields.get("refinement", self.refinement) in REMASKING_POLICIES
-            or self.remasking == "random"
-        )
+        return draws_with(self.stored, {name: fields[name] for name in _DRAWING if name in fields})
+
+
+_DRAWING = ("sampler", "temperature", *ENGINE)
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class Settings:
     temperature: float | None
     top_p: float | None
     seed: int | None  # None where nothing is drawn
-    engine: tuple[tuple[str, Any], ...] = ()  # of `ENGINE`, by name
+    engine: tuple[tuple[str, Any], ...] = ()  # of `ENGINE`, as rows of the table of options
 
     def options(self) -> dict[str, Any]:
         own = {name: value for name, value in asdict(self).items() if value is not None and name != "engine"}
@@ -155,7 +151,7 @@ def parse(
 
 def _settings(fields: Mapping[str, Any], max_tokens: int, limits: Limits, defaults: Defaults) -> Settings:
     """Options of `generate`: a canvas of whole blocks that holds `max_tokens`, and steps that fit it."""
-    ancestral = fields.get("sampler", defaults.sampler) == "ancestral"
+    ancestral = fields.get("sampler", defaults.stored.sampler) == "ancestral"
     block = fields.get("block_length", None if ancestral else defaults.block_length)
     canvas, blocks = max_tokens, 1
     if block is not None and not ancestral:
@@ -168,16 +164,16 @@ def _settings(fields: Mapping[str, Any], max_tokens: int, limits: Limits, defaul
     temperature, top_p = fields.get("temperature"), fields.get("top_p")
     if top_p == 1:
         top_p = None  # keeps every token
-    if top_p is not None and not ancestral and not fields.get("temperature", defaults.temperature):
+    if top_p is not None and not ancestral and not fields.get("temperature", defaults.stored.temperature):
         raise RequestError(f"top_p={top_p} filters a draw and needs a temperature above 0.", 400, "top_p")
     most = max(canvas, limits.max_new_tokens)
     if steps > most:
         raise RequestError(f"steps={steps} is above this server's {most}.", 400, "steps")
     own = [fields.get(name) for name in ("mixing_ratio", "sampler")]
     seed = fields.get("seed") if defaults.draws(fields) else None
-    engine = tuple((name, fields[name]) for name in ENGINE if name in fields)
-    settings = Settings(canvas, steps, block, *own, temperature, top_p, seed, engine)
     try:
+        engine = tuple(sorted(flatten({name: fields[name] for name in ENGINE if name in fields})[0].items()))
+        settings = Settings(canvas, steps, block, *own, temperature, top_p, seed, engine)
         XDLMGenerationConfig(**settings.options())
         if not ancestral:
             check_blocks(steps, canvas, block or canvas)

@@ -1,0 +1,374 @@
+"""The table of generation options: type, range, default, "off" value, and what each goes with.
+
+`XDLMGenerationConfig`, `generate`, the lm-eval adapter, the server and docs/generation.md read this table. Some options
+belong together and are one value of the user's: `refinement`, `parallel_decoding` and `cache` take a name or a dict.
+Each of their settings is a row of its own; `spelling` maps one to the other.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, make_dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from .cache import CACHES
+from .confidence import REMASKING
+from .refinement import REMASK_SCHEDULES
+
+SAMPLERS = ("confidence", "ancestral")
+REMDM_POLICIES = tuple(f"remdm_{schedule}" for schedule in REMASK_SCHEDULES)
+REFINEMENTS = ("budget", "threshold", *REMDM_POLICIES, "none")
+TASKS = ("answer", "holes", "revision")
+_LARGEST = 2**31 - 1
+Check = Callable[[str, Any], None]
+
+
+def _count(label: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{label}={value!r} must be a positive integer.")
+    if value > _LARGEST:
+        raise ValueError(f"{label}={value!r} must be {_LARGEST} at most.")
+
+
+def _integer(label: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{label}={value!r} must be an integer.")
+
+
+def _boolean(label: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{label}={value!r} must be True or False.")
+
+
+def _token_ids(label: str, value: Any) -> None:
+    ids = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(token_id, Integral) and not isinstance(token_id, bool) for token_id in ids):
+        raise ValueError(f"{label}={value!r} must be an integer or a list of integers.")
+
+
+def _number(inside: Callable[[float], bool], range_: str) -> Check:
+    def check(label: str, value: Any) -> None:
+        if isinstance(value, bool) or not (isinstance(value, Real) and math.isfinite(value)):
+            raise ValueError(f"{label}={value!r} must be a finite number.")
+        if not inside(value):
+            raise ValueError(f"{label}={value} must {range_}.")
+
+    return check
+
+
+def _choice(*choices: Any) -> Check:
+    def check(label: str, value: Any) -> None:
+        if value not in choices:
+            raise ValueError(f"{label}={value!r} is not known; choose one of {list(choices)}.")
+
+    return check
+
+
+_FRACTION = _number(lambda x: 0 < x <= 1, "lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One row of the table.
+
+    Args:
+        check: Raises ValueError for a value that is impossible by itself; takes what to call it, and the value.
+        range: Type and range, in words.
+        about: What it does.
+        section: "length", "sampling", "speed", "refinement", "audit", "output" or "tokens".
+        default: What holds where nothing is said, in words; `value` where that is one value.
+        off: Values that switch it off, as None does.
+        samplers: Samplers that have it.
+        released: Samplers of those that have it with `reference_compat`.
+        given_for, stored_for: Tasks for which a value counts that a call gives, or that a checkpoint stores.
+        of: The option and key that it is a part of.
+    """
+
+    check: Check
+    range: str
+    about: str
+    section: str
+    default: str = "none"
+    value: Any = None
+    off: tuple = ()
+    samplers: tuple[str, ...] = SAMPLERS
+    released: tuple[str, ...] = SAMPLERS
+    given_for: tuple[str, ...] = TASKS
+    stored_for: tuple[str, ...] = TASKS
+    of: tuple[str, str] | None = None
+
+    def is_off(self, value: Any) -> bool:
+        return value is None or (value is not True and any(value == off for off in self.off))
+
+
+_CONFIDENCE: dict[str, Any] = {"samplers": ("confidence",), "released": ("confidence",)}
+_ADDED: dict[str, Any] = {"samplers": ("confidence",), "released": ()}
+_FILLS: dict[str, Any] = {**_ADDED, "given_for": ("answer", "holes"), "stored_for": ("answer", "holes")}
+_ANSWERS: dict[str, Any] = {"stored_for": ("answer",)}
+
+TABLE: dict[str, Option] = {
+    "max_new_tokens": Option(
+        _count, "int >= 1", "Length of the answer in tokens.", "length", "128", 128, given_for=("answer",), **_ANSWERS
+    ),
+    "steps": Option(
+        _count,
+        "int >= 1",
+        "Denoising steps, one forward pass each (two with `cfg_scale`); at least one for each block. Earlier blocks "
+        "take the remainder.",
+        "length",
+        "one for each token; 8 for a revision",
+        **_ANSWERS,
+    ),
+    "block_length": Option(
+        _count,
+        "int >= 1",
+        "Tokens that are filled together; blocks follow each other from left to right, the last may be shorter.",
+        "length",
+        "the whole answer",
+        given_for=("answer", "holes"),
+        **_CONFIDENCE,
+        **_ANSWERS,
+    ),
+    "mixing_ratio": Option(
+        _number(lambda x: 0 <= x <= 1, "lie in [0, 1]: 0 is MDLM, 1 is UDLM"),
+        "number in [0, 1]",
+        "k in Eq. 7: 0 is MDLM, 1 is UDLM. For the confidence sampler the refinement budget, k / (1 - k) edits for "
+        "every token filled.",
+        "sampling",
+        "the model's",
+    ),
+    "sampler": Option(
+        _choice(*SAMPLERS),
+        " or ".join(f'`"{name}"`' for name in SAMPLERS),
+        "Algorithm 1, or exact reverse diffusion (Eq. 11).",
+        "sampling",
+        '`"confidence"`',
+        "confidence",
+        stored_for=("answer", "holes"),
+    ),
+    "remasking": Option(
+        _choice(*REMASKING),
+        " or ".join(f'`"{name}"`' for name in REMASKING),
+        "Which holes are filled first: all but the surest predictions are masked again, or all but random ones.",
+        "sampling",
+        '`"low_confidence"`',
+        **_CONFIDENCE,
+    ),
+    "temperature": Option(
+        _number(lambda x: x >= 0, "be 0 or above"),
+        "number >= 0",
+        "Above 0, tokens are drawn from softmax(logits / temperature); 0 takes the most likely one.",
+        "sampling",
+        "0; 1 for the ancestral sampler, which always draws",
+        released=("confidence",),
+    ),
+    "top_k": Option(_count, "int >= 1", "Draws are among so many likeliest tokens.", "sampling", off=(0,), released=()),
+    "top_p": Option(
+        _number(lambda x: 0 < x <= 1, "lie in (0, 1]; 1 keeps every token"),
+        "number in (0, 1]",
+        "Draws are among the likeliest tokens that together have this probability.",
+        "sampling",
+        off=(1,),
+        released=(),
+    ),
+    "cfg_scale": Option(
+        _number(lambda x: x >= 0, "be 0 (no guidance) or above"),
+        "number >= 0",
+        "Classifier-free guidance, uncond + (cfg_scale + 1) (cond - uncond), where uncond sees the prompt masked.",
+        "sampling",
+        value=0.0,
+        off=(0,),
+        released=("confidence",),
+    ),
+    "confidence_threshold": Option(
+        _FRACTION,
+        "number in (0, 1]",
+        "Every hole predicted with at least this confidence is filled at once, beyond the step's share. A block ends "
+        "when it is full, so `steps` becomes the most that may be taken.",
+        "speed",
+        off=(0,),
+        of=("parallel_decoding", "threshold"),
+        **_FILLS,
+    ),
+    "confidence_factor": Option(
+        _number(lambda x: x > 0, "be above 0"),
+        "number > 0",
+        "The same for the n surest holes, n the largest with (n + 1) (1 - confidence of the n-th) < factor.",
+        "speed",
+        off=(0,),
+        of=("parallel_decoding", "factor"),
+        **_FILLS,
+    ),
+    "early_stop": Option(
+        _boolean,
+        "bool",
+        "Whether a row leaves the batch at its first end-of-text token, when no hole is left before it and the step "
+        "changed nothing there.",
+        "speed",
+        "only where nothing filled may change",
+        **_ADDED,
+    ),
+    "use_cache": Option(
+        _choice(*CACHES, False),
+        " or ".join(f'`"{name}"`' for name in CACHES),
+        '`"prefix"` computes the current block and what follows it, `"dual"` the block alone; keys and values of the '
+        "rest are those of the last whole pass. Faster, and an approximation.",
+        "speed",
+        off=(False,),
+        of=("cache", "mode"),
+        **_ADDED,
+    ),
+    "cache_refresh": Option(
+        _count,
+        "int >= 1",
+        "Steps from one whole pass to the next; 1 is exact.",
+        "speed",
+        "only where a block or the polishing begins",
+        of=("cache", "refresh"),
+        **_ADDED,
+    ),
+    "refinement": Option(
+        _choice(*REFINEMENTS),
+        ", ".join(f'`"{name}"`' for name in REFINEMENTS),
+        "Which tokens already filled a step may revise, see below.",
+        "refinement",
+        '`"budget"` for k > 0, else `"none"`',
+        of=("refinement", "policy"),
+        **_ADDED,
+    ),
+    "edit_threshold": Option(
+        _FRACTION,
+        "number in (0, 1]",
+        'Confidence from which `"threshold"` edits.',
+        "refinement",
+        of=("refinement", "threshold"),
+        **_ADDED,
+    ),
+    "remask_rate": Option(
+        _FRACTION,
+        "number in (0, 1]",
+        "Rate of ReMDM's schedules.",
+        "refinement",
+        of=("refinement", "rate"),
+        **_ADDED,
+    ),
+    "max_edits_per_token": Option(
+        _count,
+        "int >= 1",
+        "A position is edited at most so often, and never back to the token just replaced.",
+        "refinement",
+        of=("refinement", "max_edits_per_token"),
+        **_ADDED,
+    ),
+    "refinement_off_steps": Option(
+        _count,
+        "int >= 1",
+        "The last steps that fill, in which nothing is revised.",
+        "refinement",
+        off=(0,),
+        of=("refinement", "off_steps"),
+        **_FILLS,
+    ),
+    "polish_steps": Option(
+        _count, "int >= 1", "Steps after the last hole is filled, which only edit.", "refinement", off=(0,), **_FILLS
+    ),
+    "reference_compat": Option(
+        _boolean,
+        "bool",
+        "Run the authors' released sampler, to audit published numbers.",
+        "audit",
+        "False",
+        False,
+        off=(False,),
+        given_for=("answer",),
+        **_ANSWERS,
+    ),
+    "suppress_tokens": Option(_token_ids, "list of int", "Tokens that are never predicted.", "output", off=([], ())),
+    "num_return_sequences": Option(_count, "int >= 1", "Answers per prompt.", "output", "1", 1),
+    "seed": Option(
+        _integer,
+        "int",
+        "Seed of the draws, the same on every device.",
+        "output",
+        "PyTorch's global generator",
+    ),
+    "return_dict_in_generate": Option(
+        _boolean, "bool", "Return a `DiffusionGenerateOutput`.", "output", "False", False
+    ),
+    "output_history": Option(_boolean, "bool", "Keep the sequences of every step.", "output", "False", False),
+    "mask_token_id": Option(_integer, "int", "The mask token.", "tokens", "the model config's"),
+    "pad_token_id": Option(_integer, "int", "The padding token.", "tokens", "the model config's, else end-of-text"),
+    "bos_token_id": Option(_integer, "int", "The token that begins a text.", "tokens", "the model config's"),
+    "eos_token_id": Option(
+        _token_ids,
+        "int or list of int",
+        "What follows the first of these in an answer becomes padding; `[]` keeps everything.",
+        "tokens",
+        "the model config's",
+    ),
+}
+
+GROUPS: dict[str, dict[str, str]] = {}  # option -> key -> row, for the options that are several rows
+for _name, _row in TABLE.items():
+    if _row.of is not None:
+        GROUPS.setdefault(_row.of[0], {})[_row.of[1]] = _name
+HEADS = {"refinement": "policy", "cache": "mode"}  # the key that a plain name stands for
+_ABOUT_GROUPS = {
+    "parallel_decoding": "Rule that fills more than the step's share where the network is sure.",
+    "cache": "Keys and values that steps reuse.",
+    "refinement": "Policy that revises tokens already filled, with its settings.",
+}
+OPTIONS = tuple(dict.fromkeys(name if row.of is None else row.of[0] for name, row in TABLE.items()))
+ACCEPTED = tuple(dict.fromkeys((*OPTIONS, *TABLE)))  # also the names that settings of a group had by themselves
+
+
+def section_names(*sections: str) -> tuple[str, ...]:
+    """Every name, of options and rows, that belongs to these sections."""
+    rows = [(name, row) for name, row in TABLE.items() if row.section in sections]
+    return tuple(dict.fromkeys([*(row.of[0] for _, row in rows if row.of), *(name for name, _ in rows)]))
+
+
+def markdown_table() -> str:
+    """The table as docs/generation.md shows it."""
+    lines = ["| option | value | default | off | what it does |", "| --- | --- | --- | --- | --- |"]
+    for option in OPTIONS:
+        if option in GROUPS:
+            keys = ", ".join(f"`{key}`" for key in GROUPS[option])
+            lines.append(f"| **`{option}`** | dict of {keys} | | | {_ABOUT_GROUPS[option]} |")
+        for key, name in GROUPS.get(option, {"": option}).items():
+            row = TABLE[name]
+            shown = f"· `{key}` (also `{name}`)" if key else f"**`{name}`**"
+            off = ", ".join(f"`{value!r}`" for value in row.off if value != ()) or "`None`"
+            only = " Confidence sampler only." if row.samplers == ("confidence",) and not key else ""
+            lines.append(f"| {shown} | {row.range} | {row.default} | {off} | {row.about}{only} |")
+    return "\n".join(lines)
+
+
+class Options(make_dataclass("Rows", [(name, Any, None) for name in TABLE], frozen=True)):
+    """Resolved options of one call, each row of the table a field; None where it is off."""
+
+    @property
+    def policy(self) -> str:
+        """The refinement in force: the one named, else XDLM's budget for k > 0."""
+        return policy(self)
+
+    @property
+    def end_of_text(self) -> list[int]:
+        """`eos_token_id` as a list, empty when there is none."""
+        eos = self.eos_token_id
+        return [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
+
+
+def policy(rows: Any) -> str:
+    """The refinement in force: the one named, else XDLM's budget for k > 0."""
+    return rows.refinement or ("budget" if rows.mixing_ratio else "none")
+
+
+def draws(rows: Any) -> bool:
+    """Whether generation with these rows draws random numbers."""
+    return (
+        rows.sampler == "ancestral"
+        or bool(rows.temperature)
+        or rows.remasking == "random"
+        or rows.refinement in REMDM_POLICIES
+    )

@@ -1,0 +1,101 @@
+"""What `generate` returns, and who watches it at work.
+
+Shapes: B batch, T whole length (prompt and answer).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from .loop import Finished
+from .options import Options
+from .sampler import Sampler
+
+
+@dataclass
+class DiffusionGenerateOutput(ModelOutput):
+    """
+    Output of [`XDLMGenerationMixin.generate`].
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(B, T)`): Prompt and answer.
+        num_forward_passes (`int`):
+            Network evaluations per row: one for each step, two with guidance, none for an ancestral step that no
+            position needs logits for.
+        num_edits (`torch.LongTensor` of shape `(B,)`): Filled tokens that were replaced by another token.
+        num_remasked (`torch.LongTensor` of shape `(B,)`): Filled tokens that became holes again.
+        row_forward_passes (`torch.LongTensor` of shape `(B,)`):
+            Evaluations in which the row still had something to do; fewer than `num_forward_passes` for one that was
+            full, or at its end, before others.
+        tokens_per_forward (`torch.FloatTensor` of shape `(B,)`):
+            Tokens of the answer, up to its end-of-text token, for each of these.
+        history (`tuple[torch.LongTensor]`, *optional*):
+            The `(B, T)` ids before the first step and after each, with `output_history=True`.
+    """
+
+    sequences: torch.LongTensor | None = None
+    num_forward_passes: int | None = None
+    num_edits: torch.LongTensor | None = None
+    num_remasked: torch.LongTensor | None = None
+    row_forward_passes: torch.LongTensor | None = None
+    tokens_per_forward: torch.FloatTensor | None = None
+    history: tuple[torch.LongTensor, ...] | None = None
+
+
+class Watcher:
+    """Shows the whole batch to history and streamer after each step."""
+
+    def __init__(self, options: Options, streamer: Any, sampler: Sampler, finished: Finished, start: int):
+        if streamer is not None:
+            _check_streamer(streamer, options)
+        self.streamer, self.finished, self.shown = streamer, finished, start
+        # A block is final when it ends, unless a later step may still edit it.
+        self.in_blocks = not sampler.may_edit
+        self._history: list[Tensor] | None = [] if options.output_history else None
+
+    @property
+    def history(self) -> tuple[Tensor, ...] | None:
+        return None if self._history is None else tuple(self._history)
+
+    def begin(self, ids: Tensor) -> None:
+        if self._history is not None:
+            self._history.append(ids)
+        if self.streamer is not None:
+            self.streamer.put(ids[:, : self.shown].cpu())
+
+    def __call__(self, ids: Tensor, block_end: int | None) -> None:
+        if self._history is not None:
+            self._history.append(ids)
+        if self.streamer is None:
+            return
+        if hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(value=ids[:, self.shown :].cpu())
+        if self.in_blocks and block_end is not None and self.shown < block_end < ids.shape[1]:
+            self._put(self.finished.pad(ids)[:, :block_end])
+
+    def end(self, ids: Tensor) -> None:
+        if self.streamer is None:
+            return
+        if self.shown < ids.shape[1]:
+            self._put(ids)
+        self.streamer.end()
+
+    def _put(self, ids: Tensor) -> None:
+        self.streamer.put(ids[:, self.shown :].cpu())
+        self.shown = ids.shape[1]
+
+
+def _check_streamer(streamer: Any, options: Options) -> None:
+    missing = [name for name in ("put", "end") if not callable(getattr(streamer, name, None))]
+    if missing:
+        raise ValueError(f"streamer={streamer!r} has no method {missing[0]}(); pass a BaseStreamer.")
+    if getattr(streamer, "_takes_logits", False):
+        raise ValueError(f"streamer={streamer!r} wants the drafts as logits; here drafts are token ids.")
+    if options.reference_compat:
+        raise ValueError(
+            "reference_compat=True may edit the prompt, which a streamer has been given by then; leave out one of the "
+            "two."
+        )

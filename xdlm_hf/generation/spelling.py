@@ -1,0 +1,100 @@
+"""How options are spelled: the user's options, among them dicts and former names, as rows of the table and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .options import ACCEPTED, GROUPS, HEADS, OPTIONS, TABLE
+from .refinement import REMASK_SCHEDULES
+
+# Former names of ReMDM's policies, too close to `remasking`, which is about something else.
+_OLD_POLICIES = {f"remask_{schedule}": f"remdm_{schedule}" for schedule in REMASK_SCHEDULES}
+
+
+def canonical(name: str) -> str:
+    """What a row is called in the options: `refinement['threshold']` for edit_threshold."""
+    of = TABLE[name].of
+    if of is None or HEADS.get(of[0]) == of[1]:
+        return name if of is None else of[0]
+    return f"{of[0]}[{of[1]!r}]"
+
+
+def flatten(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Options as rows of the table, and what the user called each.
+
+    The dict form of an option sets all of its rows, None where it says nothing; a plain name sets that row alone.
+    None sets all rows to None.
+
+    Raises:
+        ValueError: For an unknown option, or one said in two spellings.
+    """
+    unknown = {name: value for name, value in given.items() if name not in ACCEPTED}
+    if unknown:
+        raise ValueError(unknown_options(unknown))
+    rows = {name: value for name, value in given.items() if name in TABLE and name not in GROUPS}
+    labels = {name: name for name in rows}
+    for group, keys in GROUPS.items():
+        if group not in given:
+            continue
+        values = _group_values(group, given[group])
+        twice = [row for key, row in keys.items() if row in rows and values.get(key) is not None]
+        if isinstance(given[group], Mapping):
+            twice = [row for row in keys.values() if row in rows]
+        if twice:
+            raise ValueError(
+                f"{twice[0]}={rows[twice[0]]!r} is a setting of {group}={given[group]!r}, which says it already; "
+                f"leave out {twice[0]}."
+            )
+        for key, value in values.items():
+            rows.setdefault(keys[key], value)
+            labels.setdefault(keys[key], canonical(keys[key]))
+    if "refinement" in rows and isinstance(rows["refinement"], str):
+        rows["refinement"] = _OLD_POLICIES.get(rows["refinement"], rows["refinement"])
+    return rows, labels
+
+
+def _group_values(group: str, value: Any) -> dict[str, Any]:
+    """What the value of a group says about each of its keys."""
+    keys = GROUPS[group]
+    if value is None:
+        return dict.fromkeys(keys)
+    if isinstance(value, Mapping):
+        unknown = sorted(str(key) for key in value if key not in keys)
+        if unknown:
+            raise ValueError(f"{group}={dict(value)!r} has no setting {unknown[0]!r}; settings: {', '.join(keys)}.")
+        return {key: value.get(key) for key in keys}
+    if group in HEADS:
+        return {HEADS[group]: value}
+    raise ValueError(f"{group}={value!r} must be a dict with one of {', '.join(map(repr, keys))}.")
+
+
+def compose(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`: rows as options, a group as a dict, or as a plain name where that says it all."""
+    options = {name: rows.get(name) for name in OPTIONS if name not in GROUPS}
+    for group, keys in GROUPS.items():
+        said = {key: rows[row] for key, row in keys.items() if rows.get(row) is not None}
+        plain = said[HEADS[group]] if group in HEADS and list(said) == [HEADS[group]] else said
+        options[group] = plain if said else None
+    return {name: options[name] for name in OPTIONS}
+
+
+def check_values(rows: Mapping[str, Any], labels: Mapping[str, str] | None = None) -> None:
+    """Raise ValueError for a value that is impossible by itself."""
+    for name, value in rows.items():
+        if not TABLE[name].is_off(value):
+            TABLE[name].check((labels or {}).get(name, canonical(name)), value)
+
+
+def unknown_options(unknown: Mapping[str, Any]) -> str:
+    """The message for options that do not exist, with what to use instead where that is known."""
+    hints = {
+        "max_length": "use max_new_tokens",
+        "do_sample": "temperature=0 is greedy, temperature > 0 samples",
+        "gen_length": "use max_new_tokens",
+        "k1": "use mixing_ratio",
+        "num_inference_steps": "use steps",
+        "token_type_ids": "call the tokenizer with return_token_type_ids=False",
+    }
+    named = ", ".join(
+        f"{name}={value!r}" + (f" ({hints[name]})" if name in hints else "") for name, value in unknown.items()
+    )
+    return f"generate() has no option {named}. Options: {', '.join(OPTIONS)}."
