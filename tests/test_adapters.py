@@ -9,7 +9,11 @@ import pytest
 import torch
 from training import state, tiny_model, trainer
 
+<<<<<<< HEAD
 from xdlm_hf import LLaDAForDiffusionLM
+=======
+from xdlm_hf.models.output_layer import OutputLayer
+>>>>>>> trainer
 from xdlm_hf.training.adapters import NOISE_FILE, add_adapters, load_adapter, quantization_4bit, save_noise
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -32,7 +36,7 @@ def test_adapters_go_on_all_projections_and_not_on_the_head():
     model = add_adapters(tiny_model(), 2, 8)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(names) == 2 * 7 * 2 and all(".blocks." in name and "lora_" in name for name in names)
-    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    assert type(model.get_output_embeddings()) is OutputLayer
     with pytest.raises(ValueError, match="lora_rank=0 must be at least 1"):
         add_adapters(tiny_model(), 0, 8)
 
