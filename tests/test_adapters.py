@@ -9,11 +9,8 @@ import pytest
 import torch
 from training import state, tiny_model, trainer
 
-<<<<<<< HEAD
 from xdlm_hf import LLaDAForDiffusionLM
-=======
 from xdlm_hf.models.output_layer import OutputLayer
->>>>>>> trainer
 from xdlm_hf.training.adapters import NOISE_FILE, add_adapters, load_adapter, quantization_4bit, save_noise
 
 needs_bitsandbytes = pytest.mark.skipif(

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from xdlm_hf import NoiseKernel, diffusion_loss, fused_linear_diffusion_loss, kl_divergence
 from xdlm_hf.diffusion.objective import limit_terms
-from xdlm_hf.diffusion.ops import fused, rows
+from xdlm_hf.diffusion.ops import fused as fused_module
+from xdlm_hf.diffusion.ops import rows as row_passes
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from loss import dense_loss  # noqa: E402
@@ -59,7 +60,7 @@ def relative_error(a, exact):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Scratch buffers of 8192 numbers, so that they weigh nothing beside the small tensors of a test."""
-    monkeypatch.setattr(rows, "BLOCK_ELEMENTS", {"cpu": 2**13, "other": 2**13})
+    monkeypatch.setattr(row_passes, "BLOCK_ELEMENTS", {"cpu": 2**13, "other": 2**13})
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -206,10 +207,10 @@ def test_slices_equal_autograd():
         token_weights[0, 1] = 0.0
         h, w = leaves(hidden, weight)
         expected = torch.autograd.grad(-3 * plain(h, w, args, token_weights), (h, w))
-        objective = fused._Objective(limit_terms(*args), token_weights.reshape(-1), args[-1], chunk_size=8)
+        objective = fused_module._Objective(limit_terms(*args), token_weights.reshape(-1), args[-1], chunk_size=8)
         flat = hidden.reshape(-1, 6)
-        reading, *_ = fused._by_chunks(flat, weight, (False, False), True, objective)
-        ours = fused._by_slices(flat, weight, (True, True), torch.tensor(-3.0, dtype=F64), reading, objective)
+        reading, *_ = fused_module._by_chunks(flat, weight, (False, False), True, objective)
+        ours = fused_module._by_slices(flat, weight, (True, True), torch.tensor(-3.0, dtype=F64), reading, objective)
         torch.testing.assert_close(ours[0].reshape(h.shape), expected[0], rtol=1e-11, atol=1e-13)
         torch.testing.assert_close(ours[1], expected[1], rtol=1e-11, atol=1e-13)
 
@@ -260,7 +261,7 @@ def test_both_ways_to_sum_the_vocabulary_agree(k):
     for dtype, tolerance in ((F64, 1e-9), (F32, 2e-5)):
         loss = diffusion_loss(logits.to(dtype), *args).double()
         assert ((loss - expected).abs() <= tolerance * (1 + expected)).all()
-    faint = rows._floor(limit_terms(*args), logits) * max(64, N / 16) > 1
+    faint = row_passes._floor(limit_terms(*args), logits) * max(64, N / 16) > 1
     assert k == 1e-3 or 0 < faint.sum() < faint.numel()
 
 
