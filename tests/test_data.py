@@ -90,7 +90,7 @@ def test_tokenizer_needs_room_for_bytes():
 
 def test_tokenizer_must_agree_with_the_model(tokenizer):
     check_tokenizer(tokenizer, SimpleNamespace(vocab_size=300, mask_token_id=5))
-    check_tokenizer(tokenizer, SimpleNamespace(vocab_size=262, embedding_size=300, mask_token_id=5))
+    check_tokenizer(tokenizer, SimpleNamespace(vocab_size=262, output_rows=300, mask_token_id=5))
     with pytest.raises(ValueError, match=r"mask token '<\|mdm_mask\|>' has id 5, .*mask_token_id is 7"):
         check_tokenizer(tokenizer, SimpleNamespace(vocab_size=300, mask_token_id=7))
     with pytest.raises(ValueError, match=f"the tokenizer has {len(tokenizer)} tokens .* 280 rows"):
