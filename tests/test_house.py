@@ -2,13 +2,11 @@
 
 import ast
 import configparser
-import importlib.util
 import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 from importlib.util import resolve_name
-from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -206,31 +204,6 @@ def test_readme_examples_run_as_they_stand(tmp_path, capsys):
     assert len(printed) == 2 and printed[0].startswith("The capital of France is")
     for example in others:
         exec(example, names)
-
-
-def test_the_equations_page_names_code_and_tests_that_exist():
-    page = (ROOT / "docs" / "equations.md").read_text(encoding="utf-8").partition("## Table")[2].partition("\n## ")[0]
-    table = [line for line in page.splitlines() if line.startswith("| ")]
-    rows = [cells for line in table if len(cells := re.split(r"(?<!\\)\|", line)) == 6 and "`test_" in cells[4]]
-    assert len(rows) > 15
-    for cells in rows:
-        for dotted in re.findall(r"`([a-z_]+(?:\.\w+)+)`", cells[3]):
-            package = "xdlm_hf" if dotted.startswith("generation.") else "xdlm_hf.diffusion"
-            module, _, attribute = f"{package}.{dotted}".rpartition(".")
-            while not find_module(module):  # a method: its class is no module
-                module, _, last = module.rpartition(".")
-                attribute = f"{last}.{attribute}"
-            attrgetter(attribute)(importlib.import_module(module))
-        file, *tests = re.findall(r"`(test_\w+)`", cells[4])
-        source = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
-        assert not [name for name in tests if f"def {name}(" not in source], cells[4]
-
-
-def find_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def test_ci_runs_what_the_readme_says():

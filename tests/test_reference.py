@@ -224,12 +224,14 @@ def test_the_equation_page_names_what_exists():
     tests += "".join(f"def {path.stem}(" for path in (root / "tests").glob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", page))
     assert len(named) > 25 and not [name for name in named if f"def {name}(" not in tests]
-    named = set(re.findall(r"`((?:schedules|kernel|posterior|losses)\.[\w.]+)`", page))
-    assert len(named) > 10
+    modules = "schedules|noise|reverse|objective|losses|process|gidd|ops.rows|ops.fused"
+    named = set(re.findall(rf"`((?:{modules})\.\w+(?:\.\w+)?|generation\.[\w.]+)`", page))
+    assert len(named) > 15
     for name in named:
-        module, *attributes = name.split(".")
-        found = importlib.import_module(f"xdlm_hf.{module}")
-        for attribute in attributes:
+        package = "xdlm_hf" if name.startswith("generation.") else "xdlm_hf.diffusion"
+        module = re.match(rf"{modules}|generation\.\w+", name).group()
+        found = importlib.import_module(f"{package}.{module}")
+        for attribute in name.removeprefix(f"{module}.").split("."):
             found = getattr(found, attribute)
 
 
