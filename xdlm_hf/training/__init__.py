@@ -4,7 +4,7 @@ trainer        `XDLMTrainer`
 arguments      `XDLMTrainingArguments`
 row_noise      times, noise and lengths of training rows, each from its own generator
 nelbo          NELBO of held-out rows, its noise and standard error
-objective      the loss of a noisy batch, fused with the output layer or from logits
+batch_loss      the loss of a noisy batch, fused with the output layer or from logits
 places         which row of the run each row of a batch is
 checkpointing  the part of the trainer that saves and resumes
 checkpoints    atomic checkpoints and resume checks

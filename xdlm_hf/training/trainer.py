@@ -34,11 +34,11 @@ from ..diffusion.process import StationaryProcess
 from ..diffusion.schedules import get_schedule
 from ..generation.protocol import check_trainable
 from .arguments import XDLMTrainingArguments
+from .batch_loss import uses_fused_loss, weighted_loss
 from .checkpointing import CheckpointingTrainer
 from .checkpoints import last_checkpoint
 from .metrics import TrainingMetrics, flops_per_token, peak_tflops
 from .nelbo import evaluation_noise, nelbo_metrics
-from .objective import uses_fused_loss, weighted_loss
 from .optimizers import check_offload
 from .places import check_layout, place_in_global_batch, repeated_rows
 from .precision import NonFiniteError, check_trained_weights, first_of, non_finite_weights
