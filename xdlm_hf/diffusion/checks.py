@@ -82,11 +82,10 @@ def check_shapes(values: Tensor, ids: Tensor, vocab_size: int) -> None:
 
 
 def check_targets(x_0: Tensor, z_t: Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless clean and noisy ids are both (B, L) and lie in [0, N)."""
+    """Raise ValueError unless clean and noisy ids are both (B, L) and the clean ones lie in [0, N)."""
     if tuple(x_0.shape) != tuple(z_t.shape) or x_0.ndim != 2:
         raise ValueError(f"x_0 {tuple(x_0.shape)} and z_t {tuple(z_t.shape)} must both be (B, L).")
     validate_ids("x_0", x_0, vocab_size)
-    validate_ids("z_t", z_t, vocab_size)
 
 
 def check_positive(**values: int) -> None:

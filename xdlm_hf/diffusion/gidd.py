@@ -75,6 +75,7 @@ class GIDDProcess(NoiseProcess):
 
     def terms(self, x_0: Tensor, z_t: Tensor, t: Tensor) -> TokenTerms:
         check_targets(x_0, z_t, self.vocab_size)
+        validate_ids("z_t", z_t, self.vocab_size)
         t, alpha_t = t.double(), self.alpha(t)
         b_z, b_0 = self._noise_at(z_t, t), self._noise_at(x_0, t)
         f_t = alpha_t * (z_t == x_0).double() + b_z
@@ -83,7 +84,6 @@ class GIDDProcess(NoiseProcess):
         return TokenTerms(*(value.expand(z_t.shape).reshape(-1) for value in values))
 
     def reverse_step(self, z_t: Tensor, s: Tensor, t: Tensor) -> ReverseStep:
-        validate_ids("z_t", z_t, self.vocab_size)
         alpha_s, alpha_t = self.alpha(s), self.alpha(t)
         a_ts = torch.where(alpha_s > 0, alpha_t / alpha_s.clamp_min(1e-300), 1.0)
         b_t, b_s = self._noise_at(z_t, t.double()), self._noise_at(z_t, s.double())
@@ -124,15 +124,7 @@ class GIDDNoise(NoiseDistribution):
         ordinary = self.mixing_ratio / self.uniform_size
         return torch.where(ids == self.mask_token_id, 1 - self.mixing_ratio, ordinary).to(dtype)
 
-    def sample_prior(
-        self,
-        shape: tuple[int, ...],
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        if device is None:
-            device = generator.device if generator is not None else "cpu"
-        device = torch.device(device)
+    def _draw(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
         choice = uniform(shape, generator, device)
         ordinary = (uniform(shape, generator, device) * self.uniform_size).long()
         ordinary += ordinary >= self.mask_token_id

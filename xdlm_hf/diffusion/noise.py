@@ -51,13 +51,23 @@ class NoiseDistribution(ABC):
         """Probability of each of the ids, of any shape or (B, L) if k differs by row."""
 
     @abstractmethod
+    def _draw(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """int64 ids of the given shape, drawn from the distribution."""
+
     def sample_prior(
         self,
         shape: tuple[int, ...],
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """int64 ids of the given shape, drawn from the distribution."""
+        """Draw ids from the distribution; for a stationary kernel that is z_1 ~ r.
+
+        Returns:
+            int64 ids of the given shape on `device` (default: the generator's, else the CPU).
+        """
+        if device is None:
+            device = generator.device if generator is not None else "cpu"
+        return self._draw(tuple(shape), generator, torch.device(device))
 
     def corrupt(self, x_0: Tensor, alpha_t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw z_t: each token is kept with probability alpha_t, else redrawn from the noise (Eqs. 5, 10).
@@ -156,21 +166,6 @@ class NoiseKernel(NoiseDistribution):
         for token_id, mu in self.special_weights.items():
             r_e = r_e + mu * (ids == token_id).to(dtype)
         return r_e
-
-    def sample_prior(
-        self,
-        shape: tuple[int, ...],
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """Draw z_1 ~ r, the stationary distribution: [MASK] with probability mu + k/N, else uniform.
-
-        Returns:
-            int64 ids of the given shape on `device` (default: the generator's, else the CPU).
-        """
-        if device is None:
-            device = generator.device if generator is not None else "cpu"
-        return self._draw(tuple(shape), generator, torch.device(device))
 
     def _draw(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
         choice = uniform(shape, generator, device)

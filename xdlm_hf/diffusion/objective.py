@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import as_column, check_targets, validate_rates
+from .checks import as_column, check_targets, validate_ids, validate_rates
 from .noise import NoiseKernel, redrawn_share
 
 # Below this rho takes its series: 1 - log1p(y)/y has lost half its digits there.
@@ -69,6 +69,7 @@ def finite_step_terms(x_0: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor
 def limit_terms(x_0: Tensor, z_t: Tensor, alpha_t: Tensor, d_alpha_t: Tensor, kernel: NoiseKernel) -> TokenTerms:
     """Validated scalars of Eqs. 14, 15: rates at t, scale -alpha'_t r(z_t) / f_t(x, z_t), B = 0."""
     check_targets(x_0, z_t, kernel.vocab_size)
+    validate_ids("z_t", z_t, kernel.vocab_size)
     alpha_t, d_alpha_t = as_column(alpha_t, z_t).double(), as_column(d_alpha_t, z_t).double()
     validate_rates(alpha_t=alpha_t)
     rising = ~(d_alpha_t <= 0)  # so that NaN is refused too
