@@ -241,11 +241,21 @@ class Terminal:
         return self.shown[start : self.position]
 
     def wait_for_rest(self):
-        """Until the program waits for something, such as the next letter of a line."""
+        """Until the program waits without a time limit, such as for the next letter of a line.
+
+        After a letter readline waits 0.1 s for more of them, and forgets a signal that comes in that time.
+        """
         end = time.monotonic() + PATIENCE
-        while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
-            assert time.monotonic() < end, "never at rest"
-            time.sleep(0.01)
+        before = None
+        while (now := self.scheduling()) != before or "S" not in now[0]:
+            assert time.monotonic() < end, f"never at rest: {now}"
+            before = now
+            time.sleep(0.3)
+
+    def scheduling(self):
+        """State of the process, and how often it has gone to sleep."""
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{self.pid}/status").read_text().splitlines())
+        return status["State"], status["voluntary_ctxt_switches"]
 
     def send(self, text):
         os.write(self.master, text.encode())
