@@ -199,6 +199,7 @@ class Terminal:
     def _run(self, arguments, held):
         """The child's whole life."""
         status = 1
+        torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them
         signals, writing = os.pipe()
         passes = came = 0
 
@@ -236,7 +237,10 @@ class Terminal:
         while (found := self.shown.find(text, self.position)) < 0:
             assert time.monotonic() < end, f"{text!r} never came; last shown: {self.shown[-300:]!r}"
             if select.select([self.master], [], [], 0.1)[0]:
-                self.shown += os.read(self.master, 1 << 16).decode(errors="replace")
+                try:
+                    self.shown += os.read(self.master, 1 << 16).decode(errors="replace")
+                except OSError as error:
+                    raise AssertionError(f"ended before {text!r} came: {self.shown[-500:]!r}") from error
         start, self.position = self.position, found + len(text)
         return self.shown[start : self.position]
 
