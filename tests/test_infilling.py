@@ -206,6 +206,8 @@ def test_an_empty_text_is_refused(model, tokenizer):
         model.revise("", tokenizer=tokenizer, mixing_ratio=0.5)
     with pytest.raises(ValueError, match="the text to fill or revise is empty"):
         model.generate(holes=[])
+    with pytest.raises(ValueError, match="the list of texts to revise is empty"):
+        model.revise([], tokenizer=tokenizer, mixing_ratio=0.5)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,8 @@ class RevisionMixin:
                 "revise() of a str needs a fast tokenizer, which gives character offsets; pass tokenizer=."
             )
         texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError("the list of texts to revise is empty; pass at least one text.")
         if isinstance(text, str):
             editable, locked = ([spans] if spans is not None else None for spans in (editable, locked))
         if editable is not None and locked is not None:
