@@ -218,7 +218,7 @@ def test_attention_that_cannot_take_a_cache_is_refused(implementation):
 
 
 def test_a_growing_cache_is_refused(model):
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache, which only grows at its end"):
+    with pytest.raises(ValueError, match="past_key_values is a DynamicCache, which only grows"):
         model(torch.zeros(1, 2, dtype=torch.long), past_key_values=DynamicCache())
 
 
