@@ -27,14 +27,7 @@ from torch import Tensor
 
 from xdlm_hf.diffusion.process import NoiseProcess
 from xdlm_hf.generation.layout import padded
-from xdlm_hf.generation.protocol import (
-    check_conditioning,
-    check_padding,
-    forward_arguments,
-    input_device,
-    logits_at,
-    text_positions,
-)
+from xdlm_hf.generation.protocol import check_conditioning, input_device, logits_at, padding_inputs
 
 
 class Estimate(float):
@@ -185,11 +178,7 @@ def _losses(model: Any, draws: Sequence[_Draw], process: NoiseProcess, pad_token
     clean, scored = padded([draw.pair.continuation for draw in draws], pad_token_id)
     t = _times(draws, device)
     inputs = {"input_ids": ids.to(device), **_conditioning(model, t)}
-    if not attention_mask.all():
-        check_padding(model, attention_mask)
-        inputs["attention_mask"] = attention_mask.to(device)
-        if "position_ids" in forward_arguments(type(model)):
-            inputs["position_ids"] = text_positions(attention_mask).to(device)
+    inputs |= padding_inputs(model, attention_mask.to(device))
     logits = logits_at(model, inputs, n)
     per_token = process.loss(logits, clean.to(device), ids[:, -n:].to(device), t)
     losses = (per_token.double() * scored.to(device)).sum(-1).tolist()

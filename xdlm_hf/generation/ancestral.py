@@ -1,6 +1,6 @@
 """Ancestral sampling: exact reverse diffusion along the schedule (Eq. 11).
 
-t = 0 is clean, t = 1 is noise. Shapes: B batch, T whole length, M requested positions, N vocabulary.
+t = 0 is clean, t = 1 is noise. Shapes: B batch, T total length, M requested positions, N vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -60,9 +60,9 @@ class AncestralSampler(Sampler):
     def begin(self, ids: Tensor, generated: Tensor, holes: Tensor | None = None) -> Canvas:
         """The positions that may change hold a draw from the prior; `holes` is ignored."""
         prior = self.process.sample_prior(tuple(ids.shape), self.generator, ids.device)
-        nothing = torch.zeros_like(generated)
+        no_holes = torch.zeros_like(generated)
         zeros = torch.zeros_like(ids[:, 0])
-        return Canvas(torch.where(generated, prior, ids), nothing, generated, zeros, zeros, zeros.bool())
+        return Canvas(torch.where(generated, prior, ids), no_holes, generated, zeros, zeros, zeros.bool())
 
     def request(self, canvas: Canvas, i: int) -> Request:
         """Draws all random numbers that do not depend on p, and requests logits only where z_s depends on p.

@@ -5,7 +5,7 @@ token makes the keys and values of all positions stale in every layer but the fi
 approximation: columns that a step does not compute are those of the last full pass. With `refresh=1` every pass is
 full, and the result is exact.
 
-Shapes: B batch, T whole length, A columns that a step computes, H key-value heads, W width of a head.
+Shapes: B batch, T total length, A columns that a step computes, H key-value heads, W width of a head.
 """
 
 from typing import Any

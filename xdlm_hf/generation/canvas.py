@@ -1,6 +1,6 @@
 """State of a generation, and one step's view of it.
 
-Shapes: B batch, T whole length (prompt and answer), C columns of a step.
+Shapes: B batch, T total length (prompt and answer), C columns of a step.
 """
 
 from dataclasses import dataclass, field, replace

@@ -1,6 +1,6 @@
 """Sampler of Algorithm 1: low-confidence remasking with the refinement branch.
 
-Shapes: B batch, T whole length (prompt and answer), C columns or M positions of a step, N vocabulary.
+Shapes: B batch, T total length (prompt and answer), C columns or M positions of a step, N vocabulary.
 """
 
 from collections.abc import Callable
@@ -106,11 +106,8 @@ class ConfidenceSampler(Sampler):
 
     def request(self, canvas: Canvas, i: int) -> Request:
         """The columns that can change: the current block, and with refinement the answer before it."""
-        return Request(i, columns=torch.arange(*self._columns(i), device=canvas.ids.device))
-
-    def _columns(self, i: int) -> tuple[int, int]:
         first, end = self.block(i)
-        return (self.start if self.may_edit else first), end
+        return Request(i, columns=torch.arange(self.start if self.may_edit else first, end, device=canvas.ids.device))
 
     def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
         """1. Predict. 2. Re-mask. 3. Fill the most confident holes. 4. Edit by the policy. 5. Update the canvas."""
@@ -184,7 +181,7 @@ class ConfidenceSampler(Sampler):
             top, argmax = block.max(-1, keepdim=True)  # the first of equals, and three times as fast as argmax
             predicted[rows] = argmax.squeeze(-1) if u is None else self._draw(block, top, u[rows])
             both = torch.stack([predicted[rows], ids[rows]])
-            # exp(l - max) / sum, not exp(l - logsumexp): near certainty the latter cannot tell 1 - 1e-6 from 1.
+            # exp(l - max) / sum, not exp(l - logsumexp), which cannot distinguish 1 - 1e-6 from 1.
             exponents = block.gather(-1, both.T).sub_(top)
             confidences[:, rows] = (exponents.exp_() / block.sub_(top).exp_().sum(-1, keepdim=True)).T
         return predicted.view(shape), confidences[0].view(shape), confidences[1].view(shape)
@@ -246,8 +243,8 @@ class ConfidenceSampler(Sampler):
         if self.settings.confidence_factor is not None:
             falling = confidence.sort(dim=-1, descending=True).values
             n = torch.arange(1, falling.shape[-1] + 1, device=falling.device)
-            sure = (n + 1) * (1 - falling) < self.settings.confidence_factor
-            count = torch.maximum(count, sure.long().cumprod(-1).sum(-1))
+            within_factor = (n + 1) * (1 - falling) < self.settings.confidence_factor
+            count = torch.maximum(count, within_factor.long().cumprod(-1).sum(-1))
         return count
 
     def _fill_quota(self, view: StepView) -> Tensor:

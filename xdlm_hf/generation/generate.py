@@ -3,7 +3,7 @@
 Options come, in this order of precedence, from the call's keywords, the `generation_config` passed, the model's own
 generation_config.json, and the defaults; None means "not set". Costs are counted in forward passes.
 
-Shapes: B batch, P prompt or given text, T whole length (prompt and answer), N rows of the output layer.
+Shapes: B batch, P prompt or given text, T total length (prompt and answer), N rows of the output layer.
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """Batch layout of a generation: fixed, editable and masked positions.
 
-Shapes: B batch, P prompt or given text, T whole length (prompt and answer).
+Shapes: B batch, P prompt or given text, T total length (prompt and answer).
 """
 
 from collections.abc import Sequence

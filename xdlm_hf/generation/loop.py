@@ -2,7 +2,7 @@
 
 `generate` resolves the options and calls `denoise`. Costs are counted in forward passes.
 
-Shapes: B batch, R <= B active rows, T whole length (prompt and answer).
+Shapes: B batch, R <= B active rows, T total length (prompt and answer).
 """
 
 from collections.abc import Callable

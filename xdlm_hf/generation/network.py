@@ -2,7 +2,7 @@
 
 Guidance evaluates two streams of ids: the text, and the text with its prompt masked (unconditional).
 
-Shapes: R active rows, T whole length, C columns, m positions of a chunk, N vocabulary.
+Shapes: R active rows, T total length, C columns, m positions of a chunk, N vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from ..diffusion.checks import work_dtype
 from .cache import CanvasCache, RefreshPlan
 from .canvas import Canvas
 from .options import Options
-from .protocol import check_padding, forward_arguments, logits_at, output_rows, runs_in_parts, text_positions
+from .protocol import logits_at, output_rows, padding_inputs, runs_in_parts
 from .sampler import Request, Sampler
 
 # Logits per product of the output layer when it runs in chunks: large enough to read the layer's weights seldom, small
@@ -37,6 +37,8 @@ class Network:
         processors: The user's logits processors.
     """
 
+    counts_padding = False  # whether positions count padding
+
     def __init__(
         self,
         model: Any,
@@ -49,14 +51,9 @@ class Network:
         self.guidance_mask = self._guidance_mask(attention_mask, canvas)
         self.processors = LogitsProcessorList(processors) if processors else None
         self.num_forward_passes = 0
-        self.attention_mask: Tensor | None = None
-        self.position_ids: Tensor | None = None
-        # Without a mask, attention runs its fastest kernel.
-        if not attention_mask.all():
-            check_padding(model, attention_mask)
-            self.attention_mask = attention_mask
-            if "position_ids" in forward_arguments(type(model)):
-                self.position_ids = self._positions(attention_mask)
+        padding = padding_inputs(model, attention_mask)
+        self.attention_mask: Tensor | None = padding.get("attention_mask")
+        self.position_ids: Tensor | None = None if self.counts_padding else padding.get("position_ids")
         self.plan = RefreshPlan(options.use_cache, options.cache_refresh) if options.use_cache else None
         # One for each stream of guidance.
         self.caches = (
@@ -66,10 +63,6 @@ class Network:
     def _guidance_mask(self, attention_mask: Tensor, canvas: Canvas) -> Tensor:
         """(B, T) bool, positions that are masked in the unconditional stream: all fixed text."""
         return attention_mask.bool() & ~canvas.generated
-
-    def _positions(self, attention_mask: Tensor) -> Tensor | None:
-        """(B, T) position ids, see `text_positions`."""
-        return text_positions(attention_mask)
 
     def at_columns(self, ids: Tensor, request: Request, sampler: Sampler) -> tuple[Tensor, Request]:
         """Logits (R, C, N) of the requested columns, and the request.

@@ -102,25 +102,14 @@ class Option:
         return value is None or (value is not True and any(value == off for off in self.off))
 
 
-_CONFIDENCE_ONLY: dict[str, Any] = {"samplers": ("confidence",), "released": ("confidence",)}
-_CONFIDENCE_EXTENSION: dict[str, Any] = {"samplers": ("confidence",), "released": ()}
-_FILLING_EXTENSION: dict[str, Any] = {
-    **_CONFIDENCE_EXTENSION,
-    "given_for": ("answer", "holes"),
-    "stored_for": ("answer", "holes"),
-}
-_STORED_FOR_ANSWERS: dict[str, Any] = {"stored_for": ("answer",)}
+_CONFIDENCE: dict[str, Any] = {"samplers": ("confidence",), "released": ("confidence",)}
+_UNRELEASED: dict[str, Any] = {"samplers": ("confidence",), "released": ()}
+_FILLING: dict[str, Any] = {**_UNRELEASED, "given_for": ("answer", "holes"), "stored_for": ("answer", "holes")}
+_ANSWERS: dict[str, Any] = {"stored_for": ("answer",)}
 
 TABLE: dict[str, Option] = {
     "max_new_tokens": Option(
-        _count,
-        "int >= 1",
-        "Length of the answer in tokens.",
-        "length",
-        "128",
-        128,
-        given_for=("answer",),
-        **_STORED_FOR_ANSWERS,
+        _count, "int >= 1", "Length of the answer in tokens.", "length", "128", 128, given_for=("answer",), **_ANSWERS
     ),
     "steps": Option(
         _count,
@@ -129,7 +118,7 @@ TABLE: dict[str, Option] = {
         "evenly over the blocks; earlier blocks take the remainder.",
         "length",
         "one for each token; 8 for a revision",
-        **_STORED_FOR_ANSWERS,
+        **_ANSWERS,
     ),
     "block_length": Option(
         _count,
@@ -138,8 +127,8 @@ TABLE: dict[str, Option] = {
         "length",
         "the whole answer",
         given_for=("answer", "holes"),
-        **_CONFIDENCE_ONLY,
-        **_STORED_FOR_ANSWERS,
+        **_CONFIDENCE,
+        **_ANSWERS,
     ),
     "mixing_ratio": Option(
         _number(lambda x: 0 <= x <= 1, "lie in [0, 1]: 0 is MDLM, 1 is UDLM"),
@@ -164,7 +153,7 @@ TABLE: dict[str, Option] = {
         "Holes to fill first: those predicted with the highest confidence, or random ones.",
         "sampling",
         '`"low_confidence"`',
-        **_CONFIDENCE_ONLY,
+        **_CONFIDENCE,
     ),
     "temperature": Option(
         _number(lambda x: x >= 0, "be 0 or above"),
@@ -200,16 +189,16 @@ TABLE: dict[str, Option] = {
         "speed",
         off=(0,),
         of=("parallel_decoding", "threshold"),
-        **_FILLING_EXTENSION,
+        **_FILLING,
     ),
     "confidence_factor": Option(
         _number(lambda x: x > 0, "be above 0"),
         "number > 0",
-        "The same for the n most confident holes, n the largest with (n + 1) (1 - confidence of the n-th) < factor.",
+        "A step also fills the n most confident holes, n the largest with (n + 1) (1 - n-th confidence) < factor.",
         "speed",
         off=(0,),
         of=("parallel_decoding", "factor"),
-        **_FILLING_EXTENSION,
+        **_FILLING,
     ),
     "early_stop": Option(
         _boolean,
@@ -218,7 +207,7 @@ TABLE: dict[str, Option] = {
         "token before it.",
         "speed",
         "only if filled tokens cannot change",
-        **_CONFIDENCE_EXTENSION,
+        **_UNRELEASED,
     ),
     "use_cache": Option(
         _choice(*CACHES, False),
@@ -228,7 +217,7 @@ TABLE: dict[str, Option] = {
         "speed",
         off=(False,),
         of=("cache", "mode"),
-        **_CONFIDENCE_EXTENSION,
+        **_UNRELEASED,
     ),
     "cache_refresh": Option(
         _count,
@@ -237,7 +226,7 @@ TABLE: dict[str, Option] = {
         "speed",
         "full passes only at the start of blocks and of polishing",
         of=("cache", "refresh"),
-        **_CONFIDENCE_EXTENSION,
+        **_UNRELEASED,
     ),
     "refinement": Option(
         _choice(*REFINEMENTS),
@@ -246,7 +235,7 @@ TABLE: dict[str, Option] = {
         "refinement",
         '`"budget"` for k > 0, else `"none"`',
         of=("refinement", "policy"),
-        **_CONFIDENCE_EXTENSION,
+        **_UNRELEASED,
     ),
     "edit_threshold": Option(
         _FRACTION,
@@ -254,7 +243,7 @@ TABLE: dict[str, Option] = {
         'Minimum confidence of an edit by `"threshold"`.',
         "refinement",
         of=("refinement", "threshold"),
-        **_CONFIDENCE_EXTENSION,
+        **_UNRELEASED,
     ),
     "remask_rate": Option(
         _FRACTION,
@@ -262,7 +251,7 @@ TABLE: dict[str, Option] = {
         "Rate of ReMDM's schedules.",
         "refinement",
         of=("refinement", "rate"),
-        **_CONFIDENCE_EXTENSION,
+        **_UNRELEASED,
     ),
     "max_edits_per_token": Option(
         _count,
@@ -270,7 +259,7 @@ TABLE: dict[str, Option] = {
         "Maximum number of edits of a position, which also never returns to the token just replaced.",
         "refinement",
         of=("refinement", "max_edits_per_token"),
-        **_CONFIDENCE_EXTENSION,
+        **_UNRELEASED,
     ),
     "refinement_off_steps": Option(
         _count,
@@ -279,10 +268,10 @@ TABLE: dict[str, Option] = {
         "refinement",
         off=(0,),
         of=("refinement", "off_steps"),
-        **_FILLING_EXTENSION,
+        **_FILLING,
     ),
     "polish_steps": Option(
-        _count, "int >= 1", "Steps after filling that only edit.", "refinement", off=(0,), **_FILLING_EXTENSION
+        _count, "int >= 1", "Steps after filling that only edit.", "refinement", off=(0,), **_FILLING
     ),
     "reference_compat": Option(
         _boolean,
@@ -293,7 +282,7 @@ TABLE: dict[str, Option] = {
         False,
         off=(False,),
         given_for=("answer",),
-        **_STORED_FOR_ANSWERS,
+        **_ANSWERS,
     ),
     "suppress_tokens": Option(_token_ids, "list of int", "Tokens that are never predicted.", "output", off=([], ())),
     "num_return_sequences": Option(_count, "int >= 1", "Answers per prompt.", "output", "1", 1),

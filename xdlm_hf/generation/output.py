@@ -1,6 +1,6 @@
 """Return value of `generate`, and the observer that feeds its history and streamer.
 
-Shapes: B batch, T whole length (prompt and answer).
+Shapes: B batch, T total length (prompt and answer).
 """
 
 from dataclasses import dataclass

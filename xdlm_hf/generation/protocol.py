@@ -166,17 +166,23 @@ def forward_arguments(model_class: type[nn.Module]) -> frozenset[str]:
     return frozenset(names)
 
 
-def check_padding(model: nn.Module, attention_mask: Tensor) -> None:
-    """Raise ValueError for padded rows (R, T) if the model's `forward` has no attention mask."""
-    if "attention_mask" not in forward_arguments(type(model)) and not attention_mask.all():
+def padding_inputs(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Arguments of `forward` for padded rows, (R, T) each; none without padding, where attention runs faster.
+
+    The position ids do not count padding, so that a padded row computes the same as the row alone.
+
+    Raises:
+        ValueError: If rows are padded and `forward` has no attention mask.
+    """
+    if attention_mask.all():
+        return {}
+    arguments = forward_arguments(type(model))
+    if "attention_mask" not in arguments:
         raise ValueError(
             f"{type(model).__name__} takes no attention_mask, but the rows are padded; pass rows of one length."
         )
-
-
-def text_positions(attention_mask: Tensor) -> Tensor:
-    """(R, T) position ids that do not count padding, so that a padded row computes the same as the row alone."""
-    return (attention_mask.cumsum(-1) - 1).clamp_min(0)
+    inputs = {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(-1) - 1).clamp_min(0)}
+    return {name: value for name, value in inputs.items() if name in arguments}
 
 
 def logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor | int) -> Tensor:

@@ -4,7 +4,7 @@ A policy gets a `StepView`, the predictions of one step. `edit` selects filled t
 `remask` filled tokens to turn into holes again. Policies are stateless; state per position is in `Canvas.memory`. Any
 policy works with any weights; only XDLM's budget depends on k.
 
-Shapes: B batch, T whole length, C columns of a step. Confidences are probabilities under the untempered softmax.
+Shapes: B batch, T total length, C columns of a step. Confidences are probabilities under the untempered softmax.
 """
 
 from abc import ABC, abstractmethod

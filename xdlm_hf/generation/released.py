@@ -13,7 +13,7 @@ All differences from the default samplers are in this module:
 At temperature 0 the confidence sampler gives the released tokens if the network gives the released logits, on the same
 kind of device: `torch.topk` breaks ties differently on a GPU and a CPU.
 
-Shapes: B batch, T whole length (prompt and answer), N rows of the output layer.
+Shapes: B batch, T total length (prompt and answer), N rows of the output layer.
 """
 
 from collections.abc import Iterable
@@ -53,11 +53,10 @@ def make_released_sampler(options: Any, process: NoiseProcess | None, **common: 
 class ReferenceNetwork(Network):
     """Logits as the released code computes them: its guidance, and its position ids of padded rows."""
 
+    counts_padding = True
+
     def _guidance_mask(self, attention_mask: Tensor, canvas: Canvas) -> Tensor:
         return canvas.ids != self.options.mask_token_id
-
-    def _positions(self, attention_mask: Tensor) -> None:
-        return None
 
     def _upcast(self, logits: Tensor) -> Tensor:
         return logits

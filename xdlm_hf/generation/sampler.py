@@ -3,7 +3,7 @@
 A `Canvas` holds the sequences of all rows. `request` returns the positions whose logits a step needs; the caller runs
 the network there, and `step` uses the logits. Steps are vectorised over the batch and do not loop over rows.
 
-Shapes: B batch, T whole length (prompt and answer), C columns or M positions of a request, N vocabulary.
+Shapes: B batch, T total length (prompt and answer), C columns or M positions of a request, N vocabulary.
 """
 
 from abc import ABC, abstractmethod
