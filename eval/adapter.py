@@ -38,6 +38,7 @@ from xdlm_hf.evaluation.manifest import hardware, sandbox_layers
 from xdlm_hf.evaluation.processes import ProcessesLM
 from xdlm_hf.evaluation.protocols import END_OF_TEXT
 from xdlm_hf.evaluation.rows import READ
+from xdlm_hf.generation.layout import padded
 from xdlm_hf.generation.protocol import default_mixing_ratio, length_limit
 from xdlm_hf.generation.resolution import draws_with
 from xdlm_hf.loading import end_ids
@@ -374,11 +375,8 @@ class XDLMEvalModel(ProcessesLM):
         return self._pad([row[-room:] for row in rows])
 
     def _pad(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
-        width = max(map(len, rows))
-        ids = [[self._pad_token_id] * (width - len(row)) + row for row in rows]
-        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        return {name: torch.tensor(value, dtype=torch.long).to(self._device) for name, value in inputs.items()}
+        ids, attention_mask = padded(rows, self._pad_token_id)
+        return {"input_ids": ids.to(self._device), "attention_mask": attention_mask.to(self._device)}
 
     @property
     def _pad_token_id(self) -> int:

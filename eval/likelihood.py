@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from xdlm_hf.diffusion.process import NoiseProcess
-from xdlm_hf.generation.protocol import check_conditioning, check_padding, forward_arguments, input_device, logits_at
+from xdlm_hf.generation.layout import padded
+from xdlm_hf.generation.protocol import check_conditioning, input_device, logits_at, padding_inputs
 
 
 class Estimate(float):
@@ -168,33 +169,19 @@ def _conditioning(model: Any, t: Tensor) -> dict[str, Tensor]:
 
 def _losses(model: Any, draws: Sequence[_Draw], process: NoiseProcess, pad_token_id: int) -> list[float]:
     """Loss of every draw in nats, summed over its continuation; the rows are padded on the left."""
-    lengths = [len(draw.pair.context) + len(draw.pair.continuation) for draw in draws]
-    width, n = max(lengths), max(len(draw.pair.continuation) for draw in draws)
+    n = max(len(draw.pair.continuation) for draw in draws)
     if n == 0:
         return [0.0] * len(draws)
     device = input_device(model)
-    ids = torch.full((len(draws), width), pad_token_id, dtype=torch.long)
-    clean = ids.clone()
-    columns = torch.arange(width)
-    scored = torch.zeros_like(ids, dtype=torch.bool)
-    for row, draw in enumerate(draws):
-        start = width - lengths[row]
-        end = start + len(draw.pair.context)
-        ids[row, start:end] = torch.tensor(draw.pair.context, dtype=torch.long)
-        ids[row, end:] = draw.z_t
-        clean[row, end:] = torch.tensor(draw.pair.continuation, dtype=torch.long)
-        scored[row, end:] = True
-    attention_mask = (columns >= width - torch.tensor(lengths)[:, None]).long()
+    noisy = [[*draw.pair.context, *draw.z_t.tolist()] for draw in draws]
+    ids, attention_mask = padded(noisy, pad_token_id)
+    clean, scored = padded([draw.pair.continuation for draw in draws], pad_token_id)
     t = _times(draws, device)
     inputs = {"input_ids": ids.to(device), **_conditioning(model, t)}
-    if not attention_mask.all():
-        check_padding(model, attention_mask)
-        inputs["attention_mask"] = attention_mask.to(device)
-        if "position_ids" in forward_arguments(type(model)):
-            inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0).to(device)
+    inputs |= padding_inputs(model, attention_mask.to(device))
     logits = logits_at(model, inputs, n)
-    per_token = process.loss(logits, clean[:, -n:].to(device), ids[:, -n:].to(device), t)
-    losses = (per_token.double() * scored[:, -n:].to(device)).sum(-1).tolist()
+    per_token = process.loss(logits, clean.to(device), ids[:, -n:].to(device), t)
+    losses = (per_token.double() * scored.to(device)).sum(-1).tolist()
     return [loss * draw.weight for loss, draw in zip(losses, draws, strict=True)]
 
 

@@ -102,8 +102,8 @@ def test_an_edited_position_is_computed_again(mode):
     model(ids, past_key_values=cache.at(None))
     edited = ids.clone()
     edited[0, 2], edited[1, 1], edited[1, 5], edited[2, 7] = 401, 402, 403, 404
-    columns, valid, open_columns = plan.columns(edited, (6, 9), True)
-    assert columns[:, 2:5].tolist() == [[6, 7, 8]] * 3 and open_columns == 5
+    columns, valid = plan.columns(edited, (6, 9), True)
+    assert columns[:, 2:5].tolist() == [[6, 7, 8]] * 3 and valid.shape[1] == 5
     assert columns[:, :2].tolist() == [[2, 8], [1, 5], [8, 8]]
     assert valid[:, :2].tolist() == [[True, False], [True, True], [False, False]] and valid[:, 2:].all()
     assert columns.shape[1] == (8 if mode == "prefix" else 5)
@@ -154,7 +154,7 @@ def test_layers_on_several_devices_take_columns_and_rows_of_another():
 def test_equal_confidences_take_the_lower_position_also_with_a_cache():
     plan, ids = RefreshPlan("dual", None), torch.zeros(1, 12, dtype=torch.long)
     plan.columns(ids, (4, 8), True)
-    columns, _, _ = plan.columns(ids.index_fill(1, torch.tensor([1, 3]), 5), (4, 8), True)
+    columns, _ = plan.columns(ids.index_fill(1, torch.tensor([1, 3]), 5), (4, 8), True)
     assert columns.tolist() == [[1, 3, 4, 5, 6, 7]]
 
 
@@ -162,7 +162,7 @@ def test_gradient_checkpointing_in_training_mode_keeps_no_cache():
     model = one_layer()
     model.gradient_checkpointing_enable()
     generate(model, prompts("left"), use_cache="dual")
-    with pytest.raises(ValueError, match=r"use_cache='dual': gradient checkpointing keeps no cache.*model.eval\(\)"):
+    with pytest.raises(ValueError, match=r"use_cache='dual' does not work with gradient checkpointing.*model.eval\(\)"):
         generate(model.train(), prompts("left"), use_cache="dual")
 
 
@@ -198,7 +198,7 @@ def test_a_layer_keeps_what_was_not_computed():
     "options, message",
     [
         ({"use_cache": True}, r"use_cache=True is not known; choose one of \['prefix', 'dual', False\]"),
-        ({"cache_refresh": 4}, r"cache_refresh=4 refreshes no cache; add use_cache="),
+        ({"cache_refresh": 4}, r"cache_refresh=4 needs a cache; add use_cache="),
         ({"use_cache": "dual", "cache_refresh": 0}, r"cache_refresh=0 must be a positive integer"),
         ({"use_cache": "dual", "sampler": "ancestral", "block_length": None}, r"'ancestral' has no option use_cache"),
         ({"use_cache": "dual", "reference_compat": True}, r"reference_compat=True reproduces, has no option use_cache"),
@@ -213,15 +213,15 @@ def test_bad_options_are_refused(model, options, message):
 def test_attention_that_cannot_take_a_cache_is_refused(implementation):
     model = one_layer()
     model.config._attn_implementation = implementation
-    with pytest.raises(ValueError, match=f"attn_implementation='{implementation}' cannot take a cache.*'sdpa'"):
+    with pytest.raises(ValueError, match=f"attn_implementation='{implementation}' does not support the cache.*'sdpa'"):
         generate(model, prompts("left"), use_cache="prefix")
 
 
 def test_a_growing_cache_is_refused(model):
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache, which only grows at its end"):
+    with pytest.raises(ValueError, match="past_key_values is a DynamicCache, which only grows"):
         model(torch.zeros(1, 2, dtype=torch.long), past_key_values=DynamicCache())
 
 
 def test_an_empty_cache_has_no_columns_to_keep():
-    with pytest.raises(ValueError, match="the cache is empty: run a whole pass"):
+    with pytest.raises(ValueError, match="the cache is empty: run a full pass"):
         CanvasCache(1).at(torch.zeros(1, 2, dtype=torch.long))

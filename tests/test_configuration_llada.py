@@ -164,7 +164,7 @@ def test_options_not_computed_are_refused(field, value):
         ({"mixing_ratio": float("nan")}, r"mixing_ratio=nan must lie in"),
         ({"noise_schedule": "sigmoid"}, r"noise_schedule='sigmoid' is not known; choose one of"),
         ({"n_heads": 5}, r"d_model=32 is not a multiple of n_heads=5"),
-        ({"n_heads": 32}, r"heads of odd width 1; .* choose an even width"),
+        ({"n_heads": 32}, r"heads of odd width 1; .* need an even width"),
         ({"n_kv_heads": 3}, r"n_heads=4 is not a multiple of n_kv_heads=3"),
         ({"embedding_size": 49}, r"embedding_size=49 is smaller than vocab_size=50"),
         ({"mask_token_id": 50}, r"mask_token_id=50 is not a row of the embedding, which has 50"),

@@ -454,7 +454,7 @@ class TestBadArguments:
 
     def test_other_model_type(self, tmp_path):
         (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-        with pytest.raises(ValueError, match="model_type='gpt2' is not a diffusion model .* known are 'llada'"):
+        with pytest.raises(ValueError, match="model_type='gpt2' is not a registered .*; registered are 'llada'"):
             XDLMEvalModel(str(tmp_path))
 
     def test_model_without_its_tokenizer(self, model):

@@ -198,7 +198,7 @@ def test_empty_folder_is_used(model, tmp_path):
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
-        (make_tokenizer(mask="w3"), r"the tokenizer's mask_token_id=3 is not the model's 49"),
+        (make_tokenizer(mask="w3"), r"the tokenizer's mask_token_id=3 differs from the model's 49"),
         (make_tokenizer(size=60), r"the tokenizer has 60 tokens, the model 50 rows"),
     ],
 )

@@ -113,23 +113,23 @@ def test_spans_are_columns_of_every_row(model, text):
 @pytest.mark.parametrize(
     "holes, options, message",
     [
-        ([(8, 13)], {}, r"holes: span \(8, 13\) lies outside the text, which has 12 columns"),
-        ([(-1, 3)], {}, r"holes: span \(-1, 3\) lies outside the text"),
-        ([(5, 5)], {}, r"holes: span \(5, 5\) lies outside"),
-        ([3], {}, r"holes: 3 is no span; give pairs"),
-        ([(2, 6)], {}, r"holes include padding, row 0 column 2: that is outside the text"),
+        ([(8, 13)], {}, r"holes holds \(8, 13\); a span needs 0 <= first < end <= 12, in columns"),
+        ([(-1, 3)], {}, r"holes holds \(-1, 3\)"),
+        ([(5, 5)], {}, r"holes holds \(5, 5\)"),
+        ([3], {}, r"holes holds 3; give pairs"),
+        ([(2, 6)], {}, r"holes include padding at row 0 column 2"),
         (
             torch.zeros(3, 11, dtype=torch.bool),
             {},
             r"holes of shape \(3, 11\) torch.bool must be a bool mask.*\(3, 12\)",
         ),
         (torch.zeros(3, 12), {}, r"torch.float32 must be a bool mask"),
-        ([(5, 6)], {"max_new_tokens": 8}, r"max_new_tokens=8: holes are about the text given"),
-        ([(5, 6)], {"reference_compat": True}, r"reference_compat=True: the released sampler knows only answers"),
-        ([(5, 6)], {"stopping_criteria": [lambda ids, scores: True]}, r"stopping_criteria end an answer"),
+        ([(5, 6)], {"max_new_tokens": 8}, r"max_new_tokens=8 does not apply to generation with holes"),
+        ([(5, 6)], {"reference_compat": True}, r"reference_compat=True does not apply to generation with holes"),
+        ([(5, 6)], {"stopping_criteria": [lambda ids, scores: True]}, r"stopping_criteria apply to answers"),
         ([(5, 6)], {"steps": 13}, r"steps=13 is more than text length=12"),
         ([(5, 6)], {"block_length": 5, "steps": 2}, r"steps=2 is too few for the 3 blocks of 5 tokens"),
-        ([(5, 6)], {"generation_config": XDLMGenerationConfig(reference_compat=True)}, r"reference_compat=True: the"),
+        ([(5, 6)], {"generation_config": XDLMGenerationConfig(reference_compat=True)}, r"reference_compat=True does"),
     ],
 )
 def test_bad_holes_are_refused(model, text, holes, options, message):
@@ -202,10 +202,12 @@ def test_a_row_is_revised_as_it_is_alone(model, text, side):
 
 
 def test_an_empty_text_is_refused(model, tokenizer):
-    with pytest.raises(ValueError, match="the text is empty, there is nothing to fill or to revise"):
+    with pytest.raises(ValueError, match="the text to fill or revise is empty; pass at least one token"):
         model.revise("", tokenizer=tokenizer, mixing_ratio=0.5)
-    with pytest.raises(ValueError, match="the text is empty"):
+    with pytest.raises(ValueError, match="the text to fill or revise is empty"):
         model.generate(holes=[])
+    with pytest.raises(ValueError, match="the list of texts to revise is empty"):
+        model.revise([], tokenizer=tokenizer, mixing_ratio=0.5)
 
 
 @pytest.mark.parametrize(
@@ -213,14 +215,14 @@ def test_an_empty_text_is_refused(model, tokenizer):
     [
         ({"mixing_ratio": 0.0}, r"mixing_ratio=0.0 with refinement=None edits nothing; pass mixing_ratio, or"),
         ({"editable": [(2, 8)], "locked": [(5, 9)]}, r"editable and locked overlap at row 0 column 5"),
-        ({"editable": [(2, 99)]}, r"editable: span \(2, 99\) lies outside the text"),
-        ({"max_new_tokens": 4}, r"max_new_tokens=4: a revision is about the text given"),
+        ({"editable": [(2, 99)]}, r"editable holds \(2, 99\)"),
+        ({"max_new_tokens": 4}, r"max_new_tokens=4 does not apply to a revision"),
         ({"sampler": "ancestral"}, r"sampler='ancestral' cannot revise"),
         (
             {"generation_config": XDLMGenerationConfig(reference_compat=True)},
-            r"reference_compat=True: the released sampler knows only answers, and a revision is about a text",
+            r"reference_compat=True does not apply to a revision",
         ),
-        ({"polish_steps": 2}, r"polish_steps=2 is about filling holes"),
+        ({"polish_steps": 2}, r"polish_steps=2 does not apply to a revision"),
         ({"thoughts": 2}, r"generate\(\) has no option thoughts=2"),
     ],
 )
@@ -232,20 +234,18 @@ def test_bad_revisions_are_refused(model, arguments, message):
 def test_bad_character_spans_are_refused(model, tokenizer):
     with pytest.raises(ValueError, match=r"editable span \(0, 4\) of text 0 overlaps the locked span \(3, 5\)"):
         model.revise("a token", editable=[(0, 4)], locked=[(3, 5)], tokenizer=tokenizer, mixing_ratio=0.5)
-    with pytest.raises(
-        ValueError, match=r"editable: span \(0, 8\) lies outside the text, which has 7 characters of tex"
-    ):
+    with pytest.raises(ValueError, match=r"editable holds \(0, 8\); a span needs .* <= 7, in characters of text"):
         model.revise("a token", editable=[(0, 8)], tokenizer=tokenizer, mixing_ratio=0.5)
-    with pytest.raises(ValueError, match="needs tokenizer=..., a fast one"):
+    with pytest.raises(ValueError, match="revise.. of a str needs a fast tokenizer"):
         model.revise("a token", editable=[(0, 4)], mixing_ratio=0.5)
-    with pytest.raises(ValueError, match="editable has spans for 1 texts, and there are 2"):
+    with pytest.raises(ValueError, match="editable has 1 lists of spans for 2 texts"):
         model.revise(["a", "b"], editable=[[(0, 1)]], tokenizer=tokenizer, mixing_ratio=0.5)
 
 
 def test_a_tokenizer_that_changes_text_is_refused(model, tokenizer):
     lossy = copy.deepcopy(tokenizer)
     lossy.backend_tokenizer.normalizer = Lowercase()
-    with pytest.raises(ValueError, match="the tokenizer does not give text 0 back as it was"):
+    with pytest.raises(ValueError, match="the tokenizer does not decode text 0 to the same text"):
         model.revise("A token", editable=[(2, 7)], tokenizer=lossy, mixing_ratio=0.5)
 
 

@@ -126,7 +126,7 @@ def test_evaluation(tmp_path, registered):
 
 def test_a_family_that_is_not_registered_is_refused(tmp_path):
     _, tokenizer = documents_and_tokenizer()
-    with pytest.raises(ValueError, match="model_type='second_family' is not a diffusion model .* known are 'llada'"):
+    with pytest.raises(ValueError, match="model_type='second_family' is not a registered .*; registered are 'llada'"):
         XDLMEvalModel(second(vocab_size=len(tokenizer)), tokenizer=tokenizer, device="cpu")
 
 
@@ -205,9 +205,9 @@ class WithoutMask(Second):
         (Timed, {}, "Timed takes timesteps, and generation with sampler='confidence' gives none"),
         (Labelled, {}, "Labelled takes class_labels, and generation with sampler='confidence' gives none"),
         (Labelled, {"sampler": "ancestral"}, "Labelled takes class_labels, and generation with sampler='ancestral'"),
-        (Second, {"use_cache": "dual"}, "use_cache='dual': Second takes no cache of a whole canvas; leave out"),
+        (Second, {"use_cache": "dual"}, "use_cache='dual': Second does not support CanvasCache; leave out"),
         (ByBlocks, {"sampler": "ancestral"}, "ByBlocks has attention='block_causal'; use sampler='confidence'"),
-        (WithoutMask, {"attention_mask": PADDED}, "WithoutMask takes no attention_mask, and the rows are padded"),
+        (WithoutMask, {"attention_mask": PADDED}, "WithoutMask takes no attention_mask, but the rows are padded"),
     ],
     ids=["times", "labels", "labels, ancestral", "cache", "blocks", "padding"],
 )
@@ -231,7 +231,7 @@ def test_likelihood_and_training_refuse_labels_and_times(tmp_path):
         trainer(tmp_path, model=second(Timed))
     model = second()
     model.predicts_next = True
-    with pytest.raises(ValueError, match="Second has predicts_next=True, and XDLMTrainer reads"):
+    with pytest.raises(ValueError, match="Second has predicts_next=True, but XDLMTrainer needs"):
         trainer(tmp_path, model=model)
 
 

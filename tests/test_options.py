@@ -174,7 +174,7 @@ def test_blocks_that_divide_are_as_long_as_each_other_and_others_cover_all():
                 assert sum(sizes) == length and set(sizes[:-1]) <= {block_length} and sizes[-1] <= block_length
                 assert sum(blocks.steps) == steps and sorted(blocks.steps, reverse=True) == blocks.steps
                 assert all(1 <= n <= size for n, size in zip(blocks.steps, sizes, strict=True))
-                places = [(blocks.of(i), *blocks.place(i)) for i in range(steps)]
+                places = [(blocks.block_of(i), *blocks.step_in_block(i)) for i in range(steps)]
                 assert places == [(b, i, n) for b, n in enumerate(blocks.steps) for i in range(n)]
 
 

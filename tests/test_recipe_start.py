@@ -167,7 +167,7 @@ def test_mistakes_are_one_line(base, tmp_path, changes, message):  # noqa: F811
         ("model.safetensors", b"\x08\0\0\0\0\0\0\0{broken}", "the weights of '.*' cannot be read: "),
         ("config.json", b"{", "cannot be read as a folder or Hub name of a checkpoint: "),
         ("config.json", b'{"model_type": "llada", "d_model": "wide"}', "cannot be read as .*d_model"),
-        ("config.json", b'{"model_type": "bert"}', "model_type='bert' is not a diffusion model that is known here"),
+        ("config.json", b'{"model_type": "bert"}', "model_type='bert' is not a registered diffusion model"),
     ],
 )
 def test_damaged_checkpoints_are_one_line(base, tmp_path, file, content, message):  # noqa: F811

@@ -6,10 +6,10 @@ import torch
 from xdlm_hf.generation.confidence import ConfidenceSampler, ConfidenceSettings
 from xdlm_hf.generation.refinement import (
     BudgetRefinement,
-    LoopGuard,
+    EditLimit,
     NoRefinement,
+    OffInLastSteps,
     RemaskingRefinement,
-    SwitchedOff,
     ThresholdRefinement,
 )
 
@@ -66,25 +66,25 @@ def test_loop_guard_stops_a_pair_of_tokens_that_swap():
     swap = [([1], [0.9]), ([2], [0.9]), ([1], [0.9]), ([2], [0.9]), ([1], [0.9])]
     free = run(sampler(ThresholdRefinement(0.5), 1, 1, polish_steps=4), swap)
     assert [c.ids.item() for c in free] == [0, 1, 2, 1, 2, 1]
-    guarded = run(sampler(LoopGuard(ThresholdRefinement(0.5), 10), 1, 1, polish_steps=4), swap)
+    guarded = run(sampler(EditLimit(ThresholdRefinement(0.5), 10), 1, 1, polish_steps=4), swap)
     assert [c.ids.item() for c in guarded] == [0, 1, 2, 2]  # never back to 1, and nothing changes: the polish ends
 
 
 def test_loop_guard_counts_the_edits_of_a_position():
     tour = [([1], [0.9]), ([2], [0.9]), ([3], [0.9]), ([4], [0.9])]
-    guarded = run(sampler(LoopGuard(ThresholdRefinement(0.5), 2), 1, 1, polish_steps=3), tour)
+    guarded = run(sampler(EditLimit(ThresholdRefinement(0.5), 2), 1, 1, polish_steps=3), tour)
     assert [c.ids.item() for c in guarded] == [0, 1, 2, 3, 3]
 
 
 def test_loop_guard_leaves_the_budget_to_others():
     script = [([1, 1], [0.9, 0.8]), ([2, 1], [0.9, 0.9]), ([1, 3], [0.95, 0.9])]
-    policy = LoopGuard(BudgetRefinement(0.5), 5)
+    policy = EditLimit(BudgetRefinement(0.5), 5)
     last = run(sampler(policy, 1, 2, polish_steps=2), script)[-1]
     assert last.ids.tolist() == [[2, 3]]  # back to 1 is closed, so the second edit goes to the other position
 
 
 def test_switched_off_for_the_last_steps():
-    policy = SwitchedOff(ThresholdRefinement(0.5), 2)
+    policy = OffInLastSteps(ThresholdRefinement(0.5), 2)
     canvases = run(sampler(policy, 8, 8), None)
     edits = torch.cat([c.num_edits for c in canvases])
     assert edits[6] > 0 and (edits[6:] == edits[6]).all()
@@ -118,7 +118,7 @@ def test_a_full_row_waits_unchanged_for_the_others():
     canvas = both.begin(ids, torch.ones_like(ids, dtype=torch.bool))
     sure, unsure = logits_for([1] * 4, [0.95] * 4), logits_for([1] * 4, [0.4] * 4)
     canvas = both.step(canvas, torch.cat([sure, unsure]), both.request(canvas, 0))
-    assert both.working_rows(canvas, 1).tolist() == [False, True]
+    assert both.active_rows(canvas, 1).tolist() == [False, True]
     other = logits_for([2] * 4, [0.95] * 4)
     canvas = both.step(canvas, torch.cat([other, unsure]), both.request(canvas, 1))
     assert canvas.ids[0].tolist() == [1] * 4 and canvas.num_edits.tolist() == [0, 0]

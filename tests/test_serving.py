@@ -368,10 +368,10 @@ def test_models_health_and_metrics(client, server):
         ({"sampler": "ancestral", "temperature": 0}, "temperature=0.0 must be positive for sampler='ancestral'"),
         ({"mixing_ratio": 2}, "mixing_ratio=2 must be a number from 0 to 1"),
         ({"use_cache": "paged"}, "use_cache='paged' is not known; choose one of ['prefix', 'dual', False]"),
-        ({"cache_refresh": 2}, "cache_refresh=2 refreshes no cache"),
+        ({"cache_refresh": 2}, "cache_refresh=2 needs a cache"),
         ({"confidence_threshold": 2}, "confidence_threshold=2 must lie in (0, 1]"),
         ({"refinement": "threshold"}, "refinement='threshold' needs edit_threshold"),
-        ({"mixing_ratio": 0, "max_edits_per_token": 2}, "max_edits_per_token=2 bounds a refinement"),  # by generate
+        ({"mixing_ratio": 0, "max_edits_per_token": 2}, "max_edits_per_token=2 has no effect"),  # by generate
     ],
 )
 def test_refusals_name_the_field_and_the_remedy(server, change, message):

@@ -168,7 +168,7 @@ class TakesLogits(Spy):
         (print, {}, r"streamer=<built-in function print> has no method put\(\)"),
         (type("OnlyPut", (), {"put": print})(), {}, r"has no method end\(\); pass a BaseStreamer"),
         (Spy(), {"reference_compat": True}, "reference_compat=True may edit the prompt.*leave out one"),
-        (TakesLogits(), {}, "wants the drafts as logits; here drafts are token ids"),
+        (TakesLogits(), {}, "takes drafts as logits, but drafts are token ids"),
     ],
 )
 def test_refusals(model, streamer, options, message):

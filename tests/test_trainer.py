@@ -636,7 +636,7 @@ def test_a_reduction_takes_the_place_of_the_logits():
     assert "logits" not in outputs and outputs.token_losses.shape == ids.shape
     assert outputs.loss.item() == pytest.approx(logits.sum().item(), rel=1e-4)
     model.set_output_embeddings(torch.nn.Linear(32, VOCAB))
-    with pytest.raises(ValueError, match="output_reduction needs an OutputLayer, and the output layer is Linear"):
+    with pytest.raises(ValueError, match="output_reduction needs an OutputLayer, but the output layer is Linear"):
         model(ids, output_reduction=lambda hidden, weight: None)
 
 

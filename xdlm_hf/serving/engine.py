@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from ..generation.layout import padded
 from ..loading import end_ids, end_of_turn_ids
 from .answers import Answer
 from .fields import RequestError
@@ -244,13 +245,10 @@ class Engine:
     def _generate(self, batch: list[Job]) -> None:
         rows = [(job, index) for job in batch for index in range(job.request.rows)]
         prompts = [job.request.prompts[index // job.request.n] for job, index in rows]
-        width = max(map(len, prompts))
-        padding = [width - len(prompt) for prompt in prompts]
-        ids = [[self._pad_token_id] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
-        mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+        input_ids, attention_mask = padded(prompts, self._pad_token_id)
         self.model.generate(
-            input_ids=torch.tensor(ids, dtype=torch.long).reshape(len(rows), width),
-            attention_mask=torch.tensor(mask, dtype=torch.long).reshape(len(rows), width),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
             streamer=_ToJobs(rows, self.metrics, lambda: self._stopping),
             num_return_sequences=1,
             reference_compat=False,
