@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from models import TINY
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_configuration_llada import TINY
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 

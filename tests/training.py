@@ -14,6 +14,7 @@ import sys
 
 import datasets
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
@@ -28,6 +29,7 @@ from xdlm_hf.training.trainer import XDLMTrainer
 VOCAB, MASK, LENGTH = 48, 5, 12
 SCRIPT = str(pathlib.Path(__file__))
 KILLS = ("kill_in_step", "kill_in_save", "nan_in_step", "nan_in_save", "terminate_in_step")
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "recipes" / "configs"
 ENDS_CLEANLY = str(pathlib.Path(__file__).parent / "ends_cleanly.py")  # goes before a script that is launched
 
 
@@ -188,6 +190,34 @@ def disk_that_takes(size):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def partitioned(tmp_path, name):
+    """The repository's config, except that ZeRO-3 spreads even tiny parameters, which it would keep whole."""
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    ours = config.get("deepspeed_config", {})
+    if ours.get("zero_stage") != 3:
+        return CONFIGS / f"{name}.yaml"
+    engine = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": ours["gradient_accumulation_steps"],
+        "gradient_clipping": ours["gradient_clipping"],
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_gather_16bit_weights_on_model_save": ours["zero3_save_16bit_model"],
+            "stage3_param_persistence_threshold": 0,
+            "offload_optimizer": {"device": ours["offload_optimizer_device"]},
+            "offload_param": {"device": ours["offload_param_device"]},
+        },
+    }
+    (tmp_path / "engine.json").write_text(json.dumps(engine))
+    config["deepspeed_config"] = {
+        "deepspeed_config_file": str(tmp_path / "engine.json"),
+        "zero3_init_flag": ours["zero3_init_flag"],
+    }
+    del config["mixed_precision"]  # the engine's file says it
+    (tmp_path / "zero.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path / "zero.yaml"
 
 
 def launch(*command, timeout=600, **environment):

@@ -18,7 +18,7 @@ from xdlm_hf.training.checkpoints import RUN_RECORD
 from xdlm_hf.training.checksums import write_checksums
 from xdlm_hf.training.revisions import pin_revision
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 
 import llada_cpt  # noqa: E402
 

@@ -2,17 +2,15 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from training import LENGTH, MASK, launch, losses, stream, tiny_model, trainer
+from training import LENGTH, MASK, SCRIPT, launch, losses, stream, tiny_model, trainer
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.training.metrics import TrainingMetrics, flops_per_token, peak_tflops
 from xdlm_hf.training.trainer import XDLMTrainer
 
-SCRIPT = Path(__file__).parent / "training.py"
 OPTIONS = {"train_rows": 20, "max_steps": 6, "mixing_ratio": 0.5, "logging_steps": 2, "logging_first_step": False}
 PARTS = ("loss_masked", "loss_uniform", "loss_clean", "share_masked", "share_uniform", "share_clean")
 
@@ -115,7 +113,7 @@ def test_perplexity_of_a_hopeless_model_is_finite():
 def test_figures_do_not_depend_on_the_number_of_processes(kept, tmp_path):
     _, logs = kept
     options = {"output_dir": str(tmp_path), "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT)
     status, output = launch(*torchrun, json.dumps({**options, **OPTIONS, "save_strategy": "steps", "save_steps": 6}))
     assert status == 0, output[-3000:]
     history = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]

@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 from xdlm_hf.evaluation import TASKS, cli, equality, evalplus, oracle, sandbox
 from xdlm_hf.evaluation.tasks import bbh, code, competition_math, gsm8k, humaneval, mbpp, plus
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("XDLM_DATA", ROOT.parent / "shared" / "data"))
 FILES = {
     "gsm8k": "gsm8k/test.jsonl",

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.training.adapters import load_adapter
 
-RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "llada_sft.py"
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "llada_sft.py"
 CONFIG = RECIPE.parent / "configs" / "llada_8b_sft.yaml"
 sys.path.insert(0, str(RECIPE.parent))
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from training import (
     ADAM_EPSILON,
     LENGTH,
+    SCRIPT,
     RecordingTrainer,
     arguments,
     disk_that_takes,
@@ -44,7 +45,6 @@ from xdlm_hf.training.precision import NonFiniteError
 from xdlm_hf.training.row_noise import TRAIN_ROW, generator_of
 from xdlm_hf.training.trainer import XDLMTrainer
 
-SCRIPT = Path(__file__).parent / "training.py"
 SAVES = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
 
 
@@ -58,7 +58,7 @@ def names(folder):
 
 def killed(output_dir, **options):
     """Run until the process kills itself."""
-    status, output = launch(str(SCRIPT), json.dumps({"output_dir": str(output_dir), **options}))
+    status, output = launch(SCRIPT, json.dumps({"output_dir": str(output_dir), **options}))
     assert status == -signal.SIGKILL, output[-3000:]
 
 
@@ -93,7 +93,7 @@ def test_killed_run_goes_on_bit_for_bit(tmp_path, options, kill, resumed_from):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kill", [{"kill_in_step": 5}, {"kill_in_save": 6}], ids=["step", "write"])
 def test_killed_run_of_two_processes_goes_on_bit_for_bit(tmp_path, streaming, kill):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT)
     options = {**SAVES, "per_device_train_batch_size": 2, "streaming": streaming}
 
     def run(name, **more):
@@ -605,7 +605,7 @@ def test_a_checkpoint_without_a_state_is_refused_even_without_checksums(copied, 
 def test_another_number_of_processes_is_allowed_for_rows_and_said(finished, tmp_path, caplog):
     """One process resumes what two wrote: the same rows and noise, since the global batch is the same."""
     options = {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 2, **SAVES, "max_steps": 6}
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT)
     status, output = launch(*torchrun, json.dumps(options))
     assert status == 0, output[-3000:]
     run = trainer(tmp_path / "one", **SAVES)

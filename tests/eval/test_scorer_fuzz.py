@@ -12,7 +12,9 @@ from xdlm_hf.evaluation.protocols import END_OF_TEXT, PROTOCOLS
 from xdlm_hf.evaluation.sandbox import Verdict
 from xdlm_hf.evaluation.tasks import bbh, code, competition_math, gsm8k, humaneval, mbpp
 
-EXAMPLES = json.loads((Path(__file__).parent / "fixtures" / "opencompass" / "worked_examples.json").read_text("utf-8"))
+EXAMPLES = json.loads(
+    (Path(__file__).parents[1] / "fixtures" / "opencompass" / "worked_examples.json").read_text("utf-8")
+)
 ANSWERS = [example["output"] for group in EXAMPLES.values() if isinstance(group, list) for example in group]
 ANSWERS += [r"\fbox{5}", r"$\boxed\frac{1}{2}$", r"\boxed\{1,2\}", r"\boxed5 and {x}", "#### 1/2", "", " \n"]
 # What is put into answers: the marks that scorers look for, LaTeX, and characters that text tools stumble over.

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from training import (
+    CONFIGS,
     LENGTH,
     MASK,
+    SCRIPT,
     VOCAB,
     RecordingTrainer,
     arguments,
@@ -37,8 +39,6 @@ from xdlm_hf.training.nelbo import evaluation_noise, nelbo_metrics
 from xdlm_hf.training.optimizers import check_offload
 from xdlm_hf.training.trainer import XDLMTrainer
 
-SCRIPT = Path(__file__).parent / "training.py"
-ROOT = SCRIPT.parent.parent
 # 18 rows in global batches of 4: the last step of an epoch holds 2 rows, and is reached within 8 steps.
 SPLIT_OPTIONS = {"train_rows": 18, "eval_rows": 9, "time_sampling": "stratified"}
 
@@ -89,7 +89,7 @@ def test_trajectory_does_not_depend_on_the_number_of_processes(whole_batch, tmp_
         **SPLIT_OPTIONS,
     }
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    status, output = launch(*torchrun, str(SCRIPT), json.dumps(options))
+    status, output = launch(*torchrun, SCRIPT, json.dumps(options))
     assert status == 0, output[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["processes"] == 2
@@ -104,7 +104,7 @@ def test_trajectory_of_four_processes(whole_batch, tmp_path):
     reference, metrics = whole_batch
     options = {"output_dir": str(tmp_path), "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4")
-    status, output = launch(*torchrun, str(SCRIPT), json.dumps({**options, **SPLIT_OPTIONS}))
+    status, output = launch(*torchrun, SCRIPT, json.dumps({**options, **SPLIT_OPTIONS}))
     assert status == 0, output[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["processes"] == 4
@@ -117,10 +117,10 @@ def test_trajectory_of_four_processes(whole_batch, tmp_path):
 def test_a_loss_that_is_not_finite_stops_two_processes_under_zero_2(tmp_path):
     """The process that meets it says where; no NaN reaches the other, and the last checkpoint is whole."""
     zero2 = ("-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file")
-    zero2 += (str(ROOT / "recipes" / "configs" / "zero2.yaml"), "--num_processes", "2")
+    zero2 += (str(CONFIGS / "zero2.yaml"), "--num_processes", "2")
     options = {"output_dir": str(tmp_path), "per_device_train_batch_size": 2, "max_grad_norm": 1.0}
     options |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-    status, output = launch(*zero2, str(SCRIPT), json.dumps({**options, "nan_in_step": 5}))
+    status, output = launch(*zero2, SCRIPT, json.dumps({**options, "nan_in_step": 5}))
     assert status != 0
     (message,) = set(re.findall(r"training\.py: error: (.*)", output))
     pattern = r"step 5: the loss is not finite; its rows have the sample indices (\d+) \(t = (0\.\d+)\), (\d+) \(t = .*"
@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_two_processes_under_zero_2(tmp_path):
     assert (int(first), int(second)) == (18, 19) and 0 < float(t) < 1  # rows 2 and 3 of the fifth batch of four
     assert message.endswith("No checkpoint was written from it; the last whole one is checkpoint-4.")
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["checkpoint-2", "checkpoint-4"]
-    status, output = launch(*zero2, str(SCRIPT), json.dumps({**options, "resume": True}))
+    status, output = launch(*zero2, SCRIPT, json.dumps({**options, "resume": True}))
     assert status == 0, output[-3000:]
     whole = trainer(**{**options, "output_dir": tmp_path / "whole", "per_device_train_batch_size": 4})
     whole.train()
@@ -169,7 +169,7 @@ def test_first_loss_is_the_objective_over_the_global_batch(tmp_path):
 
 def test_committed_trajectory(tmp_path):
     """Guards against silent changes of noise, objective or optimiser; tests/invariant/README.md says when to renew."""
-    path = Path(__file__).parent / "invariant" / "tiny_trajectory.json"
+    path = Path(__file__).parents[1] / "invariant" / "tiny_trajectory.json"
     recorded = json.loads(path.read_text())
     for name, trajectory in recorded.items():
         run = trainer(tmp_path / name, train_rows=18, **trajectory["options"])
@@ -362,7 +362,7 @@ def test_random_lengths_do_not_depend_on_accumulation(random_lengths, tmp_path):
 def test_random_lengths_agree_between_processes(random_lengths, tmp_path):
     options = {**RANDOM_LENGTHS, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    status, output = launch(*torchrun, str(SCRIPT), json.dumps({**options, "output_dir": str(tmp_path)}))
+    status, output = launch(*torchrun, SCRIPT, json.dumps({**options, "output_dir": str(tmp_path)}))
     assert status == 0, output[-3000:]
     seen = [json.loads((tmp_path / f"seen_{rank}.json").read_text()) for rank in range(2)]
     for step, whole in enumerate(random_lengths.seen):

@@ -21,7 +21,7 @@ from xdlm_hf import (
 )
 
 B, L, N, MASK = 3, 5, 7, 2
-RECORDED = load_file(Path(__file__).parent / "fixtures" / "tiny-dit" / "expected.safetensors")
+RECORDED = load_file(Path(__file__).parents[1] / "fixtures" / "tiny-dit" / "expected.safetensors")
 
 
 def generator(seed=0):

@@ -218,10 +218,10 @@ def test_frequency_tests_accept_the_right_law_and_reject_a_close_one():
 
 def test_the_equation_page_names_what_exists():
     """Every test and every module.name in backticks of docs/equations.md is there."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).resolve().parents[2]
     page = (root / "docs" / "equations.md").read_text()
-    tests = "".join(path.read_text() for path in (root / "tests").glob("test_*.py"))
-    tests += "".join(f"def {path.stem}(" for path in (root / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text() for path in (root / "tests").rglob("test_*.py"))
+    tests += "".join(f"def {path.stem}(" for path in (root / "tests").rglob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", page))
     assert len(named) > 25 and not [name for name in named if f"def {name}(" not in tests]
     modules = "schedules|noise|reverse|objective|losses|process|gidd|ops.rows|ops.fused"

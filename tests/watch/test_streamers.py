@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer, TextDiffusionStreame
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.watch.streamers import HistoryStreamer, LiveStreamer
 
-CHECKPOINT = Path(__file__).parent / "fixtures" / "tiny-llada"
+CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "tiny-llada"
 MASK, EOS = 510, 500
 PROMPT = {
     "input_ids": torch.tensor([[EOS, 37, 204], [390, 361, 424]]),

@@ -33,7 +33,7 @@ from xdlm_hf.generation.protocol import runs_in_parts
 from xdlm_hf.generation.released import ReferenceAncestralSampler
 from xdlm_hf.generation.resolution import resolve
 
-CHECKPOINT = Path(__file__).parent / "fixtures" / "tiny-llada"
+CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "tiny-llada"
 RECORDED = json.loads((CHECKPOINT / "expected_generation.json").read_text())
 MASK, EOS = 510, 500
 

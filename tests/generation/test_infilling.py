@@ -12,7 +12,7 @@ from xdlm_hf import XDLMGenerationConfig
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.generation.spans import position_mask
 
-CHECKPOINT = Path(__file__).parent / "fixtures" / "tiny-llada"
+CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "tiny-llada"
 MASK = 510
 
 

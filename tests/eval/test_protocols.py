@@ -15,9 +15,9 @@ from xdlm_hf.evaluation import TASKS, equality, opencompass, oracle, rescore, sa
 from xdlm_hf.evaluation.protocols import END_OF_TEXT, check_protocol, visible_text
 from xdlm_hf.evaluation.tasks import bbh, code, competition_math, gsm8k, humaneval, mbpp
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("XDLM_DATA", ROOT.parent / "shared" / "data"))
-RECORDED = Path(__file__).parent / "fixtures" / "opencompass"
+RECORDED = Path(__file__).parents[1] / "fixtures" / "opencompass"
 EXAMPLES = json.loads((RECORDED / "worked_examples.json").read_text(encoding="utf-8"))
 HASHES = json.loads((RECORDED / "prompt_hashes.json").read_text(encoding="utf-8"))
 

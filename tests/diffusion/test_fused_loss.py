@@ -15,7 +15,7 @@ from xdlm_hf.diffusion.objective import limit_terms
 from xdlm_hf.diffusion.ops import fused as fused_module
 from xdlm_hf.diffusion.ops import rows as row_passes
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from loss import dense_loss  # noqa: E402
 from measure import peak_bytes  # noqa: E402
 

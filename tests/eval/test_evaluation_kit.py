@@ -26,7 +26,7 @@ from xdlm_hf.evaluation.adapter import XDLMEvalModel
 from xdlm_hf.evaluation.likelihood import Estimate
 from xdlm_hf.evaluation.protocols import END_OF_TEXT
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ROWS = [{"question": f"{'Well. ' * (n % 4)}What is {n} + {n}?", "answer": f"#### {2 * n}"} for n in range(7)]
 SETTINGS = {"steps": 4, "max_new_tokens": 8, "mixing_ratio": 0.1}
 DRAWN = [{"temperature": 0.8}, {"sampler": "ancestral"}, {"remasking": "random", "temperature": 0.5}]

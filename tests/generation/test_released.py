@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from xdlm_hf import LogLinearSchedule, NoiseKernel, StationaryProcess, XDLMGenerationConfig
 from xdlm_hf.generation.released import ReferenceAncestralSampler, ReferenceConfidenceSampler, edit_budget
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 CASES = json.loads((FIXTURES / "released-sampler" / "cases.json").read_text())
 MASK, N = 47, 48
 

@@ -34,7 +34,7 @@ from xdlm_hf.training.planning import (
     step_bytes,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 
 from plan import choices_table, memory_table  # noqa: E402
 

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.generation.cache import CanvasCache, CanvasLayer, RefreshPlan
 
-CHECKPOINT = Path(__file__).parent / "fixtures" / "tiny-llada"
+CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "tiny-llada"
 
 
 @pytest.fixture(scope="module")

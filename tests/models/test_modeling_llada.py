@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import LLADA_8B, TINY
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_configuration_llada import LLADA_8B, TINY
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, LLaDAModel
 from xdlm_hf.models.llada.modeling_llada import LLaDABlock, rotary_angles
 
-FIXTURE = Path(__file__).parent / "fixtures" / "tiny-llada"
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-llada"
 LORA_TARGETS = r".*blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
 
 

@@ -5,68 +5,13 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from models import LLADA_8B, TINY
 from transformers import AutoConfig
 
 import xdlm_hf  # noqa: F401  (registers the model type)
 from xdlm_hf.models.llada.configuration_llada import LLaDAConfig
 
-FIXTURE = Path(__file__).parent / "fixtures" / "tiny-llada"
-
-# config.json of the public 8B checkpoints, field by field.
-LLADA_8B = {
-    "activation_type": "silu",
-    "alibi": False,
-    "alibi_bias_max": 8.0,
-    "architectures": ["LLaDAModelLM"],
-    "attention_dropout": 0.0,
-    "attention_layer_norm": False,
-    "attention_layer_norm_with_affine": True,
-    "auto_map": {
-        "AutoConfig": "configuration_llada.LLaDAConfig",
-        "AutoModel": "modeling_llada.LLaDAModelLM",
-        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-    },
-    "bias_for_layer_norm": False,
-    "block_group_size": 1,
-    "block_type": "llama",
-    "d_model": 4096,
-    "embedding_dropout": 0.0,
-    "embedding_size": 126464,
-    "eos_token_id": 126081,
-    "flash_attention": False,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "init_cutoff_factor": None,
-    "init_device": "meta",
-    "init_fn": "mitchell",
-    "init_std": 0.02,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "mask_token_id": 126336,
-    "max_sequence_length": 4096,
-    "mlp_hidden_size": 12288,
-    "mlp_ratio": 4,
-    "model_type": "llada",
-    "multi_query_attention": None,
-    "n_heads": 32,
-    "n_kv_heads": 32,
-    "n_layers": 32,
-    "pad_token_id": 126081,
-    "precision": "amp_bf16",
-    "residual_dropout": 0.0,
-    "rms_norm_eps": 1e-05,
-    "rope": True,
-    "rope_full_precision": True,
-    "rope_theta": 500000.0,
-    "scale_logits": False,
-    "transformers_version": "4.46.3",
-    "use_cache": False,
-    "vocab_size": 126464,
-    "weight_tying": False,
-}
-
-TINY = dict(d_model=32, n_heads=4, n_layers=2, mlp_hidden_size=64, vocab_size=50, mask_token_id=49)
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-llada"
 
 
 @pytest.mark.parametrize("original", [LLADA_8B, json.loads((FIXTURE / "config.json").read_text())], ids=["8B", "tiny"])

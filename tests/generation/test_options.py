@@ -16,7 +16,7 @@ from xdlm_hf.generation.resolution import resolve
 from xdlm_hf.generation.spelling import compose, flatten
 from xdlm_hf.serving.fields import ENGINE
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def small_model(**stored):

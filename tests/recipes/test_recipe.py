@@ -13,7 +13,17 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from training import ADAM_EPSILON, ENDS_CLEANLY, disk_that_takes, flags, launch, logged, tiny_model
+from training import (
+    ADAM_EPSILON,
+    CONFIGS,
+    ENDS_CLEANLY,
+    disk_that_takes,
+    flags,
+    launch,
+    logged,
+    partitioned,
+    tiny_model,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from xdlm_hf import LLaDAConfig
@@ -21,9 +31,8 @@ from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.training.adapters import load_adapter
 from xdlm_hf.training.checkpoints import UNFINISHED
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "llada_cpt.py"
-CONFIGS = ROOT / "recipes" / "configs"
 sys.path.insert(0, str(RECIPE.parent))
 
 import llada_cpt  # noqa: E402
@@ -513,38 +522,10 @@ def compare(output, one_process, limit=1e-5):
     AutoModelForCausalLM.from_pretrained(output)
 
 
-def partitioned(tmp_path, name):
-    """The repository's config, except that ZeRO-3 spreads even tiny parameters, which it would keep whole."""
-    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    ours = config.get("deepspeed_config", {})
-    if ours.get("zero_stage") != 3:
-        return CONFIGS / f"{name}.yaml"
-    engine = {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": ours["gradient_accumulation_steps"],
-        "gradient_clipping": ours["gradient_clipping"],
-        "zero_optimization": {
-            "stage": 3,
-            "stage3_gather_16bit_weights_on_model_save": ours["zero3_save_16bit_model"],
-            "stage3_param_persistence_threshold": 0,
-            "offload_optimizer": {"device": ours["offload_optimizer_device"]},
-            "offload_param": {"device": ours["offload_param_device"]},
-        },
-    }
-    (tmp_path / "engine.json").write_text(json.dumps(engine))
-    config["deepspeed_config"] = {
-        "deepspeed_config_file": str(tmp_path / "engine.json"),
-        "zero3_init_flag": ours["zero3_init_flag"],
-    }
-    del config["mixed_precision"]  # the engine's file says it
-    (tmp_path / "zero.yaml").write_text(yaml.safe_dump(config))
-    return tmp_path / "zero.yaml"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2"])
 def test_partitioned_run_takes_the_same_trajectory_and_resumes(base, one_process, tmp_path, name):
-    script = RECIPE if name != "fsdp2" else Path(__file__).parent / "fsdp_on_cpu.py"
+    script = RECIPE if name != "fsdp2" else Path(__file__).parents[1] / "fsdp_on_cpu.py"
     config = ("--config_file", str(partitioned(tmp_path, name)), "--num_processes", "2", ENDS_CLEANLY, str(script))
     changes = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 4}
     accelerate(*config, *options(base, tmp_path / "run", **changes))

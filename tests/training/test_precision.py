@@ -3,22 +3,19 @@
 import json
 import math
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_recipe import partitioned
-from training import arguments, launch, tiny_model, trainer
+from training import SCRIPT, arguments, launch, partitioned, tiny_model, trainer
 
 from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.training.adapters import add_adapters
 from xdlm_hf.training.precision import NonFiniteError, check_trained_dtype, keeps_float32_copies, non_finite_weights
 from xdlm_hf.training.trainer import XDLMTrainer
 
-SCRIPT = Path(__file__).parent / "training.py"
 SAVES = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
 
 
@@ -168,7 +165,7 @@ def test_both_processes_refuse_what_one_of_them_holds(tmp_path):
     launcher = ("-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file")
     launcher += (str(partitioned(tmp_path, "zero3")), "--num_processes", "2")
     options = {"output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 2, "nan_in_save": 6, **SAVES}
-    status, output = launch(*launcher, str(SCRIPT), json.dumps(options), timeout=600)
+    status, output = launch(*launcher, SCRIPT, json.dumps(options), timeout=600)
     assert status != 0
     (message,) = set(re.findall(r"training\.py: error: (.*)", output))
     assert message.startswith("step 6: the weights are not finite (model.transformer.wte.weight), so nothing was saved")

@@ -24,7 +24,7 @@ from xdlm_hf.evaluation import TASKS, cli
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
 from xdlm_hf.evaluation.tasks import bbh, gsm8k
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("XDLM_DATA", ROOT.parent / "shared" / "data"))
 # Questions of different lengths, so that batches are padded and sorted; one gold number with comma and dollar sign.
 ROWS = [
