@@ -10,6 +10,7 @@ from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
+from models import model_of, save_checkpoint
 
 import xdlm_hf
 from xdlm_hf.data.tokenizer import train_tokenizer
@@ -190,12 +191,7 @@ def test_links_lead_somewhere(document):
 
 def test_readme_examples_run_as_they_stand(tmp_path, capsys):
     tokenizer = train_tokenizer(["The capital of France is Paris. def fibonacci(n): return n"], vocab_size=270)
-    ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
-    config = xdlm_hf.LLaDAConfig(
-        d_model=32, n_heads=2, n_layers=1, mlp_hidden_size=64, vocab_size=len(tokenizer), **ids
-    )
-    xdlm_hf.LLaDAForDiffusionLM(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    save_checkpoint(tmp_path, model_of(tokenizer), tokenizer)
     first, *others = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert first.count("GSAI-ML/LLaDA-8B-Base") == 2 and others
     names = {}

@@ -15,9 +15,9 @@ import sys
 import datasets
 import torch
 import yaml
+from models import tiny_model
 from safetensors.torch import save_file
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.data.packing import PackedDataset
 from xdlm_hf.data.stream import PackedStream
 from xdlm_hf.data.tokenizer import train_tokenizer
@@ -41,25 +41,6 @@ def flags(values):
 def logged(output_dir, name="loss"):
     history = json.loads((pathlib.Path(output_dir) / "trainer_state.json").read_text())["log_history"]
     return [entry[name] for entry in history if name in entry]
-
-
-def tiny_model(**options):
-    torch.manual_seed(0)
-    config = LLaDAConfig(
-        **{
-            "d_model": 32,
-            "n_heads": 2,
-            "n_layers": 2,
-            "mlp_hidden_size": 48,
-            "vocab_size": VOCAB,
-            "max_sequence_length": 64,
-            "mask_token_id": MASK,
-            "pad_token_id": 1,
-            "eos_token_id": 1,
-            **options,
-        }
-    )
-    return LLaDAForDiffusionLM(config)
 
 
 def rows(number, seed=0):

@@ -8,7 +8,8 @@ import re
 import shutil
 
 import pytest
-from training import RecordingTrainer, arguments, parameter_gap, state, tiny_model
+from models import tiny_model
+from training import RecordingTrainer, arguments, parameter_gap, state
 
 from xdlm_hf.data.readers import hold_out
 from xdlm_hf.data.source_files import find_files

@@ -17,8 +17,9 @@ import torch
 from lm_eval._cli import HarnessCLI
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
+from models import model_of, save_checkpoint
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
+from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.evaluation import TASKS, cli
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
@@ -43,28 +44,12 @@ def tokenizer():
 
 @pytest.fixture
 def model(tokenizer):
-    torch.manual_seed(0)
-    config = LLaDAConfig(
-        d_model=32,
-        n_heads=2,
-        n_layers=2,
-        mlp_hidden_size=64,
-        vocab_size=len(tokenizer),
-        max_sequence_length=512,
-        mask_token_id=tokenizer.mask_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        init_std=0.3,  # far from uniform, so that different prompts get different answers
-    )
-    return LLaDAForDiffusionLM(config).eval()
+    return model_of(tokenizer, n_layers=2)
 
 
 @pytest.fixture
 def checkpoint(model, tokenizer, tmp_path):
-    folder = tmp_path / "checkpoint"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_checkpoint(tmp_path / "checkpoint", model, tokenizer)
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
+from models import model_of, save_checkpoint
 from training import ENDS_CLEANLY
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
+from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.evaluation import TASKS, cli, published, rescore, table16
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
@@ -37,34 +38,15 @@ def tokenizer():
     return train_tokenizer([row["question"] + row["answer"] for row in ROWS], vocab_size=270)
 
 
-def make_model(tokenizer):
-    torch.manual_seed(0)
-    config = LLaDAConfig(
-        d_model=32,
-        n_heads=2,
-        n_layers=1,
-        mlp_hidden_size=64,
-        vocab_size=len(tokenizer),
-        max_sequence_length=128,
-        mask_token_id=tokenizer.mask_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        init_std=0.3,
-    )
-    return LLaDAForDiffusionLM(config).eval()
-
-
 @pytest.fixture
 def model(tokenizer):
-    return make_model(tokenizer)
+    return model_of(tokenizer, max_sequence_length=128)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    make_model(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    model = model_of(tokenizer, max_sequence_length=128)
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), model, tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import statistics
 import numpy
 import pytest
 import torch
+from models import tiny_model
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.diffusion.losses import diffusion_loss
 from xdlm_hf.diffusion.schedules import get_schedule
 from xdlm_hf.evaluation.likelihood import Estimate, Pair, log_likelihoods
@@ -23,20 +23,10 @@ def model(request):
 
 
 def make_model(mixing_ratio, schedule="linear"):
-    torch.manual_seed(3)
-    config = LLaDAConfig(
-        d_model=16,
-        n_heads=2,
-        n_layers=1,
-        mlp_hidden_size=32,
-        vocab_size=N,
-        max_sequence_length=16,
-        mask_token_id=MASK,
-        mixing_ratio=mixing_ratio,
-        noise_schedule=schedule,
-        init_std=0.4,
-    )
-    return LLaDAForDiffusionLM(config).eval()
+    sizes = {"d_model": 16, "n_layers": 1, "mlp_hidden_size": 32, "vocab_size": N, "max_sequence_length": 16}
+    ids = {"mask_token_id": MASK, "pad_token_id": None, "eos_token_id": None}
+    noise = {"mixing_ratio": mixing_ratio, "noise_schedule": schedule}
+    return tiny_model(seed=3, **sizes, **ids, **noise, init_std=0.4).eval()
 
 
 @torch.no_grad()

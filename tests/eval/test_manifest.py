@@ -17,8 +17,9 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
 from lm_eval.tasks import TaskManager
+from models import model_of, save_checkpoint
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
+from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.evaluation import TASKS, manifest, rows, table16
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
@@ -36,12 +37,8 @@ def tokenizer():
 
 
 def save_model(folder, tokenizer, seed):
-    torch.manual_seed(seed)
-    ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
-    sizes = {"d_model": 32, "n_heads": 2, "n_layers": 1, "mlp_hidden_size": 64, "max_sequence_length": 128}
-    model = LLaDAForDiffusionLM(LLaDAConfig(vocab_size=len(tokenizer), init_std=0.3, **sizes, **ids))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model = model_of(tokenizer, seed=seed, max_sequence_length=128)
+    save_checkpoint(folder, model, tokenizer)
     return model
 
 

@@ -1,16 +1,13 @@
 """Keys and values kept between steps: exact where they must be, refused where they cannot be had."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from models import CHECKPOINT
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.generation.cache import CanvasCache, CanvasLayer, RefreshPlan
-
-CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "tiny-llada"
 
 
 @pytest.fixture(scope="module")

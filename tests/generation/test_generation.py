@@ -2,12 +2,12 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
 import torch
+from models import CHECKPOINT, small_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.generation import (
@@ -20,8 +20,6 @@ from transformers.generation import (
 
 from xdlm_hf import (
     LinearSchedule,
-    LLaDAConfig,
-    LLaDAForDiffusionLM,
     NoiseKernel,
     StationaryProcess,
     XDLMGenerationConfig,
@@ -33,7 +31,6 @@ from xdlm_hf.generation.protocol import runs_in_parts
 from xdlm_hf.generation.released import ReferenceAncestralSampler
 from xdlm_hf.generation.resolution import resolve
 
-CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "tiny-llada"
 RECORDED = json.loads((CHECKPOINT / "expected_generation.json").read_text())
 MASK, EOS = 510, 500
 
@@ -51,26 +48,6 @@ def expected():
 @pytest.fixture
 def prompt(expected):
     return {"input_ids": expected["input_ids"], "attention_mask": expected["attention_mask"]}
-
-
-def small_model(**kwargs):
-    config = LLaDAConfig(
-        **{
-            "d_model": 16,
-            "n_heads": 2,
-            "n_layers": 1,
-            "mlp_hidden_size": 32,
-            "vocab_size": 24,
-            "embedding_size": 24,
-            "max_sequence_length": 64,
-            "mask_token_id": 20,
-            "eos_token_id": 21,
-            "pad_token_id": 22,
-            **kwargs,
-        }
-    )
-    torch.manual_seed(0)
-    return LLaDAForDiffusionLM(config).eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """Text with holes anywhere, and text to be corrected within bounds."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
+from models import CHECKPOINT
 from tokenizers.normalizers import Lowercase
 from transformers import AutoModelForCausalLM
 
@@ -12,7 +12,6 @@ from xdlm_hf import XDLMGenerationConfig
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.generation.spans import position_mask
 
-CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "tiny-llada"
 MASK = 510
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import small_model
 from transformers import AutoModelForCausalLM
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, XDLMGenerationConfig
+from xdlm_hf import XDLMGenerationConfig
 from xdlm_hf.evaluation.arguments import GENERATION, Arguments
 from xdlm_hf.generation.blocks import Blocks
 from xdlm_hf.generation.options import GROUPS, OPTIONS, TABLE, markdown_table
@@ -19,13 +20,9 @@ from xdlm_hf.serving.fields import ENGINE
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def small_model(**stored):
-    torch.manual_seed(0)
-    config = LLaDAConfig(
-        d_model=16, n_heads=2, n_layers=1, mlp_hidden_size=24, vocab_size=24, max_sequence_length=64,
-        mask_token_id=20, pad_token_id=1, eos_token_id=1, mixing_ratio=0.5,
-    )  # fmt: skip
-    model = LLaDAForDiffusionLM(config).eval()
+def strong_model(**stored):
+    """Logits far apart, k = 0.5, and what the checkpoint stores as its generation config."""
+    model = small_model(mlp_hidden_size=24, pad_token_id=1, eos_token_id=1, mixing_ratio=0.5)
     for parameter in model.parameters():
         parameter.data.mul_(4)
     model.generation_config = XDLMGenerationConfig(**stored)
@@ -56,7 +53,7 @@ def test_both_spellings_are_one_value_and_are_stored_as_json(tmp_path, option, v
     assert XDLMGenerationConfig.from_pretrained(tmp_path).given() == grouped.given()
     (tmp_path / "generation_config.json").write_text(json.dumps(rows))  # as it was stored before
     assert XDLMGenerationConfig.from_pretrained(tmp_path).given() == grouped.given()
-    model = small_model()
+    model = strong_model()
     assert resolve(model, None, {option: value}) == resolve(model, None, rows)
     assert resolve(model, grouped, {}) == resolve(model, single, {}) == resolve(model, None, rows)
 
@@ -94,11 +91,12 @@ STORED = {
 @pytest.mark.parametrize("option", STORED)
 def test_none_in_the_call_switches_off_what_a_checkpoint_stores(option):
     without = {name: value for name, value in STORED.items() if name != option}
-    assert resolve(small_model(**STORED), None, {option: None}) == resolve(small_model(**without), None, {})
+    assert resolve(strong_model(**STORED), None, {option: None}) == resolve(strong_model(**without), None, {})
     # Also a config passed, over which the call wins.
     fixed = {"top_k": None, "top_p": None} if option == "temperature" else {}  # these draw nothing at temperature 0
     given, without = XDLMGenerationConfig(**{**STORED, **fixed}), {**without, **fixed}
-    assert resolve(small_model(), given, {option: None}) == resolve(small_model(), XDLMGenerationConfig(**without), {})
+    model = strong_model()
+    assert resolve(model, given, {option: None}) == resolve(model, XDLMGenerationConfig(**without), {})
 
 
 OFF = [(name, off) for name, row in TABLE.items() for off in row.off]
@@ -107,11 +105,11 @@ OFF = [(name, off) for name, row in TABLE.items() for off in row.off]
 @pytest.mark.parametrize("name, off", OFF, ids=str)
 def test_the_off_value_in_the_call_is_none(name, off):
     stored = {**STORED, "refinement": {"policy": "threshold", "threshold": 0.1, "off_steps": 2}}
-    assert resolve(small_model(**stored), None, {name: off}) == resolve(small_model(**stored), None, {name: None})
+    assert resolve(strong_model(**stored), None, {name: off}) == resolve(strong_model(**stored), None, {name: None})
     # Also in a config passed, where a setting in a dict speaks for the whole option.
     given = XDLMGenerationConfig(**{name: off})
     call = {option: None if row_of(name) else off for option in given.given()}
-    assert resolve(small_model(**stored), given, {}) == resolve(small_model(**stored), None, call)
+    assert resolve(strong_model(**stored), given, {}) == resolve(strong_model(**stored), None, call)
 
 
 def row_of(name):
@@ -120,13 +118,13 @@ def row_of(name):
 
 def test_what_is_off_changes_the_answer_back():
     call = {"steps": 4, "max_new_tokens": 8, "return_dict_in_generate": True}
-    plain = small_model().generate(**call)
+    plain = strong_model().generate(**call)
     for stored, off in (
         ({"polish_steps": 3}, {"polish_steps": 0}),
         ({"confidence_threshold": 0.01}, {"confidence_threshold": 0}),
         ({"parallel_decoding": {"threshold": 0.01}}, {"parallel_decoding": None}),
     ):
-        model = small_model(**stored)
+        model = strong_model(**stored)
         assert model.generate(**call).num_forward_passes != plain.num_forward_passes
         switched_off = model.generate(**call, **off)
         assert switched_off.num_forward_passes == plain.num_forward_passes
@@ -135,15 +133,15 @@ def test_what_is_off_changes_the_answer_back():
 
 def test_a_dict_replaces_a_stored_value_and_a_name_one_setting_of_it():
     stored = {"refinement": {"policy": "threshold", "threshold": 0.1, "off_steps": 2}}
-    named = resolve(small_model(**stored), None, {"refinement": "budget"})
+    named = resolve(strong_model(**stored), None, {"refinement": "budget"})
     assert (named.refinement, named.edit_threshold, named.refinement_off_steps) == ("budget", None, 2)
-    replaced = resolve(small_model(**stored), None, {"refinement": {"policy": "budget"}})
+    replaced = resolve(strong_model(**stored), None, {"refinement": {"policy": "budget"}})
     assert (replaced.refinement, replaced.edit_threshold, replaced.refinement_off_steps) == ("budget", None, None)
 
 
 def test_one_setting_in_two_spellings_is_refused():
     with pytest.raises(ValueError, match=r"confidence_threshold=0.5 is a setting of parallel_decoding=.*leave out"):
-        small_model().generate(parallel_decoding={"threshold": 0.9}, confidence_threshold=0.5)
+        strong_model().generate(parallel_decoding={"threshold": 0.9}, confidence_threshold=0.5)
     with pytest.raises(ValueError, match=r"cache_refresh=2 is a setting of cache={'mode': 'dual'}"):
         XDLMGenerationConfig(cache={"mode": "dual"}, cache_refresh=2)
 
@@ -181,7 +179,7 @@ def test_blocks_that_divide_are_as_long_as_each_other_and_others_cover_all():
 @pytest.mark.parametrize("block_length, steps", [(5, 7), (7, 3), (16, 4), (20, 3), (3, 16), (4, 6)])
 @pytest.mark.parametrize("options", [{}, {"mixing_ratio": 0.0}, {"parallel_decoding": {"threshold": 0.05}}], ids=str)
 def test_blocks_and_steps_need_not_divide(block_length, steps, options):
-    output = small_model().generate(
+    output = strong_model().generate(
         torch.tensor([[2, 3]]), max_new_tokens=16, block_length=block_length, steps=steps, eos_token_id=[],
         return_dict_in_generate=True, output_history=True, **options,
     )  # fmt: skip
@@ -197,11 +195,11 @@ def test_blocks_and_steps_need_not_divide(block_length, steps, options):
 
 def test_fewer_steps_than_blocks_are_refused():
     with pytest.raises(ValueError, match=r"steps=2 is too few for the 3 blocks of 6 tokens.*use steps=3 or more"):
-        small_model().generate(max_new_tokens=16, block_length=6, steps=2)
+        strong_model().generate(max_new_tokens=16, block_length=6, steps=2)
 
 
 def test_options_of_a_saved_checkpoint_hold_after_loading(tmp_path):
-    model = small_model(steps=4, max_new_tokens=8, refinement={"policy": "threshold", "threshold": 0.1})
+    model = strong_model(steps=4, max_new_tokens=8, refinement={"policy": "threshold", "threshold": 0.1})
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.generation_config.refinement == {"policy": "threshold", "threshold": 0.1}

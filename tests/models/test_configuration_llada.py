@@ -1,20 +1,19 @@
 """LLaDAConfig: the public files round-trip, standard names work, and what is not computed is refused by name."""
 
 import json
-from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from models import LLADA_8B, TINY
+from models import CHECKPOINT, LLADA_8B, TINY
 from transformers import AutoConfig
 
 import xdlm_hf  # noqa: F401  (registers the model type)
 from xdlm_hf.models.llada.configuration_llada import LLaDAConfig
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-llada"
+RECORDED = json.loads((CHECKPOINT / "config.json").read_text())
 
 
-@pytest.mark.parametrize("original", [LLADA_8B, json.loads((FIXTURE / "config.json").read_text())], ids=["8B", "tiny"])
+@pytest.mark.parametrize("original", [LLADA_8B, RECORDED], ids=["8B", "tiny"])
 def test_public_config_round_trips(original, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(original))
     config = AutoConfig.from_pretrained(tmp_path)

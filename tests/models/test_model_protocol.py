@@ -4,8 +4,9 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from lm_eval.api.instance import Instance
+from models import tiny_model
 from torch import nn
-from training import MASK, VOCAB, documents_and_tokenizer, tiny_model, trainer
+from training import MASK, VOCAB, documents_and_tokenizer, trainer
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 

@@ -2,11 +2,10 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from models import LLADA_8B, TINY
+from models import CHECKPOINT, LLADA_8B, TINY, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -14,20 +13,18 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, LLaDAModel
 from xdlm_hf.models.llada.modeling_llada import LLaDABlock, rotary_angles
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-llada"
 LORA_TARGETS = r".*blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
 
 
 @pytest.fixture(scope="module")
 def expected():
     """Inputs and logits recorded from the original code; row 1 of the batch has four padding tokens on the left."""
-    return load_file(FIXTURE / "expected.safetensors")
+    return load_file(CHECKPOINT / "expected.safetensors")
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return LLaDAForDiffusionLM(LLaDAConfig(**TINY, init_std=0.2)).eval()
+    return tiny_model(**TINY, init_std=0.2).eval()
 
 
 @pytest.fixture
@@ -39,7 +36,7 @@ def ids():
 def checkpoint(tmp_path):
     """A copy of the fixture, without the recordings, to damage."""
     for name in ("config.json", "model.safetensors"):
-        shutil.copy(FIXTURE / name, tmp_path / name)
+        shutil.copy(CHECKPOINT / name, tmp_path / name)
     return tmp_path
 
 
@@ -55,7 +52,7 @@ def difference(a, b):
     ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)],  # flex compiles for 30 s on a CPU
 )
 def test_logits_equal_the_original(expected, attention):
-    model = LLaDAForDiffusionLM.from_pretrained(FIXTURE, attn_implementation=attention)
+    model = LLaDAForDiffusionLM.from_pretrained(CHECKPOINT, attn_implementation=attention)
     assert model.config._attn_implementation == attention
     with torch.no_grad():
         batch = model(expected["input_ids"], attention_mask=expected["attention_mask"]).logits
@@ -67,7 +64,7 @@ def test_logits_equal_the_original(expected, attention):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_left_padded_row_equals_the_row_alone(expected, attention):
-    model = LLaDAForDiffusionLM.from_pretrained(FIXTURE, attn_implementation=attention)
+    model = LLaDAForDiffusionLM.from_pretrained(CHECKPOINT, attn_implementation=attention)
     with torch.no_grad():
         padded = model(expected["input_ids"], attention_mask=expected["attention_mask"]).logits
         alone = model(expected["input_ids"][1:, 4:]).logits
@@ -76,8 +73,8 @@ def test_left_padded_row_equals_the_row_alone(expected, attention):
 
 @pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModel])
 def test_auto_classes_need_no_remote_code(expected, auto_class):
-    assert type(AutoConfig.from_pretrained(FIXTURE)) is LLaDAConfig
-    model, info = auto_class.from_pretrained(FIXTURE, output_loading_info=True)
+    assert type(AutoConfig.from_pretrained(CHECKPOINT)) is LLaDAConfig
+    model, info = auto_class.from_pretrained(CHECKPOINT, output_loading_info=True)
     assert type(model) is LLaDAForDiffusionLM
     assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
     with torch.no_grad():
@@ -86,14 +83,14 @@ def test_auto_classes_need_no_remote_code(expected, auto_class):
 
 def test_registered_classes_win_over_remote_code():
     # The fixture's auto_map names modeling_llada.py of the original repository, which is not there.
-    model = AutoModelForCausalLM.from_pretrained(FIXTURE, trust_remote_code=True, mixing_ratio=0.1)
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, trust_remote_code=True, mixing_ratio=0.1)
     assert type(model) is LLaDAForDiffusionLM and model.noise_kernel().mixing_ratio == 0.1
     assert type(AutoModelForCausalLM.from_config(model.config)) is LLaDAForDiffusionLM
 
 
 def test_saving_gives_back_the_original_names_and_tensors(tmp_path):
-    LLaDAForDiffusionLM.from_pretrained(FIXTURE).save_pretrained(tmp_path)
-    original, saved = load_file(FIXTURE / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    LLaDAForDiffusionLM.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
+    original, saved = load_file(CHECKPOINT / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert saved.keys() == original.keys()
     assert all(torch.equal(saved[name], original[name]) for name in original)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -210,10 +207,10 @@ def test_noise_kernel_comes_from_the_config(model):
     kernel = model.noise_kernel()
     assert (kernel.vocab_size, kernel.mixing_ratio, kernel.mask_token_id) == (50, 0.0, 49)
     assert model.noise_kernel(0.25).mixing_ratio == 0.25
-    wide = LLaDAForDiffusionLM(LLaDAConfig(**TINY, embedding_size=64, mixing_ratio=0.1))
+    wide = tiny_model(**TINY, embedding_size=64, mixing_ratio=0.1)
     assert (wide.noise_kernel().vocab_size, wide.noise_kernel().mixing_ratio) == (64, 0.1)
     assert wide(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, 64)
-    unmasked = LLaDAForDiffusionLM(LLaDAConfig(**TINY | {"mask_token_id": None}, mixing_ratio=1))
+    unmasked = tiny_model(**TINY | {"mask_token_id": None}, mixing_ratio=1)
     assert unmasked.noise_kernel().mask_token_id is None
     with pytest.raises(ValueError, match="pass mask_token_id, or mixing_ratio=1"):
         unmasked.noise_kernel(0.5)
@@ -224,8 +221,8 @@ def test_noise_kernel_comes_from_the_config(model):
 
 def test_grouped_queries_equal_repeated_keys_and_values(ids):
     torch.manual_seed(0)
-    grouped = LLaDAForDiffusionLM(LLaDAConfig(**TINY, n_kv_heads=2, init_std=0.2)).eval()
-    full = LLaDAForDiffusionLM(LLaDAConfig(**TINY)).eval()
+    grouped = tiny_model(**TINY, n_kv_heads=2, init_std=0.2).eval()
+    full = tiny_model(**TINY).eval()
     state = grouped.state_dict()
     for name in [name for name in state if "k_proj" in name or "v_proj" in name]:
         state[name] = state[name].view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32)
@@ -239,7 +236,7 @@ def test_grouped_queries_equal_repeated_keys_and_values(ids):
 
 
 def test_tied_output_layer(tmp_path, ids):
-    model = LLaDAForDiffusionLM(LLaDAConfig(**TINY, weight_tying=True)).eval()
+    model = tiny_model(**TINY, weight_tying=True).eval()
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     model.save_pretrained(tmp_path)
     assert "model.transformer.ff_out.weight" not in load_file(tmp_path / "model.safetensors")
@@ -247,7 +244,7 @@ def test_tied_output_layer(tmp_path, ids):
     assert not info["missing_keys"]
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert torch.equal(loaded(ids).logits, model(ids).logits)
-    assert loaded.num_parameters() == model.num_parameters() < LLaDAForDiffusionLM(LLaDAConfig(**TINY)).num_parameters()
+    assert loaded.num_parameters() == model.num_parameters() < tiny_model(**TINY).num_parameters()
 
 
 def test_embeddings_can_be_read_and_set(model):
@@ -267,15 +264,15 @@ def test_resized_model_saves_and_loads(model, tmp_path, ids):
 
 
 def test_backbone_alone_loads_from_a_whole_checkpoint(expected):
-    backbone = LLaDAModel.from_pretrained(FIXTURE)
-    whole = LLaDAForDiffusionLM.from_pretrained(FIXTURE)
+    backbone = LLaDAModel.from_pretrained(CHECKPOINT)
+    whole = LLaDAForDiffusionLM.from_pretrained(CHECKPOINT)
     ids = expected["single_input_ids"]
     assert torch.equal(backbone(ids).last_hidden_state, whole.model(ids).last_hidden_state)
 
 
 def test_new_model_is_normal_with_init_std():
     torch.manual_seed(0)
-    model = LLaDAForDiffusionLM(LLaDAConfig(**TINY | {"d_model": 64, "vocab_size": 400}, init_std=0.05))
+    model = tiny_model(**TINY | {"d_model": 64, "vocab_size": 400}, init_std=0.05)
     for name, parameter in model.named_parameters():
         if "norm" in name or "ln_f" in name:
             assert torch.equal(parameter, torch.ones_like(parameter))
@@ -285,7 +282,7 @@ def test_new_model_is_normal_with_init_std():
 
 def test_dropout_acts_in_training_only(ids):
     for field in ("attention_dropout", "residual_dropout", "embedding_dropout"):
-        model = LLaDAForDiffusionLM(LLaDAConfig(**TINY, init_std=0.2, **{field: 0.5}))
+        model = tiny_model(**TINY, init_std=0.2, **{field: 0.5})
         assert torch.equal(model.eval()(ids).logits, model(ids).logits)
         assert not torch.equal(model.train()(ids).logits, model(ids).logits), field
 
@@ -294,8 +291,8 @@ def test_dropout_acts_in_training_only(ids):
 
 
 def test_bfloat16_stays_close(expected):
-    wide = LLaDAForDiffusionLM.from_pretrained(FIXTURE)
-    narrow = LLaDAForDiffusionLM.from_pretrained(FIXTURE, dtype=torch.bfloat16)
+    wide = LLaDAForDiffusionLM.from_pretrained(CHECKPOINT)
+    narrow = LLaDAForDiffusionLM.from_pretrained(CHECKPOINT, dtype=torch.bfloat16)
     assert narrow.dtype == torch.bfloat16
     ids = expected["single_input_ids"]
     reference, logits = wide(ids).logits, narrow(ids).logits
@@ -345,7 +342,7 @@ def test_compiles_as_one_graph(model, ids, backend):
 def test_blocks_can_live_on_disk(expected, tmp_path):
     names = ("wte", "blocks.0", "blocks.1", "blocks.2", "ln_f", "ff_out")
     device_map = {f"model.transformer.{name}": "disk" if name == "blocks.1" else "cpu" for name in names}
-    model = LLaDAForDiffusionLM.from_pretrained(FIXTURE, device_map=device_map, offload_folder=tmp_path)
+    model = LLaDAForDiffusionLM.from_pretrained(CHECKPOINT, device_map=device_map, offload_folder=tmp_path)
     assert model.model.transformer.blocks[1].q_proj.weight.device.type == "meta"
     with torch.no_grad():
         assert difference(model(expected["single_input_ids"]).logits, expected["single_logits"]) < 2e-4
@@ -366,12 +363,12 @@ def test_lora_adapts_the_blocks_only_and_reloads(model, ids, tmp_path):
     assert trained and all("lora_" in name for name in trained)
     adapted.save_pretrained(tmp_path)
     torch.manual_seed(0)
-    fresh = LLaDAForDiffusionLM(LLaDAConfig(**TINY, init_std=0.2)).eval()
+    fresh = tiny_model(**TINY, init_std=0.2).eval()
     assert difference(PeftModel.from_pretrained(fresh, tmp_path)(input_ids=ids).logits, after) < 1e-6
 
 
 def test_adapter_folder_loads_by_its_own_name(tmp_path, ids):
-    base = LLaDAForDiffusionLM.from_pretrained(FIXTURE)
+    base = LLaDAForDiffusionLM.from_pretrained(CHECKPOINT)
     lora = LoraConfig(r=2, target_modules=LORA_TARGETS, task_type=None, init_lora_weights=False)
     adapted = get_peft_model(base, lora).eval()
     adapted.save_pretrained(tmp_path)
@@ -416,7 +413,7 @@ def test_flash_attention_takes_no_4d_mask(model, ids, monkeypatch):
 
 def test_only_a_config_makes_a_model():
     with pytest.raises(TypeError, match="should be an instance of class `PreTrainedConfig`"):
-        LLaDAForDiffusionLM(str(FIXTURE))
+        LLaDAForDiffusionLM(str(CHECKPOINT))
 
 
 def test_config_changed_to_nonsense_is_refused():
@@ -442,7 +439,7 @@ def test_truncated_file_is_refused(checkpoint, kept):
 
 
 def test_truncated_shard_is_named(tmp_path):
-    LLaDAForDiffusionLM.from_pretrained(FIXTURE).save_pretrained(tmp_path, max_shard_size="300KB")
+    LLaDAForDiffusionLM.from_pretrained(CHECKPOINT).save_pretrained(tmp_path, max_shard_size="300KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 2
     shards[1].write_bytes(shards[1].read_bytes()[:-1])
@@ -495,13 +492,13 @@ def test_folder_without_weights_is_refused(checkpoint):
 
 
 def test_resizing_keeps_the_mask_row():
-    model = LLaDAForDiffusionLM.from_pretrained(FIXTURE)
+    model = LLaDAForDiffusionLM.from_pretrained(CHECKPOINT)
     with pytest.raises(ValueError, match="500 rows would cut off mask_token_id=510; keep at least 511"):
         model.resize_token_embeddings(500)
 
 
 def test_a_tied_config_with_two_different_matrices_is_refused(tmp_path):
-    model = LLaDAForDiffusionLM.from_pretrained(FIXTURE)
+    model = LLaDAForDiffusionLM.from_pretrained(CHECKPOINT)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"weight_tying": True}))

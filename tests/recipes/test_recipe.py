@@ -11,19 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from models import tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file
-from training import (
-    ADAM_EPSILON,
-    CONFIGS,
-    ENDS_CLEANLY,
-    disk_that_takes,
-    flags,
-    launch,
-    logged,
-    partitioned,
-    tiny_model,
-)
+from training import ADAM_EPSILON, CONFIGS, ENDS_CLEANLY, disk_that_takes, flags, launch, logged, partitioned
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from xdlm_hf import LLaDAConfig

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from models import model_of, tiny_model
 from safetensors.torch import load_file
 from test_recipe import RECIPE, TEXTS, base, options  # noqa: F401
-from training import launch, logged, tiny_model
+from training import launch, logged
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xdlm_hf import LLaDAConfig
@@ -54,18 +55,10 @@ def test_random_weights_with_a_given_tokenizer_are_those_of_the_seed(base, tmp_p
     llada_cpt.main(options(base, tmp_path / "run", seed=5, **changes))
     llada_cpt.main(options(base, tmp_path / "other", seed=6, **changes))
     tokenizer = AutoTokenizer.from_pretrained(base / "model")
-    torch.manual_seed(5)
-    expected = tiny_weights(tokenizer)
+    expected = model_of(tokenizer, seed=5, **SIZES, init_std=LLaDAConfig().init_std).state_dict()
     written, other = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "other"))
     assert all(torch.equal(written[name], expected[name]) for name in written)
     assert any(not torch.equal(written[name], other[name]) for name in written)
-
-
-def tiny_weights(tokenizer):
-    from xdlm_hf import LLaDAForDiffusionLM
-
-    ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
-    return LLaDAForDiffusionLM(LLaDAConfig(**SIZES, vocab_size=len(tokenizer), **ids)).state_dict()
 
 
 @pytest.mark.parametrize(

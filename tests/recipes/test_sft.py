@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import tiny_model
 from safetensors.torch import load_file
-from training import ADAM_EPSILON, ENDS_CLEANLY, flags, launch, logged, tiny_model
+from training import ADAM_EPSILON, ENDS_CLEANLY, flags, launch, logged
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xdlm_hf.data.tokenizer import train_tokenizer

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import model_of, save_checkpoint
 from rich.console import Console
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
+from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.loading import end_ids, end_of_turn_ids, load
 from xdlm_hf.serving.chat import INTERRUPTED, Chat, main
@@ -26,15 +27,9 @@ from xdlm_hf.serving.chat import INTERRUPTED, Chat, main
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A tiny chat model of random weights."""
-    folder = tmp_path_factory.mktemp("chat")
     tokenizer = train_tokenizer(["The quick brown fox jumps over the lazy dog."] * 4, vocab_size=300)
-    ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
-    sizes = {"d_model": 32, "n_heads": 2, "n_layers": 1, "mlp_hidden_size": 64, "max_sequence_length": 512}
-    torch.manual_seed(0)
-    vocabulary = {"vocab_size": len(tokenizer), "embedding_size": len(tokenizer)}
-    LLaDAForDiffusionLM(LLaDAConfig(**sizes, **vocabulary, init_std=0.3, **ids)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    model = model_of(tokenizer)
+    return save_checkpoint(tmp_path_factory.mktemp("chat"), model, tokenizer)
 
 
 @pytest.fixture

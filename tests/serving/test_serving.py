@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-import torch
+from models import model_of, save_checkpoint
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
@@ -26,7 +26,7 @@ pytest.importorskip("prometheus_client", reason="serving needs the extra `serve`
 pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
 openai = pytest.importorskip("openai", reason="the tests of the server use OpenAI's client")
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, XDLMGenerationConfig  # noqa: E402
+from xdlm_hf import XDLMGenerationConfig  # noqa: E402
 from xdlm_hf.data.tokenizer import train_tokenizer  # noqa: E402
 from xdlm_hf.serving import server as serving  # noqa: E402
 from xdlm_hf.serving.answers import Answer  # noqa: E402
@@ -48,20 +48,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
-    torch.manual_seed(0)
-    config = LLaDAConfig(
-        d_model=32,
-        n_heads=2,
-        n_layers=1,
-        mlp_hidden_size=64,
-        vocab_size=len(tokenizer),
-        embedding_size=len(tokenizer),
-        max_sequence_length=256,
-        init_std=0.3,
-        **ids,
-    )
-    return LLaDAForDiffusionLM(config).eval()
+    return model_of(tokenizer, max_sequence_length=256)
 
 
 class Server:
@@ -1022,12 +1009,9 @@ def test_a_busy_port_is_named_before_the_model_is_read():
             main(["--model", "/nowhere/at/all", "--port", str(port)])
 
 
-def test_sigterm_lets_a_stream_finish_and_exits_with_0(model, tokenizer, tmp_path):
-    torch.manual_seed(0)
-    config = copy.deepcopy(model.config)
-    config.mlp_hidden_size = 1024  # slow enough to be at work for a while
-    LLaDAForDiffusionLM(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+def test_sigterm_lets_a_stream_finish_and_exits_with_0(tokenizer, tmp_path):
+    slow_enough = model_of(tokenizer, max_sequence_length=256, mlp_hidden_size=1024)  # to be at work for a while
+    save_checkpoint(tmp_path, slow_enough, tokenizer)
     command = [sys.executable, "-m", "xdlm_hf.serving", "--model", str(tmp_path), "--served_name", NAME, "--port", "0"]
     command += ["--drain_timeout", "300"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

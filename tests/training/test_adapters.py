@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from training import state, tiny_model, trainer
+from models import tiny_model
+from training import state, trainer
 
 from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.models.output_layer import OutputLayer

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import LLADA_8B, tiny_model
 from rich.console import Console
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
-from training import arguments, tiny_model, trainer
+from training import arguments, trainer
 from transformers import Trainer
 
 from xdlm_hf.diffusion.losses import diffusion_loss
@@ -40,8 +41,6 @@ from plan import choices_table, memory_table  # noqa: E402
 
 DDP = LAYOUTS["ddp"]
 CAN_OFFLOAD = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
-LLADA_8B = {"d_model": 4096, "n_heads": 32, "n_layers": 32, "mlp_hidden_size": 12288, "vocab_size": 126464}
-LLADA_8B |= {"max_sequence_length": 4096, "mask_token_id": 126336}
 
 
 def model_like(sizes="small", lora=0, dtype=torch.float32, attention="sdpa", **options):

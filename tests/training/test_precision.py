@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from models import tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from training import SCRIPT, arguments, launch, partitioned, tiny_model, trainer
+from training import SCRIPT, arguments, launch, partitioned, trainer
 
 from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.training.adapters import add_adapters

@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from models import tiny_model
 from safetensors.torch import load_file
 from training import (
     ADAM_EPSILON,
@@ -30,7 +31,6 @@ from training import (
     rows,
     state,
     stream,
-    tiny_model,
     trainer,
 )
 from transformers.trainer_utils import get_last_checkpoint

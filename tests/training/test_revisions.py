@@ -10,8 +10,9 @@ import datasets
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
+from models import tiny_model
 from safetensors.torch import load_file
-from training import ENDS_CLEANLY, flags, launch, logged, tiny_model
+from training import ENDS_CLEANLY, flags, launch, logged
 
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.training.checkpoints import RUN_RECORD

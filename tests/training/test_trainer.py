@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from models import tiny_model
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from training import (
@@ -25,7 +26,6 @@ from training import (
     rows,
     state,
     stream,
-    tiny_model,
     trainer,
 )
 from transformers.trainer_utils import EvalPrediction

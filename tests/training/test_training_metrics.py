@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from training import LENGTH, MASK, SCRIPT, launch, losses, stream, tiny_model, trainer
+from models import LLADA_8B, tiny_model
+from training import LENGTH, MASK, SCRIPT, launch, losses, stream, trainer
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.training.metrics import TrainingMetrics, flops_per_token, peak_tflops
@@ -127,17 +128,8 @@ def test_figures_do_not_depend_on_the_number_of_processes(kept, tmp_path):
 
 
 def test_llada_8b_needs_211_teraflops_a_row():
-    config = LLaDAConfig(
-        d_model=4096,
-        n_heads=32,
-        n_layers=32,
-        mlp_hidden_size=12288,
-        vocab_size=126464,
-        max_sequence_length=4096,
-        mask_token_id=126336,
-    )
     with torch.device("meta"):
-        model = LLaDAForDiffusionLM(config)
+        model = LLaDAForDiffusionLM(LLaDAConfig(**LLADA_8B))
     assert flops_per_token(model, 4096) * 4096 == pytest.approx(210.7e12, rel=1e-3)
     for parameter in model.parameters():
         parameter.requires_grad_(False)

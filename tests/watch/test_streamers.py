@@ -1,10 +1,10 @@
 """What a streamer is told while generate() runs, and the two that come with the package."""
 
 import io
-from pathlib import Path
 
 import pytest
 import torch
+from models import CHECKPOINT
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 from transformers.generation import (
@@ -19,7 +19,6 @@ from transformers.generation.streamers import BaseStreamer, TextDiffusionStreame
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.watch.streamers import HistoryStreamer, LiveStreamer
 
-CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "tiny-llada"
 MASK, EOS = 510, 500
 PROMPT = {
     "input_ids": torch.tensor([[EOS, 37, 204], [390, 361, 424]]),
