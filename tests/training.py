@@ -149,6 +149,12 @@ def trainer(
     return kind(model=model, args=args, train_dataset=data, eval_dataset=rows(eval_rows, seed=1) if eval_rows else None)
 
 
+def one_batch(run, row_count=4):
+    """The first global batch, as the training loop would hand it over."""
+    batches, tokens = run.get_batch_samples(iter([run.data_collator(run.train_dataset[:row_count])]), 1, "cpu")
+    return batches[0], tokens
+
+
 def losses(run):
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
