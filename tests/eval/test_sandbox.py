@@ -68,9 +68,19 @@ class TestResources:
     )
     def test_infinite_loop(self, harm, results, prefix):
         program = f"{harm}\ndef one():\n    return SECRET"
+        begun = time.monotonic()
         verdict = within_patience(lambda: attack(program, prefix, Limits(seconds=1.5), known=True))
         assert verdict.result in results
-        assert not processes()
+        if verdict.result == "timeout":  # this limit, not another, and not before it
+            assert verdict.why == "not done after 1.5 s" and time.monotonic() - begun >= 1.5
+        assert not processes() and not sandboxes()
+
+    def test_a_loop_ends_by_its_processor_time_too(self, prefix, monkeypatch):
+        # Long before the harness, which may be gone, would end it.
+        rlimits = Limits.as_rlimits
+        monkeypatch.setattr(Limits, "as_rlimits", lambda limits: rlimits(limits) | {"RLIMIT_CPU": 1})
+        verdict = within_patience(lambda: attack("while True: pass", prefix, Limits(seconds=600)))
+        assert verdict.result == "failed" and not processes()
 
     def test_signals_that_end_a_loop_can_be_ignored_but_not_the_end(self, prefix):
         program = "import signal\nfor n in range(1, 65):\n    try: signal.signal(n, signal.SIG_IGN)\n"

@@ -1,12 +1,13 @@
 """Keys and values kept between steps: exact where they must be, refused where they cannot be had."""
 
+import json
+
 import pytest
 import torch
-from models import CHECKPOINT
+from models import CHECKPOINT, tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.generation.cache import CanvasCache, CanvasLayer, RefreshPlan
 
 
@@ -19,10 +20,8 @@ def model():
 
 def one_layer():
     """Keys and values that depend on nothing but the token at their own position; float64."""
-    config = LLaDAConfig.from_pretrained(CHECKPOINT)
-    config.n_layers = 1
-    torch.manual_seed(1)
-    return LLaDAForDiffusionLM(config).double().eval()
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    return tiny_model(seed=1, **config | {"n_layers": 1}).double().eval()
 
 
 def prompts(padding):
