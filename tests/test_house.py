@@ -118,12 +118,12 @@ def test_public_names_are_all_there():
         assert getattr(xdlm_hf, name).__name__ == name
 
 
-@pytest.mark.parametrize("package", PACKAGES, ids=relative)
+@pytest.mark.parametrize("package", [*PACKAGES, ROOT / "eval"], ids=relative)
 def test_a_package_lists_its_modules(package):
     source = (package / "__init__.py").read_text(encoding="utf-8")
     docstring = ast.get_docstring(ast.parse(source), clean=False)
     listed = re.findall(r"^ *(\w+)  +\S", docstring, flags=re.MULTILINE)
-    there = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
+    there = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/*.py")}
     assert len(listed) == len(set(listed)) and set(listed) == there - {"__init__", "__main__"}
 
 
