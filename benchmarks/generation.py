@@ -1,14 +1,14 @@
-"""Generation against a plain restatement of the released loops: time and memory, as ratios.
+"""Time and memory of generation as ratios to a plain restatement of the released loops.
 
     python benchmarks/generation.py                     every table, on the GPU if any (10 minutes on 2 cores)
-    python benchmarks/generation.py --only step         the samplers alone, logits given
-    python benchmarks/generation.py --only generate     whole `generate` on a model of 45 million parameters
-    python benchmarks/generation.py --only gumbel       what float32 Gumbel noise does to rare tokens
-    python benchmarks/generation.py --checkpoint PATH   `generate` on a checkpoint instead: how well its caches agree
+    python benchmarks/generation.py --only step         sampling steps alone, with given logits
+    python benchmarks/generation.py --only generate     `generate` on a model of 45 million parameters
+    python benchmarks/generation.py --only gumbel       frequency of rare tokens under float32 Gumbel noise
+    python benchmarks/generation.py --checkpoint PATH   `generate` on a checkpoint: agreement of its caches
 
-The baselines do what the released code does: logits of the whole sequence, a whole softmax, float64 Gumbel noise over
-(B, L, N) when drawing, a Python loop over rows; and for ancestral sampling the dense posterior with Gumbel-max. Memory
-is what a call allocates at most beyond what it is given. Targets in brackets.
+The baselines compute as the released code does: logits of the whole sequence, a softmax over (B, L, N), float64 Gumbel
+noise of that shape when drawing, a Python loop over rows; for ancestral sampling the dense posterior with Gumbel-max.
+Memory is the peak allocation of a call beyond its inputs. Targets are in brackets.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def gumbel_argmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 def released_step(ids: Tensor, logits: Tensor, block_end: int, fill: int, edits: int, temperature: float) -> Tensor:
-    """One step on the whole sequence: fill the surest holes before `block_end`, edit the surest disagreements."""
+    """One step on the whole sequence: fill the most confident holes before `block_end`, then edit other positions."""
     predicted = gumbel_argmax(logits, temperature)
     p = logits.softmax(-1)
     sure = p.gather(-1, predicted[..., None]).squeeze(-1)
@@ -57,7 +57,7 @@ def released_step(ids: Tensor, logits: Tensor, block_end: int, fill: int, edits:
 
 
 def released_generate(model: LLaDAForDiffusionLM, prompt: Tensor, steps: int, block_length: int) -> Tensor:
-    """The released loop at temperature 0, k = 0.1, one token's budget carried from step to step."""
+    """The released loop at temperature 0 and k = 0.1, with the edit budget accumulated over steps."""
     ids = torch.nn.functional.pad(prompt, (0, NEW), value=MASK)
     per_block = steps * block_length // NEW
     done = 0
@@ -81,7 +81,7 @@ def dense_ancestral(logits: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tenso
 def lazy_head_step(
     hidden: Tensor, head: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: NoiseKernel
 ) -> Tensor:
-    """What `generate(sampler="ancestral")` does after the blocks: the head only where p decides."""
+    """The last layer and step of `generate(sampler="ancestral")`: logits only where the draw needs p."""
     draw = begin_step(z_t, alpha_s[:, None], alpha_t[:, None], kernel)
     kept = hidden[draw.needs_p]
     slices = chunk_slices(len(kept), len(head), kept.device)
@@ -130,7 +130,7 @@ def ancestral(device: str, dtype: torch.dtype, repeats: int) -> None:
         "head (width 1024) + ancestral step",
         {
             "whole head, dense step": over_times(lambda *a: dense_ancestral(hidden @ head.T, *a)),
-            "ours: head where p decides": over_times(lambda *a: lazy_head_step(hidden, head, *a)),
+            "ours: head where p is needed": over_times(lambda *a: lazy_head_step(hidden, head, *a)),
             "the head's product alone": over_times(lambda *a: hidden @ head.T),
         },
         logits.nbytes,
@@ -210,12 +210,12 @@ def whole(device: str, repeats: int, checkpoint: str | None) -> None:
     }
     settings = {
         "no cache": ({}, "[0.75]"),
-        "prefix": ({"use_cache": "prefix"}, "[0.45]"),
-        "prefix, refreshed every 8": ({"use_cache": "prefix", "cache_refresh": 8}, ""),
+        "prefix": ({"cache": "prefix"}, "[0.45]"),
+        "prefix, refreshed every 8": ({"cache": {"mode": "prefix", "refresh": 8}}, ""),
         "blocks of 32": ({"block_length": new // 8}, ""),
-        "blocks of 32, dual": ({"block_length": new // 8, "use_cache": "dual"}, ""),
+        "blocks of 32, dual": ({"block_length": new // 8, "cache": "dual"}, ""),
         "blocks of 32, dual, threshold 0.9": (
-            {"block_length": new // 8, "use_cache": "dual", "confidence_threshold": 0.9},
+            {"block_length": new // 8, "cache": "dual", "parallel_decoding": {"threshold": 0.9}},
             "[0.25]",
         ),
     }
@@ -240,7 +240,7 @@ def whole(device: str, repeats: int, checkpoint: str | None) -> None:
 
 
 def gumbel(draws: int) -> None:
-    """Share of tokens drawn from the uniform part: exact, our sampler's, and with the released float32 noise."""
+    """Share of tokens drawn from uniform noise: exact, by our sampler, and by the released one with float32 Gumbel."""
     kernel = NoiseKernel(N, K, MASK)
     rows = 64
     print("\nuniform part of the ancestral step at t = 0.5, a clean token certain: share of tokens drawn")
