@@ -21,8 +21,8 @@ values                values as plain data, between these processes
 evalplus              EvalPlus's comparison of outputs
 oracle                the lm-eval model `xdlm-oracle`, which gives the benchmarks' own answers
 manifest              commits, hashes and hardware, for the results
-table16               the paper's Table 16 again, cell by cell
-published             its published scores
+table16               reproduces the paper's Table 16, cell by cell
+published             the published scores of Table 16
 rescore               scores stored answers by another protocol
 
 This folder is installed as `xdlm_hf.evaluation` (`package_dir` in setup.cfg), so that adapter and task files stay

@@ -127,6 +127,16 @@ def test_a_package_lists_its_modules(package):
     assert len(listed) == len(set(listed)) and set(listed) == there - {"__init__", "__main__"}
 
 
+def test_the_layout_names_every_folder():
+    layout = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Layout")[2].partition("\n## ")[0]
+    packages = {f"{relative(path)}/" for path in PACKAGES if path.parent == ROOT / "xdlm_hf"}
+    assert set(re.findall(r"^    (\S+/)  ", layout, flags=re.MULTILINE)) == packages | {
+        "eval/",
+        "recipes/",
+        "benchmarks/",
+    }
+
+
 def test_every_package_is_installed():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
