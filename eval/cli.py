@@ -48,7 +48,7 @@ def main() -> None:
     try:
         args = with_defaults(args)
         if "model" in args:  # the command `run`
-            check_run(asked(args))
+            check_run(merged_options(args))
     except (ValueError, TypeError, FileNotFoundError) as error:  # the last two: a --config that is none
         raise SystemExit(f"xdlm-eval: {error}") from error
     parser.execute(args)
@@ -77,7 +77,7 @@ def _error(value: Any) -> float | None:
     return value.standard_error if known else None
 
 
-def asked(args: argparse.Namespace) -> dict[str, Any]:
+def merged_options(args: argparse.Namespace) -> dict[str, Any]:
     """Options of the command line, which win over those of its --config, as in lm-eval."""
     return {**_from_file(args), **{name: value for name, value in vars(args).items() if value or value == 0}}
 
@@ -90,10 +90,10 @@ def check_run(options: Mapping[str, Any]) -> None:
     """Refuses a run that would fail after the model is loaded.
 
     Args:
-        options: lm-eval's own, as `asked` gives them.
+        options: lm-eval's own, as `merged_options` gives them.
 
     Raises:
-        ValueError: As `check` and `check_limit`, and for the model `xdlm` as `Arguments` and `check_checkpoint`.
+        ValueError: As `check_tasks` and `check_limit`, and for the model `xdlm` as `Arguments` and `check_checkpoint`.
     """
     names, settings = options.get("tasks") or [], None
     names = [name for part in ([names] if isinstance(names, str) else names) for name in part.split(",")]
@@ -105,9 +105,9 @@ def check_run(options: Mapping[str, Any]) -> None:
         flags = {name: options[name] for name in ("batch_size", "max_batch_size", "device") if name in options}
         arguments = Arguments.of({**flags, **settings})
     check_places({**(settings or {}), **options})
-    confirmed, asked_of_all = bool(options.get("confirm_run_unsafe_code")), _as_dict(options.get("gen_kwargs"))
+    confirmed, gen_kwargs = bool(options.get("confirm_run_unsafe_code")), _as_dict(options.get("gen_kwargs"))
     metadata = _as_dict(options.get("metadata"))
-    lengths = check(names, options["include_path"], metadata, confirmed, settings, asked_of_all)
+    lengths = check_tasks(names, options["include_path"], metadata, confirmed, settings, gen_kwargs)
     check_limit(options.get("limit"))
     if ours:
         tokenizer = check_checkpoint(arguments.pinned(), lengths)
@@ -149,7 +149,7 @@ def check_limit(limit: float | None) -> None:
         raise ValueError(f"--limit {limit:g} leaves one of {processes} processes without a row: raise it")
 
 
-def check(
+def check_tasks(
     names: Sequence[str],
     include_path: Sequence[str],
     metadata: dict[str, Any],
@@ -180,8 +180,8 @@ def check(
             raise ValueError(f"{name} runs code written by the model: pass --confirm_run_unsafe_code")
         if task.OUTPUT_TYPE != "generate_until" or settings is None:
             continue
-        asked_for = {**(task.get_config("generation_kwargs") or {}), **(gen_kwargs or {})}
-        length = task_settings(asked_for)[0]["max_new_tokens"]
+        task_kwargs = {**(task.get_config("generation_kwargs") or {}), **(gen_kwargs or {})}
+        length = task_settings(task_kwargs)[0]["max_new_tokens"]
         lengths[name] = settings.get("max_new_tokens", length)
         try:
             check_settings({"max_new_tokens": length, **settings})

@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         steps, tasks = check_options(options)
         for count in steps:
-            check_folder(cell_folder(options, count), claims(options, count))
+            check_folder(cell_folder(options, count), shared_settings(options, count))
     except ValueError as error:
         raise SystemExit(f"table16: {error}") from error
     for count in steps:
@@ -124,11 +124,11 @@ def run_cell(options: argparse.Namespace, steps: int, tasks: list[str]) -> None:
     """Runs one row at one number of steps, and writes manifest and table."""
     settings, folder = model_settings(options, steps), cell_folder(options, steps)
     rank = int(os.environ.get("RANK", "0"))
-    claimed = claims(options, steps)
+    shared = shared_settings(options, steps)
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        write(folder / "settings.json", claimed)
-    take_over_answers(folder, rank)
+        write(folder / "settings.json", shared)
+    copy_cached_answers(folder, rank)
     item_log = folder / f"items_rank{rank}.jsonl"
     lm = XDLMEvalModel(**settings, **adapter_settings(options), item_log=str(item_log))
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=_metadata(options))
@@ -147,7 +147,7 @@ def run_cell(options: argparse.Namespace, steps: int, tasks: list[str]) -> None:
     lm.barrier()
     if results is None:  # not the first process
         return
-    manifest = make_manifest(options, steps, claimed, results, item_costs(folder))
+    manifest = make_manifest(options, steps, shared, results, item_costs(folder))
     write(folder / "manifest.json", with_earlier_tasks(manifest, folder / "manifest.json"))
     manifests = [json.loads(path.read_text("utf-8")) for path in sorted(options.output_dir.glob("*/manifest.json"))]
     table = markdown_table(manifests)
@@ -184,7 +184,7 @@ def cell_folder(options: argparse.Namespace, steps: int) -> Path:
     return options.output_dir / f"{options.row}-{steps}{suffix}"
 
 
-def claims(options: argparse.Namespace, steps: int) -> dict[str, Any]:
+def shared_settings(options: argparse.Namespace, steps: int) -> dict[str, Any]:
     """What all answers of a folder must share: settings, hashes of the model, and the protocol."""
     return {**with_shas(model_settings(options, steps)), "protocol": options.protocol}
 
@@ -195,7 +195,7 @@ def with_shas(settings: dict[str, Any]) -> dict[str, Any]:
     return {**named, **Arguments.of(settings).shas()}
 
 
-def take_over_answers(folder: Path, rank: int) -> None:
+def copy_cached_answers(folder: Path, rank: int) -> None:
     """Copies the response caches of other processes to this one's, for a run resumed with another number of them."""
     own, others = f"{ANSWERS}_rank{rank}.db", sorted(folder.glob(f"{ANSWERS}_rank*.db"))
     for path in others:

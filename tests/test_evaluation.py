@@ -492,7 +492,7 @@ class TestCommandLine:
             ("run.json", '{"tasks": "a,b", "limit": 5, "model_args": {"steps": 3}}'),
         ):
             (tmp_path / name).write_text(content)
-            options = cli.asked(self.parse(monkeypatch, "--config", tmp_path / name, *extra))
+            options = cli.merged_options(self.parse(monkeypatch, "--config", tmp_path / name, *extra))
             assert (options["model"], options["tasks"], options["model_args"]) == ("xdlm", "a,b", {"steps": 3})
             assert options["limit"] == (2 if extra else 5)
 
@@ -576,10 +576,10 @@ class TestCommandLine:
             for task in TASKS.glob("xdlm_bbh_*.yaml"):
                 (tmp_path / "bbh" / folder / f"{task.stem.removeprefix('xdlm_bbh_')}.{suffix}").write_text(text)
         data = {"data": str(tmp_path)}
-        assert len(cli.check(["xdlm_bbh_*"], [], data, False, {})) == 27
-        assert cli.check(["xdlm_bbh_s*s", "xdlm_bbh_sn*"], [], data, False, {}) == {"xdlm_bbh_snarks": 256}
+        assert len(cli.check_tasks(["xdlm_bbh_*"], [], data, False, {})) == 27
+        assert cli.check_tasks(["xdlm_bbh_s*s", "xdlm_bbh_sn*"], [], data, False, {}) == {"xdlm_bbh_snarks": 256}
         with pytest.raises(ValueError, match=r"unknown tasks \['xdlm_b\*x'\]: this package has"):
-            cli.check(["xdlm_bbh_*", "xdlm_b*x"], [], data, False, {})
+            cli.check_tasks(["xdlm_bbh_*", "xdlm_b*x"], [], data, False, {})
 
     def test_one_line_for_the_hint_of_every_task(self, rows_file, caplog):
         cli._ONE_HINT.said = False
@@ -587,7 +587,7 @@ class TestCommandLine:
         logger.addHandler(caplog.handler)
         try:
             for _ in range(3):
-                cli.check(["xdlm_gsm8k"], [], {"data": str(rows_file)}, False, {})
+                cli.check_tasks(["xdlm_gsm8k"], [], {"data": str(rows_file)}, False, {})
             logger.warning("another warning")
         finally:
             logger.removeHandler(caplog.handler)
