@@ -124,13 +124,23 @@ def test_public_names_are_all_there():
         assert getattr(xdlm_hf, name).__name__ == name
 
 
-@pytest.mark.parametrize("package", PACKAGES, ids=relative)
+@pytest.mark.parametrize("package", [*PACKAGES, ROOT / "eval"], ids=relative)
 def test_a_package_lists_its_modules(package):
     source = (package / "__init__.py").read_text(encoding="utf-8")
     docstring = ast.get_docstring(ast.parse(source), clean=False)
     listed = re.findall(r"^ *(\w+)  +\S", docstring, flags=re.MULTILINE)
-    there = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
+    there = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/*.py")}
     assert len(listed) == len(set(listed)) and set(listed) == there - {"__init__", "__main__"}
+
+
+def test_the_layout_names_every_folder():
+    layout = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Layout")[2].partition("\n## ")[0]
+    packages = {f"{relative(path)}/" for path in PACKAGES if path.parent == ROOT / "xdlm_hf"}
+    assert set(re.findall(r"^    (\S+/)  ", layout, flags=re.MULTILINE)) == packages | {
+        "eval/",
+        "recipes/",
+        "benchmarks/",
+    }
 
 
 def test_a_folder_of_tests_has_the_name_of_what_it_tests():

@@ -1,5 +1,6 @@
 """The lm-eval adapter and its GSM8K task, end to end on a tiny model and a local file."""
 
+import functools
 import json
 import logging
 import os
@@ -277,7 +278,7 @@ class TestThroughTheHarness:
         )
         assert finished.returncode == 0, finished.stderr[-2000:]
         assert "exact_match" in finished.stdout and "Generating" in finished.stderr
-        assert "Custom kwargs" not in finished.stderr and finished.stderr.count("tasks find their rows by") == 1
+        assert "Custom kwargs" not in finished.stderr and finished.stderr.count("rows are read from the Hub, or") == 1
         (results,) = (tmp_path / "scores").rglob("results_*.json")
         assert json.loads(results.read_text())["config"]["generation_settings"]["block_length"] == 8
         (samples,) = (tmp_path / "scores").rglob("samples_*.jsonl")
@@ -396,7 +397,7 @@ class TestBadArguments:
             ({"check_greedy": "no"}, "check_greedy='no' must be True or False"),
             ({"batch_all": 1}, "batch_all=1 must be True or False"),
             ({"seed": "x"}, "seed='x' must be an integer"),
-            ({"device": "gpu"}, "device='gpu' is not known: use cpu, cuda or cuda:0"),
+            ({"device": "gpu"}, "device='gpu' is not known to PyTorch: use cpu, cuda or cuda:0"),
             ({}, "pretrained='no-such-checkpoint' cannot be read, name a folder or a Hub name: \\w"),
             ({"max_batch_size": 0}, "max_batch_size=0 must be a positive integer"),
             ({"mc_samples": 0}, "mc_samples=0 must be a positive integer"),
@@ -476,7 +477,7 @@ class TestCommandLine:
             ("run.json", '{"tasks": "a,b", "limit": 5, "model_args": {"steps": 3}}'),
         ):
             (tmp_path / name).write_text(content)
-            options = cli.asked(self.parse(monkeypatch, "--config", tmp_path / name, *extra))
+            options = cli.merged_options(self.parse(monkeypatch, "--config", tmp_path / name, *extra))
             assert (options["model"], options["tasks"], options["model_args"]) == ("xdlm", "a,b", {"steps": 3})
             assert options["limit"] == (2 if extra else 5)
 
@@ -528,6 +529,30 @@ class TestCommandLine:
         options = {"model": "xdlm", "tasks": "xdlm_gsm8k", "include_path": [], "metadata": f"data={rows_file}"}
         cli.check_run({**options, "model_args": f"pretrained={checkpoint},max_length=256,max_new_tokens=16"})
 
+    def test_lengths_of_other_tasks_are_checked_against_the_config(self, monkeypatch, checkpoint, rows_file, tmp_path):
+        # Without lm-eval's own tasks, whose thousands of files take seconds to read.
+        monkeypatch.setattr(cli, "TaskManager", functools.partial(TaskManager, include_defaults=False))
+        (checkpoint / "model.safetensors").unlink()
+        task = (
+            "task: {}\ndataset_path: json\noutput_type: {}\ntest_split: train\ndataset_kwargs:\n  data_files: {}\n"
+            'doc_to_text: "{{{{question}}}}"\ndoc_to_target: "{{{{answer}}}}"\n'
+            "generation_kwargs:\n  max_gen_toks: 600\n  until: []\n"
+        )
+        (tmp_path / "long.yaml").write_text(task.format("long", "generate_until", rows_file))
+        (tmp_path / "scored.yaml").write_text(task.format("scored", "loglikelihood", rows_file))
+        (tmp_path / "lost.yaml").write_text(task.format("lost", "generate_until", tmp_path / "nowhere.jsonl"))
+        pretrained = f"pretrained={checkpoint}"
+        options = {"model": "xdlm", "include_path": [str(TASKS), str(tmp_path)], "model_args": pretrained}
+        for name in ("long", str(tmp_path / "lo*g.yaml")):
+            with pytest.raises(ValueError, match="long: max_new_tokens=600 leaves no room .* in max_length=512: sho"):
+                cli.check_run({**options, "tasks": [name]})
+        with pytest.raises(ValueError, match="rows of lost cannot be read: .*nowhere"):
+            cli.check_run({**options, "tasks": ["lost"]})
+        with pytest.raises(ValueError, match="long: steps=601 is more than max_new_tokens=600"):
+            cli.check_run({**options, "tasks": ["long"], "model_args": f"{pretrained},steps=601"})
+        cli.check_run({**options, "tasks": ["scored"]})
+        cli.check_run({**options, "tasks": ["long"], "model_args": f"{pretrained},max_new_tokens=16"})
+
     def test_wildcards_in_tasks(self, rows_file, tmp_path):
         for folder, suffix, text in (("tasks", "json", '{"examples": [{"input": "a", "target": "b"}]}'),) + (
             ("cot-prompts", "txt", "Q: a\nA: b"),
@@ -536,10 +561,10 @@ class TestCommandLine:
             for task in TASKS.glob("xdlm_bbh_*.yaml"):
                 (tmp_path / "bbh" / folder / f"{task.stem.removeprefix('xdlm_bbh_')}.{suffix}").write_text(text)
         data = {"data": str(tmp_path)}
-        assert len(cli.check(["xdlm_bbh_*"], [], data, False, {})) == 27
-        assert cli.check(["xdlm_bbh_s*s", "xdlm_bbh_sn*"], [], data, False, {}) == {"xdlm_bbh_snarks": 256}
+        assert len(cli.check_tasks(["xdlm_bbh_*"], [], data, False, {})) == 27
+        assert cli.check_tasks(["xdlm_bbh_s*s", "xdlm_bbh_sn*"], [], data, False, {}) == {"xdlm_bbh_snarks": 256}
         with pytest.raises(ValueError, match=r"unknown tasks \['xdlm_b\*x'\]: this package has"):
-            cli.check(["xdlm_bbh_*", "xdlm_b*x"], [], data, False, {})
+            cli.check_tasks(["xdlm_bbh_*", "xdlm_b*x"], [], data, False, {})
 
     def test_one_line_for_the_hint_of_every_task(self, rows_file, caplog):
         cli._ONE_HINT.said = False
@@ -547,13 +572,13 @@ class TestCommandLine:
         logger.addHandler(caplog.handler)
         try:
             for _ in range(3):
-                cli.check(["xdlm_gsm8k"], [], {"data": str(rows_file)}, False, {})
+                cli.check_tasks(["xdlm_gsm8k"], [], {"data": str(rows_file)}, False, {})
             logger.warning("another warning")
         finally:
             logger.removeHandler(caplog.handler)
         messages = [record.getMessage() for record in caplog.records]
         assert [text for text in dict.fromkeys(messages) if messages.count(text)] == [
-            "tasks find their rows by --metadata: data=PATH, data=hub@REVISION, or the Hub's",
+            "rows are read from the Hub, or as --metadata says: data=PATH or data=hub@REVISION",
             "another warning",
         ]
 

@@ -131,7 +131,7 @@ class TestBatchesAndCaches:
         sizes.clear()
         lm = XDLMEvalModel(model, tokenizer=tokenizer, mc_samples=4, check_greedy=False, **automatic)
         assert [value for value, _ in lm.loglikelihood(requests)] == pytest.approx([v for v, _ in expected], abs=1e-4)
-        assert sizes[:3] == [10, 5, 3] and max(sizes[3:]) == 3 and len(lm.estimates) == len(ROWS)
+        assert sizes[:3] == [10, 5, 3] and max(sizes[3:]) == 3 and len(lm.likelihoods.estimates) == len(ROWS)
 
     @pytest.mark.parametrize("drawn", [{}, *DRAWN, {"reference_compat": True}], ids=str)
     def test_scores_at_batch_sizes_1_3_8(self, model, tokenizer, data, drawn):
@@ -189,7 +189,7 @@ class TestBatchesAndCaches:
         lm = XDLMEvalModel(model, tokenizer=tokenizer, steps=4, max_new_tokens=8, batch_size=2)
         asked = []
         monkeypatch.setattr(
-            lm, "_answer", lambda contexts, settings, *_: asked.append((len(contexts), settings)) or [""]
+            lm.generation, "_answer", lambda contexts, settings, *_: asked.append((len(contexts), settings)) or [""]
         )
         lm.generate_until([generation("a", do_sample=False), generation("b", do_sample=False)])
         lm.generate_until([generation("a", do_sample=True, temperature=0.5)])
@@ -276,13 +276,13 @@ class TestLikelihoodThroughTheHarness:
         ids = model.generate(torch.tensor([lm.tok_encode(prompt)]), max_new_tokens=3, eos_token_id=[])[0, -3:].tolist()
         pair = type("P", (), {"context": tuple(lm.tok_encode(prompt)), "continuation": tuple(ids)})
         other = type("P", (), {"context": pair.context, "continuation": (*ids[:2], (ids[2] + 1) % 200)})
-        assert lm._are_greedy([pair, other, pair]) == [True, False, True]
+        assert lm.likelihoods.are_greedy([pair, other, pair]) == [True, False, True]
 
     def test_rolling_counts_every_token_once(self, model, tokenizer):
         text = "".join(row["question"] for row in ROWS)
         lm = XDLMEvalModel(model, tokenizer=tokenizer, mc_samples=4, max_length=24, batch_size=4)
-        seen, estimates = [], lm._estimates
-        lm._estimates = lambda pairs, quiet: seen.extend(pairs) or estimates(pairs, quiet)
+        seen, bounds = [], lm.likelihoods.bounds
+        lm.likelihoods.bounds = lambda pairs: seen.extend(pairs) or bounds(pairs)
         (value,) = lm.loglikelihood_rolling([likelihood(text)])
         assert sum((pair.continuation for pair in seen), ()) == tuple(lm.tok_encode(text))
         assert len(seen) > 1 and all(len(pair.context) + len(pair.continuation) <= 24 for pair in seen)

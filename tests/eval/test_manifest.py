@@ -115,8 +115,8 @@ class TestRevisionsOfModels:
             ({"revision": "v9"}, f"pretrained='{NAME}' at revision 'v9' cannot be read"),
             ({"peft": LORA}, f"peft='{LORA}' cannot be read"),  # it has no branch main
             ({"peft": LORA, "peft_revision": "v2"}, f"peft='{LORA}' at revision 'v2' cannot be read"),
-            ({"peft_revision": "v2"}, "peft_revision='v2' is for a peft that is named"),
-            ({"tokenizer_revision": "v2"}, "tokenizer_revision='v2' is for a tokenizer that is named"),
+            ({"peft_revision": "v2"}, "peft_revision='v2' needs peft, the name of a repository"),
+            ({"tokenizer_revision": "v2"}, "tokenizer_revision='v2' needs tokenizer, the name of a repository"),
         ],
     )
     def test_unknown_ones_are_refused(self, hub, monkeypatch, arguments, message):

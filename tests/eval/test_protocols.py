@@ -207,14 +207,14 @@ class TestRescore:
         self.record(data, tmp_path / "runs", ["The answer is 0", "The answer is 2"])
         changed = [ROWS[0], {**ROWS[1], "question": "What?"}]
         (data / "gsm8k" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
-        with pytest.raises(SystemExit, match="row 1 of xdlm_gsm8k is not the one that .*cell was made with"):
+        with pytest.raises(SystemExit, match="row 1 of xdlm_gsm8k differs from the one answered in .*cell"):
             rescore.main([str(tmp_path / "runs"), "--protocol", "lenient", "--data", str(data)])
 
     def test_folder_without_raw_answers(self, data, tmp_path):
         with pytest.raises(SystemExit, match="holds no answers: neither manifest.json of eval.table16 nor samples_"):
             rescore.main([str(tmp_path), "--protocol", "lenient", "--data", str(data)])
         (tmp_path / "manifest.json").write_text(json.dumps({"items": {"xdlm_gsm8k": [{"doc_id": 0, "answer": "a"}]}}))
-        with pytest.raises(SystemExit, match=r"manifest.json holds no raw answers: .* run it again"):
+        with pytest.raises(SystemExit, match=r"manifest.json holds no raw answers, .*: run it again"):
             rescore.main([str(tmp_path), "--protocol", "lenient", "--data", str(data)])
 
     def test_samples_of_the_harness(self, data, tmp_path):
@@ -234,7 +234,7 @@ class TestRescore:
         assert rescored["scores"]["xdlm_gsm8k"]["exact_match,none"] == 1.0 and len(rescored["items"]["xdlm_gsm8k"]) == 4
         samples[0]["arguments"]["gen_args_0"]["arg_1"]["until"] = ["Question:"]
         path.write_text("".join(json.dumps(sample, default=str) + "\n" for sample in samples))
-        with pytest.raises(SystemExit, match="its task cut them when they were made"):
+        with pytest.raises(SystemExit, match="because its task cut them"):
             rescore.main([str(tmp_path / "out"), "--protocol", "opencompass", "--data", str(data)])
 
 

@@ -101,7 +101,7 @@ class TestProof:
         for action in (oracle.gold, oracle.corrupted):
             with pytest.raises((ValueError, KeyError)):
                 action("hellaswag", {})
-        with pytest.raises(ValueError, match="answers in words only"):
+        with pytest.raises(ValueError, match="xdlm-oracle has no likelihoods"):
             oracle.OracleModel().loglikelihood([])
 
 
@@ -350,27 +350,27 @@ class TestPrograms:
 class TestBeforeTheModelIsLoaded:
     def test_unknown_task(self):
         with pytest.raises(ValueError, match=r"unknown tasks \['xdlm_nope'\]: this package has .*xdlm_bbh, xdlm_gsm8k"):
-            cli.check(["xdlm_gsm8k", "xdlm_nope"], [], {"data": "nowhere"}, True, {})
+            cli.check_tasks(["xdlm_gsm8k", "xdlm_nope"], [], {"data": "nowhere"}, True, {})
 
     def test_missing_file(self, tmp_path):
         for task, file in (("xdlm_gsm8k", "test.jsonl"), ("xdlm_math", "test.jsonl"), ("xdlm_bbh", "txt")):
             with pytest.raises(ValueError, match=f"no such file: .*{file}"):
-                cli.check([task], [], {"data": str(tmp_path)}, True, {})
+                cli.check_tasks([task], [], {"data": str(tmp_path)}, True, {})
 
     def test_unconfirmed_code(self):
         need("mbpp")
         with pytest.raises(ValueError, match="xdlm_mbpp runs code .*pass --confirm_run_unsafe_code"):
-            cli.check(["xdlm_mbpp"], [], {"data": str(DATA)}, False, {})
-        cli.check(["xdlm_mbpp"], [], {"data": str(DATA)}, True, {})
+            cli.check_tasks(["xdlm_mbpp"], [], {"data": str(DATA)}, False, {})
+        cli.check_tasks(["xdlm_mbpp"], [], {"data": str(DATA)}, True, {})
 
     def test_steps_that_do_not_fit_the_task(self):
         need("gsm8k")
         data = {"data": str(DATA)}
         with pytest.raises(ValueError, match="steps=300 is more than max_new_tokens=256"):
-            cli.check(["xdlm_gsm8k"], [], data, True, {"pretrained": "nowhere", "steps": 300})
+            cli.check_tasks(["xdlm_gsm8k"], [], data, True, {"pretrained": "nowhere", "steps": 300})
         with pytest.raises(ValueError, match="steps=2 is too few for the 3 blocks of 100 tokens"):
-            cli.check(["xdlm_gsm8k"], [], data, True, {"block_length": 100, "steps": 2})
-        cli.check(["xdlm_gsm8k"], [], data, True, {"steps": 300, "max_new_tokens": 512, "seed": 1})
+            cli.check_tasks(["xdlm_gsm8k"], [], data, True, {"block_length": 100, "steps": 2})
+        cli.check_tasks(["xdlm_gsm8k"], [], data, True, {"steps": 300, "max_new_tokens": 512, "seed": 1})
 
     def test_every_subtask_is_in_the_group(self):
         manager = TaskManager(include_path=str(TASKS), include_defaults=False)
@@ -507,7 +507,7 @@ class TestPlus:
             (tmp_path / name).parent.mkdir()
             (tmp_path / name).write_text(json.dumps(row) + "\n")
         names = ["xdlm_humaneval_plus", "xdlm_mbpp_plus"]
-        cli.check(names, [], {"data": str(tmp_path)}, True, {})
+        cli.check_tasks(names, [], {"data": str(tmp_path)}, True, {})
         manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data": str(tmp_path)})
         for corrupt in (False, True):
             scores = lm_eval.simple_evaluate(

@@ -48,12 +48,19 @@ def _token_ids(label: str, value: Any) -> None:
 
 def _number(inside: Callable[[float], bool], range_: str) -> Check:
     def check(label: str, value: Any) -> None:
-        if isinstance(value, bool) or not (isinstance(value, Real) and math.isfinite(value)):
+        if isinstance(value, bool) or not (isinstance(value, Real) and _is_finite(value)):
             raise ValueError(f"{label}={value!r} must be a finite number.")
         if not inside(value):
             raise ValueError(f"{label}={value} must {range_}.")
 
     return check
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond float64
+        return False
 
 
 def _choice(*choices: Any) -> Check:

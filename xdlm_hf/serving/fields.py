@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..generation.options import SAMPLERS, section_names
+from ..generation.options import section_names
 from ..generation.spelling import check_values, flatten
 
 MAX_STOPS = 4  # as OpenAI has it
@@ -223,15 +223,6 @@ def _string(name: str, value: Any) -> str:
     return value
 
 
-def _choice(*choices: str) -> Callable[[str, Any], str]:
-    def check(name: str, value: Any) -> str:
-        if value not in choices:
-            raise RequestError(f"{name}={_short(value)} is not known; choose one of {', '.join(choices)}.", 400, name)
-        return value
-
-    return check
-
-
 def _stops(name: str, value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     if (
@@ -296,7 +287,7 @@ def _short(value: Any) -> str:
 
 
 def _option(name: str, value: Any) -> Any:
-    """An option of `generate`, checked by itself as its table of options says."""
+    """An option of `generate`, checked alone by the table of options."""
     try:
         check_values(*flatten({name: value}))
     except ValueError as error:
@@ -310,7 +301,7 @@ def _polish_steps(name: str, value: Any) -> Any:
     return _option(name, value)
 
 
-# Options of `generate` that a client passes as they are; what does not go together `generate` refuses.
+# Options of `generate` that have no name of OpenAI's; `generate` refuses combinations that do not go together.
 ENGINE: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(section_names("speed", "refinement"), _option),
     "polish_steps": _polish_steps,
@@ -328,10 +319,7 @@ COMMON: dict[str, Callable[[str, Any], Any]] = {
     "user": _string,
     "prompt_cache_key": _string,  # these two say who asks, as `user` does
     "safety_identifier": _string,
-    "steps": _integer(1),
-    "mixing_ratio": _number(0, 1),
-    "block_length": _integer(1),
-    "sampler": _choice(*SAMPLERS),
+    **dict.fromkeys(("steps", "mixing_ratio", "block_length", "sampler"), _option),
     **ENGINE,
 }
 COMPLETION = {"prompt": _prompt}

@@ -1,19 +1,20 @@
-"""One lm-eval model in several processes, as `accelerate launch` and `torchrun` start them."""
+"""Collective operations that lm-eval asks of a model held by every process of `accelerate launch` or `torchrun`."""
 
 import os
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather
 from lm_eval.api.model import TemplateLM
 from torch import Tensor
 
 
-class ProcessesLM(TemplateLM):
-    """What lm-eval asks of a model whose processes each hold it and take their share of the rows."""
+class DistributedLM(TemplateLM):
+    """A model in several processes, each of which gets its share of the rows."""
 
-    def _join(self, device: torch.device) -> torch.device:
-        """Joins the other processes, if there are any; the device of this one."""
+    def _join_processes(self, device: torch.device) -> torch.device:
+        """Joins the process group where there are several processes; returns the device of this one."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return device
         state = PartialState(cpu=device.type == "cpu")
@@ -22,27 +23,26 @@ class ProcessesLM(TemplateLM):
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """(world size,) values of a scalar, in the order of the processes."""
-        if self.world_size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor.reshape(-1)) for _ in range(self.world_size)]
-        torch.distributed.all_gather(parts, tensor.reshape(-1))
-        return torch.cat(parts)
+        return tensor if self.world_size == 1 else gather(tensor)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """Every process's object on `dst`, None on the others."""
+        """Every process's object on `dst`, None on the others; logged samples in the order of their rows."""
         if self.world_size == 1:
             return [obj]
         parts = [None] * self.world_size if self.rank == dst else None
         torch.distributed.gather_object(obj, parts, dst=dst)
-        return parts and _in_order(parts)
+        return parts and _sort_samples(parts)
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            torch.distributed.barrier()
+            PartialState().wait_for_everyone()
 
 
-def _in_order(parts: list[Any]) -> list[Any]:
-    """Logged samples, which lm-eval strings together process by process, in the order of their rows; others as is."""
+def _sort_samples(parts: list[Any]) -> list[Any]:
+    """All logged samples of each task as the first part, sorted by row; any other objects unchanged.
+
+    lm-eval concatenates the parts, which would leave the samples in the order of the processes.
+    """
     groups = [group for part in parts if isinstance(part, dict) for group in part.values()]
     rows = [row for group in groups if isinstance(group, list) for row in group]
     if not rows or not all(isinstance(row, dict) and "doc_id" in row for row in rows):
