@@ -38,7 +38,14 @@ from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.data.readers import hold_out, load_documents
 from xdlm_hf.data.stream import PackedStream
 from xdlm_hf.data.tokenizer import train_tokenizer
-from xdlm_hf.training.checkpoints import RUN_RECORD, UNFINISHED, check_same_run, last_checkpoint
+from xdlm_hf.training import checkpoints
+from xdlm_hf.training.checkpoints import (
+    RUN_RECORD,
+    UNFINISHED,
+    check_same_run,
+    last_checkpoint,
+    last_whole_checkpoint,
+)
 from xdlm_hf.training.checksums import CHECKSUMS, damage, write_checksums
 from xdlm_hf.training.precision import NonFiniteError
 from xdlm_hf.training.row_noise import TRAIN_ROW, generator_of
@@ -258,7 +265,7 @@ def test_stream_notices_changed_data(tokenizer):
     *_, (_, place) = itertools.islice(read(TEXTS), 30)
     next(read(TEXTS, place))
     for changed in ([f"x{text}" for text in TEXTS], ["new", *TEXTS], TEXTS[:20]):
-        with pytest.raises(ValueError, match="the data changed: the document where reading should go on is another"):
+        with pytest.raises(ValueError, match="the data changed: the document where reading should resume is another"):
             next(read(changed, place))
 
 
@@ -278,7 +285,7 @@ def test_shuffling_by_datasets_is_refused(tokenizer):
 @pytest.mark.parametrize(
     ("size", "step", "kept"),
     [
-        (1_000, 3, "there is no earlier checkpoint"),
+        (1_000, 3, "There is no earlier checkpoint"),
         (1_000, 6, "checkpoint-3 is whole: make room and resume from it"),
         (100_000, 6, "checkpoint-3 is whole: make room and resume from it"),
     ],
@@ -293,7 +300,7 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path, size, step, kept):
                 super()._save_checkpoint(model, trial)
 
     run = trainer(tmp_path, kind=FullLater, save_total_limit=1, **SAVES)
-    message = rf"step {step}: the checkpoint could not be written to .*GiB free \(.*\); {kept}"
+    message = rf"step {step}: the checkpoint could not be written to .*GiB are free \(.*\)\. {kept}"
     with pytest.raises(OSError, match=message):
         run.train()
     assert names(tmp_path) == (["checkpoint-3"] if step == 6 else [])
@@ -309,7 +316,7 @@ def test_full_disk_at_the_end_keeps_the_checkpoints(tmp_path):
     run = trainer(tmp_path, **SAVES)
     run.train()
     message = (
-        r"step 8: the model could not be written to .*GiB free \(.*\); checkpoint-8 is whole: make room and resume"
+        r"step 8: the model could not be written to .*GiB are free \(.*\)\. checkpoint-8 is whole: make room and resume"
     )
     with disk_that_takes(1_000), pytest.raises(OSError, match=message):
         run.save_model()
@@ -329,7 +336,10 @@ def test_a_model_is_replaced_by_a_whole_one_or_stays(tmp_path):
     (tmp_path / "model" / UNFINISHED).mkdir()
     (tmp_path / "model" / UNFINISHED / "model.safetensors").write_bytes(b"half")  # of a killed process
     files = names(tmp_path / "model")
-    with disk_that_takes(1_000), pytest.raises(OSError, match="the model could not be written to '.*/model': 0.0 GiB"):
+    with (
+        disk_that_takes(1_000),
+        pytest.raises(OSError, match="the model could not be .*/model'. It needs 0.0 GiB"),
+    ):
         run.save_model(tmp_path / "model")
     assert names(tmp_path / "model") == [name for name in files if name != UNFINISHED]
     assert parameter_gap(LLaDAForDiffusionLM.from_pretrained(tmp_path / "model"), before) == 0
@@ -453,7 +463,7 @@ def test_what_may_differ_is_said(finished, tmp_path, caplog):
         "t_eps=0.001, this run 0.01: times are drawn differently",
         "time_sampling=independent, this run stratified: times",
         "noise_seed=7, this run 1: noise is drawn",
-        "learning_rate=0.003, this run 0.001: the former stays in force",
+        "learning_rate=0.003, this run 0.001: the former value stays in force",
     ):
         assert f"checkpoint-8 has {part}" in caplog.text
     assert run.state.log_history[8]["learning_rate"] == 0.003
@@ -462,7 +472,7 @@ def test_what_may_differ_is_said(finished, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optim": "adafactor"}, "has optimizer=adamw_torch.*, this run adafactor: its state means nothing to another"),
+        ({"optim": "adafactor"}, "has optimizer=adamw_torch.*, this run adafactor: another optimizer cannot use"),
         ({"optim": "lion_32bit"}, "this run lion_32bit: its state"),
         ({"optim_args": "foo=1"}, "this run adamw_torch.*:foo=1: its state"),
         ({"dtype": "float64"}, r"has weight_dtype=\['torch.float32'\], this run \['torch.float64'\]: weights and"),
@@ -504,9 +514,9 @@ def adapted(tmp_path_factory):
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler type=constant, this run cosine: the learning rate follows"),
         ({"lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler kwargs a=None, this run 1: the learning rate"),
         ({"max_grad_norm": 0.5}, "max_grad_norm=1.0, this run 0.5: gradients are clipped differently"),
-        ({"adam_beta1": 0.8}, "adam_beta1=0.9, this run 0.8: the former stays in force"),
-        ({"adam_beta2": 0.95}, "adam_beta2=0.999, this run 0.95: the former stays in force"),
-        ({"adam_epsilon": 1e-6}, "adam_epsilon=0.001, this run 1e-06: the former stays in force"),
+        ({"adam_beta1": 0.8}, "adam_beta1=0.9, this run 0.8: the former value stays in force"),
+        ({"adam_beta2": 0.95}, "adam_beta2=0.999, this run 0.95: the former value stays in force"),
+        ({"adam_epsilon": 1e-6}, "adam_epsilon=0.001, this run 1e-06: the former value stays in force"),
         ({"bf16": True}, "precision=as the weights, this run bf16: the network is computed in another"),
         ({"lora": {"lora_dropout": 0.5}}, r"lora_dropout=\[0.0\], this run \[0.5\]: adapters are trained with other"),
     ],
@@ -579,6 +589,16 @@ def test_auto_goes_back_to_the_last_whole_checkpoint_and_says_so(copied, tmp_pat
     assert losses(run) == losses(whole) and parameter_gap(run.model, state(whole.model)) == 0
     assert names(copied) == ["checkpoint-8", "damaged-checkpoint-8"]
     assert damage(copied / "checkpoint-8") == []
+
+
+def test_checksums_are_compared_once(copied, monkeypatch):
+    """By the search for the last whole checkpoint, by whoever searched for it before, or on resuming."""
+    compared = []
+    monkeypatch.setattr(checkpoints, "damage", lambda folder, shared: compared.append(folder.name) or [])
+    found = last_whole_checkpoint(copied)
+    for given, verified in ((found, True), (found, False), (True, False)):
+        trainer(copied, **SAVES).train(resume_from_checkpoint=given, verified=verified)
+    assert compared == ["checkpoint-8"] * 3
 
 
 def test_nothing_is_moved_or_begun_when_every_checkpoint_is_damaged(copied):

@@ -33,7 +33,7 @@ def check_trained_dtype(dtype: torch.dtype, deepspeed_plugin: Any | None, what: 
     """Refuse to train weights in fewer than 32 bits without float32 copies.
 
     Args:
-        dtype: Of the weights.
+        dtype: The weights' dtype.
         deepspeed_plugin: accelerate's, `TrainingArguments.deepspeed_plugin`; None without DeepSpeed.
         what: Subject of the message.
 
@@ -63,12 +63,12 @@ def check_trained_weights(model: nn.Module, deepspeed_plugin: Any | None) -> Non
 def non_finite_weights(
     model: nn.Module, all_sum: Callable[[Tensor], Tensor] | None = None, trained_only: bool = True
 ) -> list[str]:
-    """Names of the parameters that hold a NaN or an infinity. Reads every weight once and allocates no copies.
+    """Names of the parameters that hold a NaN or an infinity; reads every weight once, without a copy.
 
     Args:
         model: The unwrapped model.
-        all_sum: Adds a tensor up over all processes, so that each finds the same names where weights are sharded (by
-            ZeRO-3 or FSDP) or differ; every process must then call this. By default only this process's part is read.
+        all_sum: Sums a tensor over all processes, so that each gets the same names where weights are sharded (by ZeRO-3
+            or FSDP) or differ; every process must then call this. By default only this process's part is read.
         trained_only: Leave out frozen parameters.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad or not trained_only}
@@ -88,7 +88,7 @@ def first_of(names: list[str]) -> str:
 
 
 def _local_part(parameter: nn.Parameter) -> Tensor:
-    """What this process holds of a parameter: all of it, ZeRO-3's partition, or the shard of a DTensor."""
+    """This process' part of a parameter: all of it, ZeRO-3's partition, or the shard of a DTensor."""
     part = getattr(parameter, "ds_tensor", parameter).detach()
     return part.to_local() if hasattr(part, "to_local") else part
 
