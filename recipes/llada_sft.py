@@ -60,7 +60,7 @@ class DataArguments:
         default="one", metadata={"help": f"End-of-text tokens that belong to the answer: {', '.join(EOS_IN_LOSS)}."}
     )
     loss_weighting: str = field(
-        default="rows", metadata={"help": f"What weighs alike in the loss: {', '.join(LOSS_WEIGHTING)}."}
+        default="rows", metadata={"help": f"What has equal weights in the loss: {', '.join(LOSS_WEIGHTING)}."}
     )
     drop_unusable: bool = field(
         default=False, metadata={"help": "Leave out rows without anything to learn, counted, instead of stopping."}

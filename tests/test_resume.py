@@ -426,7 +426,7 @@ def test_another_run_is_refused(finished, tmp_path, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataloader_num_workers": 2}, "has readers=1x1, this run 1x2: a stream is dealt out to readers"),
+        ({"dataloader_num_workers": 2}, "has readers=1x1, this run 1x2: a stream is split over readers"),
         ({"stream": {"seed": 1}}, r"has data shuffle=\[0, 16\], this run \[1, 16\]: documents would be seen twice"),
         ({"stream": {"source": {"a.jsonl": [3, 4]}}}, r"has data source=None, this run \{'a\.jsonl': \[3, 4\]\}"),
     ],
@@ -473,10 +473,10 @@ def test_what_may_differ_is_said(finished, tmp_path, caplog):
     ("options", "message"),
     [
         ({"optim": "adafactor"}, "has optimizer=adamw_torch.*, this run adafactor: another optimizer cannot use"),
-        ({"optim": "lion_32bit"}, "this run lion_32bit: its state"),
-        ({"optim_args": "foo=1"}, "this run adamw_torch.*:foo=1: its state"),
+        ({"optim": "lion_32bit"}, "this run lion_32bit: another optimizer"),
+        ({"optim_args": "foo=1"}, "this run adamw_torch.*:foo=1: another optimizer"),
         ({"dtype": "float64"}, r"has weight_dtype=\['torch.float32'\], this run \['torch.float64'\]: weights and"),
-        ({"lora": {"lora_alpha": 8}}, "has lora lora_alpha=4, this run 8: the adapters' weights would mean another"),
+        ({"lora": {"lora_alpha": 8}}, "has lora lora_alpha=4, this run 8: the adapters' weights would have another"),
         ({"lora": {"r": 4}}, "has lora r=2, this run 4"),
         ({"lora": {"target_modules": ["q_proj"]}}, r"has lora target_modules=\['q_proj', 'v_proj'\], this run"),
         ({"lora": {"use_rslora": True}}, "has lora use_rslora=False, this run True"),

@@ -37,7 +37,7 @@ class _Removed(str):
 class PackedStream(torch.utils.data.IterableDataset):
     """Documents packed into rows while they are read; every document goes to exactly one rank and worker.
 
-    Whole shards (files) are dealt out when there is at least one for each reader (rank times worker); otherwise every
+    Whole shards (files) are assigned if there is at least one for each reader (rank times worker); otherwise every
     reader reads all shards and keeps each n-th document, so that a stream of one shard serves all readers.
     Each reader packs its own documents: rows depend on the number of readers, their tokens together do not.
 

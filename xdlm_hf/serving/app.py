@@ -31,7 +31,7 @@ CLIENT_GONE = 499  # nginx's status for a connection that the client closed; onl
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What the server allows; bytes, seconds.
+    """Settings of the server; sizes in bytes, times in seconds.
 
     Attributes:
         cors: Origins whose web pages may use the server, "*" for all.
@@ -201,7 +201,7 @@ class _Service:
     def _parse(self, received: bytearray, chat: bool) -> GenerationRequest:
         engine, settings = self.engine, self.settings
         try:
-            # Decoded here because json.loads() lets surrogates in UTF-8 pass; invalid UTF-8 is a ValueError too.
+            # Decoded here because json.loads() accepts surrogates in UTF-8; invalid UTF-8 is a ValueError too.
             body = json.loads(received.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the body is not JSON: {error}") from error

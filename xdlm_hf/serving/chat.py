@@ -88,8 +88,8 @@ class Chat:
         self._say(f"{self.model.name_or_path or 'model'}; /help lists the commands, /quit leaves.")
         if not self.tokenizer.chat_template:
             self._say(
-                "Its tokenizer has no chat template, so this is a base model: it continues your text, what was said "
-                "before included, rather than answering it."
+                "Its tokenizer has no chat template, so this is a base model: it continues the text of the whole "
+                "conversation instead of answering."
             )
         while True:
             try:

@@ -11,7 +11,7 @@ from typing import Any
 from ..generation.options import SAMPLERS, section_names
 from ..generation.spelling import check_values, flatten
 
-MAX_STOPS = 4  # as OpenAI has it
+MAX_STOPS = 4  # as in OpenAI's API
 MAX_STOP_LENGTH = 256  # characters
 MAX_POLISH_STEPS = 64  # each is a forward pass beyond `steps`
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

@@ -2,8 +2,8 @@
 
     xdlm-serve --model PATH [--port 8000] [--api_key KEY]
 
-/v1/completions, /v1/chat/completions and /v1/models, with server-sent events for `stream`; /health and /metrics
-beside. `transformers serve` cannot run these models (docs/serving.md). Needs the extra `serve`.
+/v1/completions, /v1/chat/completions and /v1/models, with server-sent events for `stream`; also /health and
+/metrics. `transformers serve` cannot run these models (docs/serving.md). Needs the extra `serve`.
 """
 
 import argparse

@@ -34,7 +34,7 @@ class XDLMTrainingArguments(TrainingArguments):
         fused_loss (`bool`, *optional*): Compute head and loss together, without the logits of whole rows. By default
             wherever the head is a plain `OutputLayer`. In a compiled model it breaks the graph.
         loss_chunk_size (`int`, *optional*): Tokens per chunk of the fused loss; its own default otherwise.
-        peak_tflops (`float`, *optional*): What one device can do at best, for the logged utilisation; by default from
+        peak_tflops (`float`, *optional*): Peak TFLOP/s of one device, for the logged utilisation; by default from
             a table of GPUs, and none for others.
         save_seconds (`float`, *optional*): Write a checkpoint at the end of a step when so many seconds have passed
             since the last one, in addition to `save_strategy`.

@@ -153,7 +153,7 @@ class CheckpointingTrainer(Trainer):
             return super().save_model(output_dir, _internal_call)
         self._check_weights()
         run_dir = Path(self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self._unwrapped_model()
         folder, needs = Path(output_dir or run_dir), model_bytes(model, trained_only=hasattr(model, "peft_config"))
         message = (
             f"step {self.state.global_step}: the model could not be written to {str(folder)!r}. It needs "
@@ -180,7 +180,7 @@ class CheckpointingTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As in `Trainer`; beside an adapter also the noise, which is otherwise only in the model's config."""
         super()._save(output_dir, state_dict)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self._unwrapped_model()
         if self.args.should_save and hasattr(model, "peft_config"):
             save_noise(model.config, output_dir or self.args.output_dir)
 
@@ -190,7 +190,7 @@ class CheckpointingTrainer(Trainer):
         Raises:
             NonFiniteError: Naming the step and the parameters.
         """
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self._unwrapped_model()
         bad = non_finite_weights(model, lambda flags: self._all_sum(flags.to(self.args.device)))
         if bad:
             last = last_checkpoint(self.args.output_dir)
@@ -205,7 +205,7 @@ class CheckpointingTrainer(Trainer):
         stream = isinstance(data, PackedStream)
         fingerprint = getattr(data, "fingerprint", None) or {"rows": len(data) if has_length(data) else None}
         plain = ("mixing_ratio", "noise_schedule", "t_eps", "time_sampling", "random_length_probability")
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self._unwrapped_model()
         return {
             **{name: getattr(args, name) for name in plain},
             **optimization_record(args, model, self._optimizer_given),
@@ -273,6 +273,9 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save:
             self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
             (unfinished / RUN_RECORD).write_text(json.dumps(self._run_record(), indent=1), encoding="utf-8")
+
+    def _unwrapped_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _all_sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum")

@@ -198,7 +198,7 @@ def _plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def explain_disk_errors(message: str, folder: Path, run_dir: Path) -> Iterator[None]:
-    """Turn an error of the disk into one that names what is left.
+    """Raise errors of the disk with a message, the free space and the last whole checkpoint.
 
     Args:
         message: A sentence saying what could not be written, with the step.

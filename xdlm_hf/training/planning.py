@@ -203,10 +203,10 @@ def state_bytes(run: Run, layout: Layout) -> tuple[float, float, float, float, f
         zero3_offload   0                    0                       0                  as zero3
 
     Under ddp gradients and states have the dtype of the trained weights, float32, and DDP keeps its own copy of the
-    gradients. DeepSpeed keeps float32 weights, 4 bytes, beside the states, and makes float32 gradients of its share at
+    gradients. DeepSpeed keeps float32 weights, 4 bytes, besides the states, and makes float32 gradients of its share at
     the step. Its bucket has 5e8 elements, and ZeRO-3 keeps up to 1e9 gathered parameters alive (`reduce_bucket_size`,
-    `stage3_max_live_parameters`), the largest module beside them. With AdamW in bfloat16 the states are the totals of
-    DeepSpeed's own estimators, which know neither frozen parameters nor parts (and leave the 16-bit parameters out
+    `stage3_max_live_parameters`) besides the largest module. With AdamW in bfloat16 the states are the totals of
+    DeepSpeed's own estimators, which ignore frozen parameters and parts (and leave the 16-bit parameters out
     under ZeRO-3), and so is main memory, with half of it again for buffers; there every optimizer is CPU Adam.
     """
     counts, stage = run.counts, layout.stage
@@ -316,7 +316,7 @@ def layout_of(run: Run, name: str) -> Layout:
         ValueError: If there is none, or the run cannot take it.
     """
     if name == "ddp" and not run.adapters_only:
-        check_trained_dtype(run.dtype, None, "the weights that plan_layout='ddp' would train")
+        check_trained_dtype(run.dtype, None, "plan_layout='ddp': ")
     if name not in layouts(run):
         raise ValueError(f"plan_layout={name!r} is not known for this run; choose one of {', '.join(layouts(run))}.")
     return LAYOUTS[name]

@@ -29,13 +29,13 @@ def keeps_float32_copies(deepspeed_plugin: Any | None) -> bool:
     return config.get("zero_optimization", {}).get("stage", 0) > 0
 
 
-def check_trained_dtype(dtype: torch.dtype, deepspeed_plugin: Any | None, what: str = "the trained weights") -> None:
+def check_trained_dtype(dtype: torch.dtype, deepspeed_plugin: Any | None, where: str = "") -> None:
     """Refuse to train weights in fewer than 32 bits without float32 copies.
 
     Args:
         dtype: The weights' dtype.
         deepspeed_plugin: accelerate's, `TrainingArguments.deepspeed_plugin`; None without DeepSpeed.
-        what: Subject of the message.
+        where: Beginning of the message, such as "option: ".
 
     Raises:
         ValueError: With the ways to train them.
@@ -43,9 +43,9 @@ def check_trained_dtype(dtype: torch.dtype, deepspeed_plugin: Any | None, what: 
     if dtype.itemsize >= 4 or not dtype.is_floating_point or keeps_float32_copies(deepspeed_plugin):
         return
     raise ValueError(
-        f"{what} are {str(dtype).removeprefix('torch.')} and nothing keeps float32 copies of them: most updates would "
-        "be rounded away. Load them with dtype float32 (passes still run in bfloat16 with bf16 true), train with "
-        "DeepSpeed ZeRO (zero1.yaml to zero3.yaml), or train adapters (lora_rank) on the frozen weights."
+        f"{where}the trained weights are {str(dtype).removeprefix('torch.')} and nothing keeps float32 copies of them: "
+        "most updates would be rounded away. Load them with dtype float32 (passes still run in bfloat16 with bf16 "
+        "true), train with DeepSpeed ZeRO (zero1.yaml to zero3.yaml), or train adapters (lora_rank) on frozen weights."
     )
 
 
@@ -57,7 +57,7 @@ def check_trained_weights(model: nn.Module, deepspeed_plugin: Any | None) -> Non
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            check_trained_dtype(parameter.dtype, deepspeed_plugin, f"the trained weights ({name} is the first)")
+            check_trained_dtype(parameter.dtype, deepspeed_plugin, f"{name}: ")
 
 
 def non_finite_weights(

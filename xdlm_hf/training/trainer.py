@@ -76,10 +76,9 @@ class XDLMTrainer(CheckpointingTrainer):
     Checkpoints are atomic, and a resumed run equals the uninterrupted one bit for bit; see `checkpoints`.
 
     Args:
-        model: A `DiffusionModel` or a peft model around it. It trains with the noise of its
-            `noise_process(mixing_ratio, noise_schedule)`; where that is a `StationaryProcess`, both are stored in its
-            config. Another process, such as a `GIDDProcess`, has its own parameters and ignores them. A model with
-            "timesteps" in `conditioning` is given `model.timesteps(t)`.
+        model: A `DiffusionModel`, or a peft model of it; its noise is `noise_process(mixing_ratio, noise_schedule)`.
+            Both are stored in its config if that is a `StationaryProcess`; others ignore them. With "timesteps" in its
+            `conditioning` it is given `model.timesteps(t)`.
         args: Arguments of the run.
         data_collator: By default a `DiffusionCollator` with the tokenizer's, else the model's padding id.
         train_dataset: Rows with `input_ids`: a `PackedDataset`, a `PackedStream` (built for this rank, repeating;
@@ -110,8 +109,7 @@ class XDLMTrainer(CheckpointingTrainer):
             raise ValueError(f"args must be XDLMTrainingArguments, got {type(args).__name__}.")
         check_trainable(model)
         self.process: NoiseProcess = model.noise_process(args.mixing_ratio, args.noise_schedule)
-        # The same at all times.
-        self._absorbing_ids = self.process.noise(torch.ones(1, 1, dtype=torch.float64)).absorbing_ids
+        self._absorbing_ids = self.process.noise(torch.ones(1, 1, dtype=torch.float64)).absorbing_ids  # at any time
         self._timesteps = model.timesteps if "timesteps" in model.conditioning else None
         stratified = args.time_sampling == "stratified"
         self.row_noise = RowNoise(self.process, args.noise_seed, args.t_eps, stratified, args.random_length_probability)
@@ -251,7 +249,7 @@ class XDLMTrainer(CheckpointingTrainer):
             rows = _list_rows(*(inputs[name][bad].tolist() for name in ("sample_index", "t")))
             raise NonFiniteError(
                 f"step {self.state.global_step + 1}: the loss is not finite; its rows have the sample indices {rows}."
-                f"{self._state_of_weights()}"
+                f"{_state_of_weights(self._unwrapped_model(), self.args.output_dir)}"
             )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float | Tensor:
@@ -261,19 +259,12 @@ class XDLMTrainer(CheckpointingTrainer):
             rows = _list_rows(*(itertools.chain(*parts) for parts in zip(*self._drawn, strict=True)))
             raise NonFiniteError(
                 f"step {self.state.global_step + 1}: the gradient's norm is {float(grad_norm)}; this process' rows had "
-                f"the sample indices {rows}.{self._state_of_weights()}"
+                f"the sample indices {rows}.{_state_of_weights(self._unwrapped_model(), self.args.output_dir)}"
             )
         return grad_norm
 
-    def _state_of_weights(self) -> str:
-        """Sentences for an error: whether the weights are finite, and the last checkpoint."""
-        weights = non_finite_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
-        why = f" Nor are the weights, since an earlier step ({first_of(weights)})." if weights else ""
-        last = last_checkpoint(self.args.output_dir)
-        return f"{why} No checkpoint was written from it; the last whole one is {last.name if last else 'none'}."
-
     # ----------------------------------------------------------------------------------------------------------------
-    # Logging
+    # Logging and evaluation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`; logs of training steps also hold the figures of `metrics`."""
@@ -287,9 +278,6 @@ class XDLMTrainer(CheckpointingTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self.metrics.paused():
             super()._save_checkpoint(model, trial)
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # Evaluation
 
     def evaluation_loop(self, dataloader: DataLoader, *args, **kwargs):
         """As in `Trainer`, over data of known length: rows are numbered, for their noise.
@@ -350,3 +338,11 @@ def _list_rows(indices: Iterable[int], times: Iterable[float]) -> str:
     """Places and times of at most 16 rows, for a message."""
     rows = [f"{index} (t = {t:.6g})" for index, t in zip(indices, times, strict=True)]
     return ", ".join(rows[:16] + (["..."] if len(rows) > 16 else []))
+
+
+def _state_of_weights(model: nn.Module, output_dir: str) -> str:
+    """Sentences for an error: whether the weights are finite, and the last checkpoint."""
+    weights = non_finite_weights(model)
+    why = f" Nor are the weights, since an earlier step ({first_of(weights)})." if weights else ""
+    last = last_checkpoint(output_dir)
+    return f"{why} No checkpoint was written from it; the last whole one is {last.name if last else 'none'}."

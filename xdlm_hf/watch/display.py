@@ -6,18 +6,19 @@ package. Shapes: B batch, T whole length.
 
 import re
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # The colours of the paper's figures: content creation, quality enhancement, error correction.
 STYLES = {"filled": "bold green", "refined": "bold blue", "remasked": "bold red"}
 HOLE = "▁"
 LONGEST_CHARACTER = 4  # bytes of UTF-8, so at most as many tokens
+_BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}  # GPT-2's byte-level alphabet
 
 
 class Changes(NamedTuple):
@@ -102,16 +103,7 @@ def token_bytes(token: str) -> bytes | None:
     """Bytes that a token stands for, by its name: `<0xC3>`, or letters of the byte-level alphabet; None for others."""
     if re.fullmatch("<0x[0-9A-F]{2}>", token):
         return bytes([int(token[3:5], 16)])
-    letters = _byte_letters()
-    return bytes(letters[letter] for letter in token) if token and set(token) <= letters.keys() else None
-
-
-@cache
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's byte alphabet: printable Latin-1 characters are their own bytes, those from U+0100 on the other bytes."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    return bytes(_BYTE_OF[letter] for letter in token) if token and set(token) <= _BYTE_OF.keys() else None
 
 
 def visible(text: str) -> str:
