@@ -26,6 +26,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
+from xdlm_hf.atomic import write_whole
 from xdlm_hf.evaluation import TASKS
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
 from xdlm_hf.evaluation.arguments import Arguments
@@ -228,12 +229,10 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file atomically."""
-    partial = path.with_name(path.name + ".partial")
+    """Write JSON, whole or not at all."""
     text = json.dumps(content, indent=1, default=handle_non_serializable, ensure_ascii=False)
-    # Half a surrogate pair in an answer becomes its JSON escape.
-    partial.write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
-    partial.replace(path)
+    # A half surrogate in an answer becomes its JSON escape.
+    write_whole(path, (text + "\n").encode("utf-8", "backslashreplace"))
 
 
 def item_costs(folder: Path) -> dict[str, dict[str, Any]]:

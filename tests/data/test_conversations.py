@@ -137,8 +137,8 @@ UNUSABLE = [
     ({"text": "plain"}, r"row 1: neither messages nor prompt and completion; it has \['text'\]"),
     ({"messages": []}, "row 1: messages must be a list of objects with the texts role and content"),
     ({"messages": [{"role": "user", "content": 3}]}, "row 1: messages must be a list of objects"),
-    ({"messages": [{"role": "assistant", "content": "Hi."}]}, "row 1: the first message is an answer: no prompt"),
-    ({"messages": TWO_TURNS[:1]}, "row 1: no message has the role 'assistant': there is no answer to learn"),
+    ({"messages": [{"role": "assistant", "content": "Hi."}]}, "row 1: the first message is an answer, with no prompt"),
+    ({"messages": TWO_TURNS[:1]}, "row 1: no message has the role 'assistant', so there is no answer"),
     (question("<|eot_id|> hello"), r"row 1: a message spells the special token '<\|eot_id\|>'"),
     (question(answer="a <|mdm_mask|>"), r"row 1: a message spells the special token '<\|mdm_mask\|>'"),
     (
@@ -156,7 +156,7 @@ def test_unusable_rows_are_errors_that_name_them_or_are_dropped_and_counted(toke
     kept = dataset(tokenizer, *records, length=60, drop_unusable=True)
     assert len(kept) == 2 and len(kept.dropped) == 1
     assert "left out 1 unusable rows: row 1: " in caplog.text
-    with pytest.raises(ValueError, match="there is no row to train on: 1 were unusable, and no other was read"):
+    with pytest.raises(ValueError, match="there is no row to train on; 1 were unusable"):
         dataset(tokenizer, record, length=60, drop_unusable=True)
 
 
@@ -220,7 +220,7 @@ def test_files_of_every_kind_are_read_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", "{", r"a\.jsonl, line 1: not valid JSON \(.*\); repair it or remove it"),
+        ("a.jsonl", "{", r"a\.jsonl, line 1: not valid JSON \(.*\); repair or remove the line"),
         ("a.jsonl", "[1]", r"a\.jsonl, line 1: expected a JSON object, got list"),
         ("a.parquet", "nothing", r"a\.parquet: damaged Parquet file"),
         ("a.txt", "Hello", r"a\.txt: conversations are read from \.jsonl and \.parquet files"),
@@ -233,7 +233,7 @@ def test_damaged_files_are_refused(tmp_path, name, content, message):
 
 
 def test_one_source_is_needed():
-    with pytest.raises(ValueError, match="give either dataset=None or data_files=None, one of the two"):
+    with pytest.raises(ValueError, match="give one of dataset and data_files, not dataset=None and data_files=None"):
         load_conversations()
 
 

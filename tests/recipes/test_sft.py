@@ -161,7 +161,7 @@ def test_resuming_repeats_the_run(base, tmp_path):
         ({"sequence_length": 100}, "sequence_length=100 exceeds the model's limit of 64"),
         ({"eos_in_loss": "yes"}, "eos_in_loss='yes' is not known"),
         ({"chat_template": "gone"}, "chat_template='gone' is neither 'llada' nor a file"),
-        ({"data_files": None}, "give either dataset=None or data_files=None"),
+        ({"data_files": None}, "give one of dataset and data_files, not dataset=None and"),
         ({"random_length_probability": 0.01}, r"random_length_probability=0\.01 needs packed rows"),
         ({"load_in_4bit": "true"}, "load_in_4bit=True freezes the weights: give lora_rank"),
     ],

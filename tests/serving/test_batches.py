@@ -86,9 +86,9 @@ def test_what_fits_a_request_depends_on_what_the_checkpoint_stores(model, tokeni
         model.generate(**asked.options())
         return asked
 
-    assert settings({"block_length": 8}).max_new_tokens == 24
+    assert settings({"block_length": 8}).max_new_tokens == 20
     assert settings({"sampler": "ancestral"}, 8, top_p=0.9).block_length is None
-    assert settings({"sampler": "ancestral"}, 8, sampler="confidence").max_new_tokens == 24
+    assert settings({"sampler": "ancestral"}, 8, sampler="confidence").max_new_tokens == 20
     assert settings({"temperature": 0.7}, top_p=0.9).top_p == 0.9
     with pytest.raises(RequestError, match="top_p=0.9 filters a draw and needs a temperature above 0"):
         settings({"temperature": 0.7}, top_p=0.9, temperature=0)

@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import signal
+import subprocess
 import sys
 import termios
 import time
@@ -333,3 +334,12 @@ def test_in_a_terminal(terminal, tmp_path):
     assert cursor_is_back(session.shown) and "Traceback" not in session.shown
     assert termios.tcgetattr(session.master) == session.before
     assert (tmp_path / "trace.html").exists()
+
+
+@pytest.mark.parametrize(("module", "extra"), [("chat", "watch"), ("server", "serve")])
+def test_a_missing_extra_is_named(module, extra):
+    blocked = {"watch": "rich", "serve": "uvicorn"}[extra]
+    code = f"import sys; sys.modules[{blocked!r}] = None; import xdlm_hf.serving.{module}"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 1
+    assert run.stderr.endswith(f"install the extra: pip install 'xdlm_hf[{extra}]'\n")

@@ -22,15 +22,18 @@ from xdlm_hf.serving.requests import Defaults, Limits, parse
     "change, message",
     [
         ({"temprature": 1}, "'temprature' is not known; known are block_length"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format is not supported: answers"),
-        ({"guided_grammar": "root ::= x"}, "guided_grammar is not supported: answers cannot be bound"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {}}},
+            "response_format is not supported: constrained",
+        ),
+        ({"guided_grammar": "root ::= x"}, "guided_grammar is not supported: constrained decoding"),
         ({"logprobs": 3}, "logprobs is not supported: log-prob"),
         ({"echo": True}, "echo is not supported"),
         ({"frequency_penalty": 0.5}, "frequency_penalty is not supported: tokens are filled in no fixed order"),
         ({"top_k": 40}, "top_k is not supported: use top_p and a temperature above 0; leave it out or send -1"),
         ({"min_p": 0.1}, "min_p is not supported: use top_p"),
         ({"repetition_penalty": 1.1}, "temperature and top_p; leave it out or send 1."),
-        ({"best_of": 3}, "best_of is not supported: without log-probabilities no answer is the best; use n"),
+        ({"best_of": 3}, "best_of is not supported: there are no log-probabilities to choose by; use n"),
         ({"use_beam_search": True}, "use_beam_search is not supported: use n; leave it out or send false"),
         ({"top_logprobs": False}, "top_logprobs is not supported"),  # false is not 0
         ({"add_special_tokens": False}, "add_special_tokens is not supported"),

@@ -29,7 +29,8 @@ from training import (
 
 from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.data.tokenizer import train_tokenizer
-from xdlm_hf.training.checkpoints import RUN_RECORD, UNFINISHED, check_same_run
+from xdlm_hf.training import checkpoints
+from xdlm_hf.training.checkpoints import RUN_RECORD, UNFINISHED, check_same_run, last_whole_checkpoint
 from xdlm_hf.training.checksums import CHECKSUMS, damage, write_checksums
 from xdlm_hf.training.precision import NonFiniteError
 from xdlm_hf.training.row_noise import TRAIN_ROW, generator_of
@@ -49,7 +50,7 @@ def names(folder):
 @pytest.mark.parametrize(
     ("size", "step", "kept"),
     [
-        (1_000, 3, "there is no earlier checkpoint"),
+        (1_000, 3, "There is no earlier checkpoint"),
         (1_000, 6, "checkpoint-3 is whole: make room and resume from it"),
         (100_000, 6, "checkpoint-3 is whole: make room and resume from it"),
     ],
@@ -64,7 +65,7 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path, size, step, kept):
                 super()._save_checkpoint(model, trial)
 
     run = trainer(tmp_path, kind=FullLater, save_total_limit=1, **SAVES)
-    message = rf"step {step}: the checkpoint could not be written to .*GiB free \(.*\); {kept}"
+    message = rf"step {step}: the checkpoint could not be written to .*GiB are free \(.*\)\. {kept}"
     with pytest.raises(OSError, match=message):
         run.train()
     assert names(tmp_path) == (["checkpoint-3"] if step == 6 else [])
@@ -80,7 +81,7 @@ def test_full_disk_at_the_end_keeps_the_checkpoints(tmp_path):
     run = trainer(tmp_path, **SAVES)
     run.train()
     message = (
-        r"step 8: the model could not be written to .*GiB free \(.*\); checkpoint-8 is whole: make room and resume"
+        r"step 8: the model could not be written to .*GiB are free \(.*\)\. checkpoint-8 is whole: make room and resume"
     )
     with disk_that_takes(1_000), pytest.raises(OSError, match=message):
         run.save_model()
@@ -100,7 +101,10 @@ def test_a_model_is_replaced_by_a_whole_one_or_stays(tmp_path):
     (tmp_path / "model" / UNFINISHED).mkdir()
     (tmp_path / "model" / UNFINISHED / "model.safetensors").write_bytes(b"half")  # of a killed process
     files = names(tmp_path / "model")
-    with disk_that_takes(1_000), pytest.raises(OSError, match="the model could not be written to '.*/model': 0.0 GiB"):
+    with (
+        disk_that_takes(1_000),
+        pytest.raises(OSError, match="the model could not be .*/model'. It needs 0.0 GiB"),
+    ):
         run.save_model(tmp_path / "model")
     assert names(tmp_path / "model") == [name for name in files if name != UNFINISHED]
     assert parameter_gap(LLaDAForDiffusionLM.from_pretrained(tmp_path / "model"), before) == 0
@@ -187,7 +191,7 @@ def test_another_run_is_refused(finished, tmp_path, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataloader_num_workers": 2}, "has readers=1x1, this run 1x2: a stream is dealt out to readers"),
+        ({"dataloader_num_workers": 2}, "has readers=1x1, this run 1x2: a stream is split over readers"),
         ({"stream": {"seed": 1}}, r"has data shuffle=\[0, 16\], this run \[1, 16\]: documents would be seen twice"),
         ({"stream": {"source": {"a.jsonl": [3, 4]}}}, r"has data source=None, this run \{'a\.jsonl': \[3, 4\]\}"),
     ],
@@ -224,7 +228,7 @@ def test_what_may_differ_is_said(finished, tmp_path, caplog):
         "t_eps=0.001, this run 0.01: times are drawn differently",
         "time_sampling=independent, this run stratified: times",
         "noise_seed=7, this run 1: noise is drawn",
-        "learning_rate=0.003, this run 0.001: the former stays in force",
+        "learning_rate=0.003, this run 0.001: the former value stays in force",
     ):
         assert f"checkpoint-8 has {part}" in caplog.text
     assert run.state.log_history[8]["learning_rate"] == 0.003
@@ -233,11 +237,11 @@ def test_what_may_differ_is_said(finished, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optim": "adafactor"}, "has optimizer=adamw_torch.*, this run adafactor: its state means nothing to another"),
-        ({"optim": "lion_32bit"}, "this run lion_32bit: its state"),
-        ({"optim_args": "foo=1"}, "this run adamw_torch.*:foo=1: its state"),
+        ({"optim": "adafactor"}, "has optimizer=adamw_torch.*, this run adafactor: another optimizer cannot use"),
+        ({"optim": "lion_32bit"}, "this run lion_32bit: another optimizer"),
+        ({"optim_args": "foo=1"}, "this run adamw_torch.*:foo=1: another optimizer"),
         ({"dtype": "float64"}, r"has weight_dtype=\['torch.float32'\], this run \['torch.float64'\]: weights and"),
-        ({"lora": {"lora_alpha": 8}}, "has lora lora_alpha=4, this run 8: the adapters' weights would mean another"),
+        ({"lora": {"lora_alpha": 8}}, "has lora lora_alpha=4, this run 8: the adapters' weights would have another"),
         ({"lora": {"r": 4}}, "has lora r=2, this run 4"),
         ({"lora": {"target_modules": ["q_proj"]}}, r"has lora target_modules=\['q_proj', 'v_proj'\], this run"),
         ({"lora": {"use_rslora": True}}, "has lora use_rslora=False, this run True"),
@@ -275,9 +279,9 @@ def adapted(tmp_path_factory):
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler type=constant, this run cosine: the learning rate follows"),
         ({"lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler kwargs a=None, this run 1: the learning rate"),
         ({"max_grad_norm": 0.5}, "max_grad_norm=1.0, this run 0.5: gradients are clipped differently"),
-        ({"adam_beta1": 0.8}, "adam_beta1=0.9, this run 0.8: the former stays in force"),
-        ({"adam_beta2": 0.95}, "adam_beta2=0.999, this run 0.95: the former stays in force"),
-        ({"adam_epsilon": 1e-6}, "adam_epsilon=0.001, this run 1e-06: the former stays in force"),
+        ({"adam_beta1": 0.8}, "adam_beta1=0.9, this run 0.8: the former value stays in force"),
+        ({"adam_beta2": 0.95}, "adam_beta2=0.999, this run 0.95: the former value stays in force"),
+        ({"adam_epsilon": 1e-6}, "adam_epsilon=0.001, this run 1e-06: the former value stays in force"),
         ({"bf16": True}, "precision=as the weights, this run bf16: the network is computed in another"),
         ({"lora": {"lora_dropout": 0.5}}, r"lora_dropout=\[0.0\], this run \[0.5\]: adapters are trained with other"),
     ],
@@ -350,6 +354,16 @@ def test_auto_goes_back_to_the_last_whole_checkpoint_and_says_so(copied, tmp_pat
     assert losses(run) == losses(whole) and parameter_gap(run.model, state(whole.model)) == 0
     assert names(copied) == ["checkpoint-8", "damaged-checkpoint-8"]
     assert damage(copied / "checkpoint-8") == []
+
+
+def test_checksums_are_compared_once(copied, monkeypatch):
+    """By the search for the last whole checkpoint, by whoever searched for it before, or on resuming."""
+    compared = []
+    monkeypatch.setattr(checkpoints, "damage", lambda folder, shared: compared.append(folder.name) or [])
+    found = last_whole_checkpoint(copied)
+    for given, verified in ((found, True), (found, False), (True, False)):
+        trainer(copied, **SAVES).train(resume_from_checkpoint=given, verified=verified)
+    assert compared == ["checkpoint-8"] * 3
 
 
 def test_nothing_is_moved_or_begun_when_every_checkpoint_is_damaged(copied):

@@ -443,9 +443,7 @@ def test_tables_show_every_part():
 def test_16_bit_weights_leave_out_what_has_no_float32_copies():
     """What the trainer would refuse (test_precision.py); adapters are float32 whatever the frozen weights are."""
     assert set(LAYOUTS) - set(layouts(llada_8b())) == {"ddp"}
-    with pytest.raises(
-        ValueError, match="the weights that plan_layout='ddp' would train are bfloat16 and nothing keeps"
-    ):
+    with pytest.raises(ValueError, match="plan_layout='ddp': the trained weights are bfloat16 and nothing keeps"):
         check_fit(llada_8b(), "ddp", 10_000)
     adapted = run_of(model_like("llada_8b", lora=16, dtype=torch.bfloat16))
     assert "ddp" in layouts(adapted) and "ddp" in layouts(run_of(model_like()))

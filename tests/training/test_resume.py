@@ -244,7 +244,7 @@ def test_stream_notices_changed_data(tokenizer):
     *_, (_, place) = itertools.islice(read(TEXTS), 30)
     next(read(TEXTS, place))
     for changed in ([f"x{text}" for text in TEXTS], ["new", *TEXTS], TEXTS[:20]):
-        with pytest.raises(ValueError, match="the data changed: the document where reading should go on is another"):
+        with pytest.raises(ValueError, match="the data changed: the document where reading should resume is another"):
             next(read(changed, place))
 
 

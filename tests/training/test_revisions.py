@@ -205,15 +205,15 @@ def test_a_local_folder_has_no_revision(hub, tmp_path, caplog):
 TWO = """
 import torch
 from accelerate import PartialState
-from xdlm_hf.training.processes import found_by_the_first, end_script
+from xdlm_hf.training.processes import run_on_main_process, end_script
 
 def refuse():
     raise ValueError(f"refused by {rank}")
 
 rank = PartialState(cpu=True).process_index
-found = found_by_the_first(lambda: {"commit": f"seen by {rank}"})
+found = run_on_main_process(lambda: {"commit": f"seen by {rank}"})
 try:
-    found_by_the_first(refuse)
+    run_on_main_process(refuse)
 except ValueError as error:
     print(f"{rank}: {found}, {error}", flush=True)
 end_script()

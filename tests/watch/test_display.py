@@ -5,7 +5,15 @@ import torch
 from rich.console import Console
 
 from xdlm_hf.data.tokenizer import train_tokenizer
-from xdlm_hf.watch.display import TokenPieces, harmless, history_table, step_text, token_bytes, token_changes, visible
+from xdlm_hf.watch.display import (
+    TokenPieces,
+    history_table,
+    step_text,
+    token_bytes,
+    token_changes,
+    visible,
+    without_controls,
+)
 
 MASK = 0
 
@@ -60,7 +68,7 @@ def test_bytes_of_tokens():
 
 def test_nothing_that_a_terminal_obeys_is_shown():
     assert visible("a\x1b[2Jb\r\n\tc") == "a·[2Jb·↵⇥c"
-    assert harmless("a\x1b]0;x\x07\n\tb\x9b") == "a·]0;x·\n\tb·"
+    assert without_controls("a\x1b]0;x\x07\n\tb\x9b") == "a·]0;x·\n\tb·"
 
 
 def test_table_adds_up_what_happens_between_the_steps_shown():

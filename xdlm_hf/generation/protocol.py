@@ -128,8 +128,8 @@ def check_conditioning(model: Any, given: Collection[str], who: str) -> None:
 
 
 def check_trainable(model: Any) -> None:
-    """Raise ValueError for a model whose loss needs more than noisy ids, or whose logits predict the next position."""
-    check_conditioning(model, (), "XDLMTrainer")
+    """Raise ValueError for a model that needs more than noisy ids and times, or predicts the next position."""
+    check_conditioning(model, ("timesteps",), "XDLMTrainer")
     if model.predicts_next:
         raise ValueError(
             f"{type(model).__name__} has predicts_next=True, but XDLMTrainer needs logits that predict the position "
