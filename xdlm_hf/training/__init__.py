@@ -8,6 +8,7 @@ batch_loss      the loss of a noisy batch, fused with the output layer or from l
 places         which row of the run each row of a batch is
 checkpointing  the part of the trainer that saves and resumes
 checkpoints    atomic checkpoints and resume checks
+ema            average of the weights, for evaluation and the final model
 checksums      whether a checkpoint is what was written
 preemption     SIGTERM, and checkpoints by the clock
 metrics        loss by kind of token and by time, its standard error, speed

@@ -31,6 +31,7 @@ from .checkpoints import (
     whole_model,
 )
 from .checksums import write_checksums
+from .ema import ExponentialMovingAverage, named_in_config
 from .precision import NonFiniteError, first_of, non_finite_weights
 from .preemption import Preempted, SaveOnRequest
 
@@ -56,6 +57,9 @@ class CheckpointingTrainer(Trainer):
         self._optimizer_given = None if optimizers[0] is None else type(optimizers[0]).__name__
         self._save_on_request = SaveOnRequest(args.save_seconds, self._all_sum, args.device)
         self.add_callback(self._save_on_request)
+        self.ema = None if args.ema_decay is None else ExponentialMovingAverage(args.ema_decay)
+        if self.ema is not None:
+            self.add_callback(self.ema)
 
     def get_train_dataloader(self) -> DataLoader:
         """As in `Trainer`, except that a `PackedStream`, sharded by itself, is not sharded a second time."""
@@ -99,6 +103,8 @@ class CheckpointingTrainer(Trainer):
         if not resume_from_checkpoint:
             refuse_other_run(self.args.output_dir)
             self._stream_position = StreamPosition()
+            if self.ema is not None:
+                self.ema.reset()
             return super().train(**kwargs)
         checkpoint, shared = resume_from_checkpoint, not self.args.save_on_each_node
         if checkpoint is True:
@@ -108,6 +114,8 @@ class CheckpointingTrainer(Trainer):
         checkpoint = Path(checkpoint)
         reshards = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         check_same_run(checkpoint, self._run_record(), reshards, shared, self.args.accept_repaired_data)
+        if self.ema is not None:
+            self.ema.load(checkpoint, self._unwrapped())
         if not isinstance(self.train_dataset, PackedStream):
             return super().train(resume_from_checkpoint=str(checkpoint), **kwargs)
         path = checkpoint / f"stream_state_{self.args.process_index}.json"
@@ -140,24 +148,36 @@ class CheckpointingTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`; one whole safetensors model under FSDP too, whose checkpoints hold a part per process.
 
+        With `ema_decay` the model is the average of the weights, and its config says so.
+
         Raises:
             OSError: If it cannot be written; the folder and the checkpoints stay as they are.
             NonFiniteError: If a weight is not finite; they stay as they are too.
         """
         if self._saving:  # part of a checkpoint
             return super().save_model(output_dir, _internal_call)
-        self._check_weights()
-        run_dir = Path(self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        run_dir, model = Path(self.args.output_dir), self._unwrapped()
         needs = model_bytes(model, trained_only=hasattr(model, "peft_config"))
-        with whole_model(
-            Path(output_dir or run_dir), run_dir, self.state.global_step, needs, self.args.should_save
-        ) as unfinished:
-            self.accelerator.wait_for_everyone()
-            self._save_whole_model(str(unfinished))
-            self.accelerator.wait_for_everyone()
+        with self.averaged_weights(), self._average_named(model.config):
+            self._check_weights()
+            with whole_model(
+                Path(output_dir or run_dir), run_dir, self.state.global_step, needs, self.args.should_save
+            ) as unfinished:
+                self.accelerator.wait_for_everyone()
+                self._save_whole_model(str(unfinished))
+                self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _unwrapped(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """With `ema_decay`, the average in place of the weights inside the block; else nothing."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.applied(self._unwrapped())
+
+    def _average_named(self, config: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.ema is None else named_in_config(config, self.ema.decay)
 
     def _save_whole_model(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -173,7 +193,7 @@ class CheckpointingTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As in `Trainer`; beside an adapter also the noise, which else only the whole model's config would know."""
         super()._save(output_dir, state_dict)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self._unwrapped()
         if self.args.should_save and hasattr(model, "peft_config"):
             save_noise(model.config, output_dir or self.args.output_dir)
 
@@ -183,7 +203,7 @@ class CheckpointingTrainer(Trainer):
         Raises:
             NonFiniteError: Naming the step and the parameters.
         """
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self._unwrapped()
         bad = non_finite_weights(model, lambda flags: self._all_sum(flags.to(self.args.device)))
         if bad:
             last = last_checkpoint(self.args.output_dir)
@@ -198,11 +218,12 @@ class CheckpointingTrainer(Trainer):
         stream = isinstance(data, PackedStream)
         fingerprint = getattr(data, "fingerprint", None) or {"rows": len(data) if has_length(data) else None}
         plain = ("mixing_ratio", "noise_schedule", "t_eps", "time_sampling", "random_length_probability")
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self._unwrapped()
         return {
             **{name: getattr(args, name) for name in plain},
             **optimization_record(args, model, self._optimizer_given),
             "noise_seed": args.noise_seed,
+            "ema_decay": args.ema_decay,
             "seed": None if stream else args.seed if args.data_seed is None else args.data_seed,
             "global_batch_size": self.get_total_train_batch_size(args),
             "world_size": args.world_size,
@@ -256,6 +277,8 @@ class CheckpointingTrainer(Trainer):
         if isinstance(self.train_dataset, PackedStream):
             position = json.dumps(self._stream_position.as_json())
             (unfinished / f"stream_state_{self.args.process_index}.json").write_text(position, encoding="utf-8")
+        if self.ema is not None and self.args.should_save:
+            self.ema.save(unfinished)
         best = self.state.best_global_step
         if best:  # the Trainer looked for it beside the unfinished one
             folder = run_dir / f"checkpoint-{best}"

@@ -6,6 +6,7 @@ the config, without which nothing loads them, is the last. Beside what Transform
 
     xdlm_run.json          what the run is, compared on resuming (`check_same_run`)
     stream_state_R.json    for a stream: where each reader of rank R stands
+    ema.safetensors        with `ema_decay`: the average of the weights (`ema`)
     checksums.json         size and CRC-32 of every other file, compared on resuming
 
 All are JSON. Optimizer and random states are the Trainer's `.pt` files, which it reads with `weights_only=True`:
@@ -49,6 +50,7 @@ _REFUSED = {
     "optimizer": "its state means nothing to another one",
     "weight_dtype": "weights and optimizer state would be rounded to another precision",
     "lora": "the adapters' weights would mean another change of the model",
+    "ema_decay": "the average of the weights would mix two decays, or start in the middle",
 }
 # What may, with a warning.
 _ALLOWED = {
@@ -68,7 +70,7 @@ _ALLOWED = {
     "world_size": "the same rows and the same noise, but sums are rounded in another order and dropout is drawn anew",
 }
 # What records that were written before there was such an option would say; others are not compared.
-_BEFORE = {"random_length_probability": 0.0}
+_BEFORE = {"random_length_probability": 0.0, "ema_decay": None}
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
