@@ -10,35 +10,31 @@ real text: with `--corpus` the same number of held-out rows is scored beside the
 
 Sampling is exact by default. `--reference_compat` draws as the released code did for the published values: on its grid
 of times, with float32 noise (UDLM: float64) and one pass more than `--steps` says. A report says which one it used.
-
-A folder of a checkpoint with `ema.safetensors` is read with that average in the place of its weights.
 """
 
 import argparse
 import json
 import math
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xdlm_hf.data.corpora import CORPORA, corpus_rows, find_corpus, load_corpus
 from xdlm_hf.data.readers import load_documents
-from xdlm_hf.data.text8 import text8_tokenizer
-from xdlm_hf.data.tokenizer import check_tokenizer
-from xdlm_hf.data.wrapping import set_boundary_tokens
-from xdlm_hf.diffusion.gidd import GIDDProcess
-from xdlm_hf.evaluation.manifest import content_sha, hardware, hub_commit
 from xdlm_hf.evaluation.published_text import published_samples
 from xdlm_hf.evaluation.text_judges import NGRAM, CausalJudge, Judge, NgramJudge, entropies, perplexity
-from xdlm_hf.generation.protocol import default_mixing_ratio, length_limit
-from xdlm_hf.loading import DTYPES, load_weights, read_config, read_tokenizer
-from xdlm_hf.training.ema import EMA_FILE, apply_saved_average
+from xdlm_hf.evaluation.text_models import (
+    add_model_options,
+    check_positive,
+    device_of,
+    identity,
+    load_text_model,
+    value_with_error,
+)
 
 EXACT = "exact"
 RELEASED = "reference_compat: the released grid and noise (float32, UDLM float64), one pass more than steps"
@@ -59,26 +55,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="xdlm-gen-ppl", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_model_options(parser)
     add = parser.add_argument
-    add("--model", required=True, help="folder or Hub name of a diffusion language model")
-    add("--tokenizer", help="folder or Hub name, or text8; default: the model's")
     add("--steps", type=int, nargs="+", default=[8, 16, 32, 64, 128], help="sampling steps, one cell for each")
     add("--samples", type=int, default=5000, help="samples for each number of steps")
-    add("--length", type=int, help="tokens of a sample; default: the model's limit")
     add("--judge", default=JUDGE, help=f"folder or Hub name of a causal model, or {NGRAM}FILE; default: {JUDGE}")
     add("--ngram_order", type=int, default=6, help="longest n-gram of an n-gram judge")
     add("--corpus", choices=CORPORA, help="what the model was trained on: held-out text and published values beside")
     add("--corpus_files", nargs="+", help="local files with the corpus' held-out text")
     add("--text_column", help="column of the text in those files")
-    add("--mixing_ratio", type=float, help="k of the sampler; default: the model's")
     add("--reference_compat", action="store_true", help="draw as the released code did")
     add("--generate", type=json.loads, default={}, help='further options of generate() as JSON, {"sampler": ...}')
     add("--seed", type=int, default=0, help="of the samples")
     add("--batch_size", type=int, default=16, help="samples drawn together")
     add("--judge_batch_size", type=int, default=8, help="samples judged together")
-    add("--dtype", default="auto", choices=DTYPES, help="of the model's weights; the judge is in float32")
-    add("--device", default="auto", help="auto, cpu, cuda:0, ...")
-    add("--trained_weights", action="store_true", help=f"the weights of a checkpoint, not their average ({EMA_FILE})")
     add("--output", type=Path, help="JSON file for the report")
     add("--save_texts", type=Path, help="JSONL file for the samples")
     return parser
@@ -99,11 +89,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             not there or is a diffusion model, or options of generation do not go together.
     """
     check_options(options)
-    device = _device(options.device)
-    judge = load_judge(options, device)
-    model, tokenizer, average = load(options, device)
-    length = options.length or length_limit(model.config)
-    report = {**describe(options, model, length, average), "judge": judge.description, "held_out": None, "cells": []}
+    judge = load_judge(options)
+    model, tokenizer, average = load_text_model(options, options.reference_compat)
+    report = {
+        **identity(options, model, average),
+        "samples": options.samples,
+        "seed": options.seed,
+        "sampling": RELEASED if options.reference_compat else EXACT,
+        "generate": {"sampler": "ancestral", **options.generate},
+        "judge": judge.description,
+        "held_out": None,
+        "cells": [],
+    }
+    length = report["length"]
     if options.corpus is not None:
         rows = held_out_rows(options, tokenizer, length)
         figures, _ = judged(judge, tokenizer, rows, length)
@@ -123,13 +121,7 @@ def check_options(options: argparse.Namespace) -> None:
     Raises:
         ValueError: Naming the option.
     """
-    for name in ("samples", "length", "batch_size", "judge_batch_size", "ngram_order"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1.")
-    for steps in options.steps:
-        if steps < 1:
-            raise ValueError(f"--steps {steps} must be at least 1.")
+    check_positive(options, "samples", "steps", "length", "batch_size", "judge_batch_size", "ngram_order")
     if not isinstance(options.generate, dict):
         raise ValueError(f"--generate {options.generate!r} must be a JSON object of options of generate().")
     for name in ("corpus_files", "text_column"):
@@ -140,18 +132,14 @@ def check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}.")
 
 
-def _device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def load_judge(options: argparse.Namespace, device: torch.device) -> Judge:
+def load_judge(options: argparse.Namespace) -> Judge:
     """The judge, which is read once.
 
     Raises:
         ValueError: If it cannot be read.
     """
     if not options.judge.startswith(NGRAM):
-        return CausalJudge(options.judge, device, options.judge_batch_size)
+        return CausalJudge(options.judge, device_of(options.device), options.judge_batch_size)
     file = options.judge.removeprefix(NGRAM)
     if options.corpus is None:
         documents = load_documents(data_files=[file])
@@ -159,49 +147,6 @@ def load_judge(options: argparse.Namespace, device: torch.device) -> Judge:
         splits = find_corpus(options.corpus)[0].splits
         documents = load_corpus(options.corpus, "train" if "train" in splits else None, data_files=[file])
     return NgramJudge((row["text"] for row in documents), options.ngram_order, file)
-
-
-def load(options: argparse.Namespace, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """Model, tokenizer, and whether the weights are the average that a checkpoint holds."""
-    config = read_config(options.model)
-    source = options.tokenizer or options.model
-    tokenizer = text8_tokenizer() if source == "text8" else read_tokenizer(source)
-    if tokenizer.eos_token is None:  # BERT's
-        set_boundary_tokens(tokenizer, released=options.reference_compat)
-    check_tokenizer(tokenizer, config)
-    length = options.length or length_limit(config)
-    if length > length_limit(config):
-        raise ValueError(f"--length {length} exceeds the model's limit of {length_limit(config)} tokens.")
-    model = load_weights(options.model, dtype=options.dtype)
-    average = not options.trained_weights and apply_saved_average(model, options.model)
-    return model.to(device).eval(), tokenizer, average
-
-
-def describe(options: argparse.Namespace, model: PreTrainedModel, length: int, average: bool) -> dict[str, Any]:
-    """What was measured and how, without the results."""
-    k = default_mixing_ratio(model.config) if options.mixing_ratio is None else options.mixing_ratio
-    return {
-        "model": options.model,
-        "model_sha": content_sha(options.model, hub_commit(options.model, None, "config.json")),
-        "weights": f"the average in {EMA_FILE}" if average else "as saved",
-        "row": row_name(model, k),
-        "mixing_ratio": k,
-        "length": length,
-        "samples": options.samples,
-        "seed": options.seed,
-        "sampling": RELEASED if options.reference_compat else EXACT,
-        "generate": {"sampler": "ancestral", **options.generate},
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "hardware": hardware(model.device),
-        "versions": {"python": platform.python_version(), "transformers": transformers.__version__},
-    }
-
-
-def row_name(model: Any, k: float) -> str:
-    """Name of the model in the paper's tables."""
-    if isinstance(model.noise_process(), GIDDProcess):
-        return "GIDD"
-    return {0.0: "MDLM", 1.0: "UDLM"}.get(float(k), f"XDLM k={k:g}")
 
 
 def held_out_rows(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
@@ -285,11 +230,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _figures(cell: dict[str, Any]) -> list[str]:
-    found = []
-    for name, digits in (("perplexity", 2), ("entropy", 3)):
-        error = cell.get(f"{name}_standard_error")
-        found.append(f"{cell[name]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}"))
-    return found
+    return [value_with_error(cell, "perplexity", 2), value_with_error(cell, "entropy", 3)]
 
 
 if __name__ == "__main__":

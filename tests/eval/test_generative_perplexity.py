@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.evaluation import generative_perplexity, published_text
-from xdlm_hf.evaluation.generative_perplexity import EXACT, main, row_name
+from xdlm_hf.evaluation.generative_perplexity import EXACT, main
 from xdlm_hf.evaluation.published_text import published_samples
 from xdlm_hf.evaluation.text_judges import CausalJudge, NgramJudge, entropies, perplexity
+from xdlm_hf.evaluation.text_models import row_name
 from xdlm_hf.training.ema import EMA_FILE, ExponentialMovingAverage
 
 LENGTH = 16
@@ -209,6 +210,7 @@ BAD = [
     (["--tokenizer", "text8"], "the tokenizer's mask token|output layer"),
     (["--corpus", "lm1b", "--corpus_files", "{root}/none.txt"], "matches no file"),
     (["--generate", "[1]"], "must be a JSON object"),
+    (["--device", "abacus"], "--device abacus is not known"),
 ]
 
 

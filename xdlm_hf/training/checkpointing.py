@@ -60,6 +60,7 @@ class CheckpointingTrainer(Trainer):
         self.ema = None if args.ema_decay is None else ExponentialMovingAverage(args.ema_decay)
         if self.ema is not None:
             self.add_callback(self.ema)
+        vars(self._unwrapped().config).pop("ema_decay", None)  # says it of the average that this run starts from
 
     def get_train_dataloader(self) -> DataLoader:
         """As in `Trainer`, except that a `PackedStream`, sharded by itself, is not sharded a second time."""

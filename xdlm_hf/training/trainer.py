@@ -128,7 +128,6 @@ class XDLMTrainer(CheckpointingTrainer):
         self.metrics = _metrics(model, args)
         model.config.mixing_ratio = args.mixing_ratio
         model.config.noise_schedule = args.noise_schedule
-        vars(model.config).pop("ema_decay", None)  # of the average that training starts from, and is to leave
         super().__init__(
             model=model,
             args=args,
