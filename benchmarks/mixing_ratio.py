@@ -4,23 +4,19 @@
 
 Each model starts from the same random weights and sees the same rows in the same order, with the demo's recipe and text
 (recipes/demo.py). As in the paper, samples are scored by perplexity and entropy; perplexity is that of a trigram model
-(Witten-Bell, from nltk) of the training text, because no large language model is available offline. A low perplexity is
-good only if the entropy stays near that of the text, which the last row gives.
+of the training text's tokens (`eval/ngram.py`), because no large language model is available offline. A low perplexity
+is good only if the entropy stays near that of the text, which the last row gives.
 """
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
-from nltk.lm import WittenBellInterpolated
-from nltk.lm.preprocessing import padded_everygram_pipeline
-from nltk.util import ngrams
 from rich.console import Console
 from rich.table import Table
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
@@ -28,6 +24,8 @@ import demo  # noqa: E402
 
 from xdlm_hf.data.packing import PackedDataset  # noqa: E402
 from xdlm_hf.data.readers import hold_out, python_reference_documents  # noqa: E402
+from xdlm_hf.evaluation.ngram import WittenBell  # noqa: E402
+from xdlm_hf.evaluation.text_judges import entropies, perplexity  # noqa: E402
 
 MIXING_RATIOS = (0.0, 0.1, 1.0)
 STEPS = (8, 32)
@@ -45,11 +43,11 @@ def main() -> None:
         train(folder, k, options.steps)
     tokenizer = AutoTokenizer.from_pretrained(folder / "random")
     documents, held_out = hold_out(python_reference_documents(), 0.05)
-    judge = Trigrams(PackedDataset(documents, tokenizer, LENGTH))
+    training_rows = PackedDataset(documents, tokenizer, LENGTH)
+    judge = WittenBell((row["input_ids"].numpy() for row in training_rows), ORDER, len(tokenizer))
     rows = [measure(folder / name(k), judge) for k in MIXING_RATIOS]
-    text = judge.report(
-        torch.stack([row["input_ids"] for row in list(PackedDataset(held_out, tokenizer, LENGTH))[:SAMPLES]])
-    )
+    held_out_rows = PackedDataset(held_out, tokenizer, LENGTH, max_rows=SAMPLES)
+    text = judged(judge, torch.stack([row["input_ids"] for row in held_out_rows]))
     (folder / "report.json").write_text(json.dumps({"models": rows, "held_out_text": text}, indent=2) + "\n")
     show(rows, text, options.steps)
 
@@ -65,38 +63,19 @@ def train(folder: Path, k: float, steps: int) -> None:
     demo.run([*command, "--max_steps", str(steps), "--nelbo_samples", "16"])
 
 
-class Trigrams:
-    """Witten-Bell trigram model of token ids, which scores rows of ids, (B, L)."""
-
-    def __init__(self, rows: PackedDataset):
-        sequences = [[str(i) for i in row["input_ids"].tolist()] for row in tqdm(rows, desc="judge: reading")]
-        self.model = WittenBellInterpolated(ORDER)
-        self.model.fit(*padded_everygram_pipeline(ORDER, sequences))
-
-    def report(self, ids: torch.Tensor) -> dict[str, float]:
-        """Perplexity per token with its standard error over rows, and the mean entropy of a row's tokens in nats."""
-        nats = torch.tensor([self._nats(row) for row in tqdm(ids.tolist(), desc="judge: scoring")], dtype=torch.float64)
-        perplexity = nats.mean().exp().item()
-        shares = [row.unique(return_counts=True)[1] / ids.shape[1] for row in ids]
-        entropy = sum(-(share * share.log()).sum().item() for share in shares) / len(ids)
-        return {
-            "perplexity": perplexity,
-            "perplexity_standard_error": perplexity * nats.std().item() / math.sqrt(len(ids)),
-            "entropy": entropy,
-        }
-
-    def _nats(self, row: list[int]) -> float:
-        grams = list(ngrams([str(i) for i in row], ORDER))
-        return -sum(math.log(max(self.model.score(gram[-1], gram[:-1]), 1e-9)) for gram in grams) / len(grams)
+def judged(judge: WittenBell, ids: torch.Tensor) -> dict[str, float]:
+    """Perplexity per token of rows (B, L) with its standard error, and the mean entropy of a row's tokens in nats."""
+    nats = np.array([-row.sum() for row in judge.log_probabilities(ids.tolist())])
+    return {**perplexity(nats, np.full(len(ids), float(ids.shape[1]))), "entropy": entropies(ids).mean().item()}
 
 
-def measure(folder: Path, judge: Trigrams) -> dict:
+def measure(folder: Path, judge: WittenBell) -> dict:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     figures = {"k": model.config.mixing_ratio, **demo.training_figures(folder.parent, [folder.name])[folder.name]}
     for steps in STEPS:
         options = {"steps": steps, "max_new_tokens": LENGTH, "sampler": "ancestral", "eos_token_id": [], "seed": 0}
         ids = model.generate(num_return_sequences=SAMPLES, **options)
-        figures[f"{steps} steps"] = judge.report(ids)
+        figures[f"{steps} steps"] = judged(judge, ids)
     return figures
 
 
@@ -118,9 +97,9 @@ def show(rows: list[dict], text: dict, steps: int) -> None:
     Console().print(table)
 
 
-def cells(judged: dict[str, float]) -> tuple[str, str]:
-    perplexity = f"{judged['perplexity']:.1f} ± {judged['perplexity_standard_error']:.1f}"
-    return perplexity, f"{judged['entropy']:.2f}"
+def cells(figures: dict[str, float]) -> tuple[str, str]:
+    judged_as = f"{figures['perplexity']:.1f} ± {figures['perplexity_standard_error']:.1f}"
+    return judged_as, f"{figures['entropy']:.2f}"
 
 
 if __name__ == "__main__":

@@ -107,6 +107,7 @@ def planned_run(
         checkpointing=bool(args.activation_checkpointing),
         fused_loss=args.fused_loss is not False,
         chunk_size=args.loss_chunk_size,
+        average=args.ema_decay is not None,
     )
     return run, model, optimizer is not None
 

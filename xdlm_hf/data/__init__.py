@@ -5,6 +5,10 @@ tokenizer      special tokens, training, checks
 packing        rows of one length
 source_files   local files of a stream, and their changes between runs
 stream         rows packed while documents are read, with a resumable state
+wrapping       rows with boundary tokens, and the released cutting
+detokenizers   benchmark text back to plain text
+text8          its parts and its character tokenizer
+corpora        the paper's corpora, from the Hub or local files
 conversations  chat templates, prompts and answers as rows
 collator       rows to batches
 """

@@ -8,6 +8,7 @@ batch_loss     the loss of a noisy batch, fused with the output layer or from lo
 places         which row of the run each row of a batch is
 checkpointing  the trainer's base class, which saves and resumes
 checkpoints    atomic checkpoints and resume checks
+ema            average of the weights, for evaluation and the final model
 checksums      checksums of a checkpoint's files
 preemption     checkpoints on SIGTERM and at time intervals
 metrics        logged figures: loss by kind of token and by time, its standard error, speed

@@ -36,6 +36,8 @@ class XDLMTrainingArguments(TrainingArguments):
         loss_chunk_size (`int`, *optional*): Tokens per chunk of the fused loss; its own default otherwise.
         peak_tflops (`float`, *optional*): Peak TFLOP/s of one device, for the logged utilisation; by default from
             a table of GPUs, and none for others.
+        ema_decay (`float`, *optional*): Keep an exponential moving average of the weights with this decay, in [0, 1)
+            (0.9999 in the paper's from-scratch runs); evaluation and the final model use it. See `ema`.
         save_seconds (`float`, *optional*): Write a checkpoint at the end of a step when so many seconds have passed
             since the last one, in addition to `save_strategy`.
         accept_repaired_data (`bool`, *optional*, defaults to `False`): Resume a stream although local files of it were
@@ -70,6 +72,9 @@ class XDLMTrainingArguments(TrainingArguments):
     loss_chunk_size: int | None = field(default=None, metadata={"help": "Tokens per chunk of the fused loss."})
     peak_tflops: float | None = field(
         default=None, metadata={"help": "TFLOP/s of one device at best, for the logged utilisation; default: a table."}
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Decay of an average of the weights, for evaluation and the final model."}
     )
     save_seconds: float | None = field(
         default=None, metadata={"help": "A checkpoint at least every so many seconds, in addition to save_strategy."}
@@ -140,6 +145,13 @@ class XDLMTrainingArguments(TrainingArguments):
             raise ValueError(f"max_grad_norm={self.max_grad_norm} must not be negative; 0 does not clip.")
         if self.save_seconds is not None and not 0 < self.save_seconds < math.inf:
             raise ValueError(f"save_seconds={self.save_seconds} must be positive and finite; leave it out for none.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1); the paper's runs use 0.9999.")
+        if self.ema_decay is not None and self.load_best_model_at_end:
+            raise ValueError(
+                f"load_best_model_at_end=True loads weights, and ema_decay={self.ema_decay} evaluates their average: "
+                "leave one of the two out."
+            )
         if self.enable_jit_checkpoint:
             raise ValueError(
                 "enable_jit_checkpoint=True writes into checkpoints that are already complete; leave it out: SIGTERM "

@@ -31,6 +31,7 @@ from .checkpoints import (
     whole_model,
 )
 from .checksums import write_checksums
+from .ema import ExponentialMovingAverage, named_in_config
 from .precision import NonFiniteError, first_of, non_finite_weights
 from .preemption import Preempted, SaveOnRequest
 
@@ -56,6 +57,10 @@ class CheckpointingTrainer(Trainer):
         self._optimizer_given = None if optimizers[0] is None else type(optimizers[0]).__name__
         self._save_on_request = SaveOnRequest(args.save_seconds, self._all_sum, args.device)
         self.add_callback(self._save_on_request)
+        self.ema = None if args.ema_decay is None else ExponentialMovingAverage(args.ema_decay)
+        if self.ema is not None:
+            self.add_callback(self.ema)
+        vars(self._unwrapped_model().config).pop("ema_decay", None)  # of the average that this run starts from
 
     def get_train_dataloader(self) -> DataLoader:
         """As in `Trainer`, except that a `PackedStream`, sharded by itself, is not sharded a second time."""
@@ -104,6 +109,8 @@ class CheckpointingTrainer(Trainer):
         if not resume_from_checkpoint:
             refuse_other_run(self.args.output_dir)
             self._stream_position = StreamPosition()
+            if self.ema is not None:
+                self.ema.reset()
             return super().train(**kwargs)
         checkpoint, shared = resume_from_checkpoint, not self.args.save_on_each_node
         if checkpoint is True:
@@ -113,6 +120,8 @@ class CheckpointingTrainer(Trainer):
         checkpoint = Path(checkpoint)
         reshards = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         check_same_run(checkpoint, self._run_record(), reshards, shared, self.args.accept_repaired_data, verified)
+        if self.ema is not None:
+            self.ema.load(checkpoint, self._unwrapped_model())
         if not isinstance(self.train_dataset, PackedStream):
             return super().train(resume_from_checkpoint=str(checkpoint), **kwargs)
         path = checkpoint / f"stream_state_{self.args.process_index}.json"
@@ -145,13 +154,14 @@ class CheckpointingTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`; under FSDP too one whole safetensors model, unlike in checkpoints.
 
+        With `ema_decay` the model is the average of the weights, and its config says so.
+
         Raises:
             OSError: If it cannot be written; the folder and the checkpoints are not changed.
             NonFiniteError: If a weight is not finite; nothing is changed either.
         """
         if self._saving:  # part of a checkpoint
             return super().save_model(output_dir, _internal_call)
-        self._check_weights()
         run_dir = Path(self.args.output_dir)
         model = self._unwrapped_model()
         folder, needs = Path(output_dir or run_dir), model_bytes(model, trained_only=hasattr(model, "peft_config"))
@@ -159,12 +169,21 @@ class CheckpointingTrainer(Trainer):
             f"step {self.state.global_step}: the model could not be written to {str(folder)!r}. It needs "
             f"{needs / 2**30:.1f} GiB."
         )
-        with whole_model(folder, run_dir, message, self.args.should_save) as unfinished:
-            self.accelerator.wait_for_everyone()
-            self._save_whole_model(str(unfinished))
-            self.accelerator.wait_for_everyone()
+        with self.averaged_weights(), self._average_named(model.config):
+            self._check_weights()
+            with whole_model(folder, run_dir, message, self.args.should_save) as unfinished:
+                self.accelerator.wait_for_everyone()
+                self._save_whole_model(str(unfinished))
+                self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """With `ema_decay`, the average in place of the weights inside the block; else nothing."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.applied(self._unwrapped_model())
+
+    def _average_named(self, config: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.ema is None else named_in_config(config, self.ema.decay)
 
     def _save_whole_model(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -210,6 +229,7 @@ class CheckpointingTrainer(Trainer):
             **{name: getattr(args, name) for name in plain},
             **optimization_record(args, model, self._optimizer_given),
             "noise_seed": args.noise_seed,
+            "ema_decay": args.ema_decay,
             "seed": None if stream else args.seed if args.data_seed is None else args.data_seed,
             "global_batch_size": self.get_total_train_batch_size(args),
             "world_size": args.world_size,
@@ -265,6 +285,8 @@ class CheckpointingTrainer(Trainer):
         if isinstance(self.train_dataset, PackedStream):
             position = json.dumps(self._stream_position.as_json())
             (unfinished / f"stream_state_{self.args.process_index}.json").write_text(position, encoding="utf-8")
+        if self.ema is not None and self.args.should_save:
+            self.ema.save(unfinished)
         best = self.state.best_global_step
         if best:  # the Trainer looked for it in the unfinished folder
             folder = run_dir / f"checkpoint-{best}"

@@ -6,6 +6,7 @@ without which they cannot be loaded. Besides the files of Transformers' Trainer,
 
     xdlm_run.json          record of the run, compared on resuming (`check_same_run`)
     stream_state_R.json    for a stream: position of each reader of rank R
+    ema.safetensors        with `ema_decay`: the average of the weights (`ema`)
     checksums.json         size and CRC-32 of every other file, compared on resuming
 
 All are JSON. Optimizer and random states are the Trainer's `.pt` files, which it reads with `weights_only=True`, so
@@ -49,6 +50,7 @@ _REFUSED = {
     "optimizer": "another optimizer cannot use its state",
     "weight_dtype": "weights and optimizer state would be rounded to another precision",
     "lora": "the adapters' weights would have another effect",
+    "ema_decay": "the average of the weights would mix two decays, or start in the middle",
 }
 # Differences that are allowed with a warning.
 _ALLOWED = {
@@ -68,7 +70,7 @@ _ALLOWED = {
     "world_size": "the same rows and the same noise, but sums are rounded in another order and dropout is drawn anew",
 }
 # Values for records that are older than an option; other missing ones are not compared.
-_BEFORE = {"random_length_probability": 0.0}
+_BEFORE = {"random_length_probability": 0.0, "ema_decay": None}
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:

@@ -7,7 +7,8 @@ bytes of a saved weight and s bytes of an element's optimizer states, a checkpoi
     zero1, zero2    2 w (P + Z) + (4 + s) P       weights twice, as a model and in DeepSpeed's own form; float32 copies
     zero3           w (P + Z) + (4 + s) P         DeepSpeed's own form has no second copy
 
-and with adapters the adapters' weights alone. Tokenizer, log and random states are left out.
+and with adapters the adapters' weights alone. An average of the weights (`ema_decay`) adds 4 P. Tokenizer, log and
+random states are left out.
 """
 
 import math
@@ -52,6 +53,7 @@ def planned_disk(run: Run, layout: Layout, saves: int, limit: int | None, weight
     """
     kept = min(saves, limit or saves)
     checkpoint = _weight_bytes(run, layout) if weights_only else checkpoint_bytes(run, layout)
+    checkpoint += 4 * run.counts.trainable * run.average
     return Disk(checkpoint, min(saves, kept + 1), kept, final_bytes(run, layout))
 
 

@@ -35,6 +35,7 @@ from .arguments import XDLMTrainingArguments
 from .batch_loss import uses_fused_loss, weighted_loss
 from .checkpointing import CheckpointingTrainer
 from .checkpoints import last_checkpoint
+from .ema import check_ema
 from .metrics import TrainingMetrics, flops_per_token, peak_tflops
 from .nelbo import evaluation_noise, nelbo_metrics
 from .optimizers import check_offload
@@ -69,7 +70,8 @@ class XDLMTrainer(CheckpointingTrainer):
 
     `evaluate()` reports, under the usual prefix: `loss`, the NELBO in nats per token; `loss_standard_error` over rows
     (conservative: noise levels are stratified); `perplexity` = exp(NELBO) and `perplexity_standard_error`; `tokens`.
-    It depends on the noise seed and the data, not on batch size or the number of processes.
+    It depends on the noise seed and the data, not on batch size or the number of processes. With `ema_decay` it is the
+    NELBO of the averaged weights, also during training, and the logged training loss that of the weights themselves.
 
     Training logs the figures of `metrics`. A loss or gradient that is not finite stops the run with an error that names
     step, rows and times. Weights are checked before each save, so that no checkpoint and no model holds a NaN.
@@ -117,6 +119,7 @@ class XDLMTrainer(CheckpointingTrainer):
             check_tokenizer(processing_class, model.config)
         check_layout(args, train_dataset)
         check_trained_weights(model, args.deepspeed_plugin)
+        check_ema(model, args)
         if optimizers[0] is None:
             check_offload(args)
         self._fused = uses_fused_loss(model, args.fused_loss)
@@ -288,7 +291,7 @@ class XDLMTrainer(CheckpointingTrainer):
         if not has_length(dataloader.dataset):
             raise ValueError("the NELBO needs a dataset with a length: use PackedDataset(..., max_rows=...).")
         self._eval_batches = 0
-        with self.metrics.paused():
+        with self.metrics.paused(), self.averaged_weights():
             return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def prediction_step(

@@ -1,0 +1,184 @@
+"""Exponential moving average (EMA) of the trained weights, which from-scratch runs evaluate and publish.
+
+After the n-th optimizer step, with d = `ema_decay`,
+
+    average <- d_n average + (1 - d_n) weights,      d_n = min(d, (1 + n) / (10 + n))
+
+in float32, from an average that starts at the initial weights. Steps that a loss scaler skips do not count. Training
+goes on with the weights themselves. Evaluation uses the average, and so does the final model, whose config says so
+(`ema_decay`). A checkpoint holds both: the weights as its model, the average in `ema.safetensors`.
+
+The average is whole in every process: ZeRO-3 and FSDP, which spread the weights, are refused. Where trained weights are
+in 16 bits (ZeRO-1 and 2 keep float32 copies of them), the average is still kept in float32.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+logger = logging.getLogger(__name__)
+EMA_FILE = "ema.safetensors"
+
+
+def check_ema(model: nn.Module, args: TrainingArguments) -> None:
+    """Refuse an average where it cannot be kept; nothing to check if none is asked for.
+
+    Raises:
+        ValueError: For adapters, and for weights that are spread over processes.
+    """
+    decay = getattr(args, "ema_decay", None)
+    if decay is None:
+        return
+    if hasattr(model, "peft_config"):
+        raise ValueError(f"ema_decay={decay} averages a whole model, not adapters: leave out one of the two.")
+    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError(
+            f"ema_decay={decay} needs whole weights in every process, which ZeRO-3 and FSDP spread: use zero2.yaml or "
+            "plain data parallelism."
+        )
+
+
+class ExponentialMovingAverage(TrainerCallback):
+    """The average of a run's trained weights, updated after each optimizer step.
+
+    Args:
+        decay: d, in [0, 1).
+
+    Raises:
+        ValueError: If it is not.
+    """
+
+    def __init__(self, decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay={decay} must lie in [0, 1); the paper's runs use 0.9999.")
+        self.decay = decay
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the average: the next run starts from its initial weights."""
+        self.updates = 0
+        self._average: dict[str, Tensor] = {}
+
+    def start(self, model: nn.Module) -> None:
+        """Begin at the weights, or put an average that was read where they are."""
+        weights = _trained(model)
+        if not self._average:
+            self._average = {name: p.detach().to(torch.float32, copy=True) for name, p in weights.items()}
+        self._average = {name: self._average[name].to(p.device) for name, p in weights.items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights after an optimizer step."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        weights = [parameter.detach().float() for parameter in _trained(model).values()]
+        torch._foreach_lerp_(list(self._average.values()), weights, 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The average in place of the weights, which are put back bit for bit, also after an error.
+
+        Takes a copy of the weights for its time. Before the first step of a run the two are the same, and nothing is
+        done.
+        """
+        if not self._average:
+            yield
+            return
+        weights = _trained(model)
+        before = {name: parameter.detach().clone() for name, parameter in weights.items()}
+        try:
+            _fill(weights, self._average)
+            yield
+        finally:
+            _fill(weights, before)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `ema.safetensors`: the average by parameter name, with decay and number of updates."""
+        tensors = {name: tensor.contiguous() for name, tensor in self._average.items()}
+        save_file(tensors, Path(folder) / EMA_FILE, {"ema_decay": repr(self.decay), "updates": str(self.updates)})
+
+    def load(self, checkpoint: str | Path, model: nn.Module) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            checkpoint: Its folder.
+            model: The model that is going to be trained; its weights are only compared by name and shape.
+
+        Raises:
+            ValueError: If the checkpoint has no average, or that of another model.
+        """
+        average, settings = _read(Path(checkpoint), _trained(model))
+        self._average, self.updates = average, int(settings["updates"])
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.start(model)
+
+    def on_step_end(self, args, state, control, model, optimizer, **kwargs):
+        if not getattr(optimizer, "step_was_skipped", False):
+            self.update(model)
+
+
+def apply_saved_average(model: nn.Module, checkpoint: str | Path) -> bool:
+    """Put a checkpoint's average in the place of a model's weights.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        ValueError: If it belongs to another model.
+    """
+    if not (Path(checkpoint) / EMA_FILE).is_file():
+        return False
+    weights = _trained(model)
+    _fill(weights, _read(Path(checkpoint), weights)[0])
+    return True
+
+
+@contextlib.contextmanager
+def named_in_config(config: Any, decay: float) -> Iterator[None]:
+    """For what is saved inside, let the config say that the weights are an average with this decay."""
+    config.ema_decay = decay
+    try:
+        yield
+    finally:
+        del config.ema_decay
+
+
+def _read(checkpoint: Path, weights: dict[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    path = checkpoint / EMA_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{checkpoint.name} has no {EMA_FILE}, the average of its weights: restore it, or start a new run from the "
+            "checkpoint's weights (model_name_or_path)."
+        )
+    with safe_open(path, "pt") as file:
+        average = {name: file.get_tensor(name) for name in file.keys()}
+        settings = file.metadata()
+    shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (average, weights)]
+    if shapes[0] != shapes[1]:
+        name = next(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+        raise ValueError(
+            f"{path} is the average of another model: {name} has shape {shapes[0].get(name)} there, "
+            f"{shapes[1].get(name)} here."
+        )
+    return average, settings
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def _fill(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, parameter in weights.items():
+        parameter.copy_(values[name])
