@@ -8,33 +8,37 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.utils import ModelOutput
 
-Reduction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Takes hidden states (B, n, D), weight (N, D) and, where the layer has one, bias (N,).
+Reduction = Callable[..., tuple[Tensor, Tensor]]
 
 
 class OutputLayer(nn.Linear):
-    """Linear layer without bias; with `reduction`, returns `reduction(hidden, weight)` and makes no logits.
+    """Linear layer; with `reduction`, returns `reduction(hidden, weight[, bias])` and makes no logits.
 
     The reduction runs inside the layer's own forward, because DDP, FSDP and ZeRO-3 gather weights and reduce gradients
     in hooks on module calls: outside of them ZeRO-3's weight is an empty shard.
     """
 
-    def __init__(self, in_features: int, out_features: int, **options):
-        super().__init__(in_features, out_features, bias=False, **options)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, **options):
+        super().__init__(in_features, out_features, bias=bias, **options)
 
     @classmethod
     def around(cls, layer: nn.Module) -> nn.Module:
-        """A plain `nn.Linear` without bias as an output layer that shares its weight; any other module as it is."""
-        if type(layer) is not nn.Linear or layer.bias is not None:
+        """A plain `nn.Linear` as an output layer that shares its weight and bias; any other module as it is."""
+        if type(layer) is not nn.Linear:
             return layer
-        ours = cls(layer.in_features, layer.out_features, device="meta")
-        ours.weight = layer.weight
+        ours = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        ours.weight, ours.bias = layer.weight, layer.bias
         return ours
 
     def forward(self, hidden: Tensor, reduction: Reduction | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, n, N) of hidden states (B, n, D), or the two tensors that `reduction` makes of them."""
-        return super().forward(hidden) if reduction is None else reduction(hidden, self.weight)
+        if reduction is None:
+            return super().forward(hidden)
+        return reduction(hidden, self.weight) if self.bias is None else reduction(hidden, self.weight, self.bias)
 
 
 @dataclass
@@ -51,3 +55,25 @@ class ReducedOutput(ModelOutput):
     token_losses: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def run_output_layer(
+    head: nn.Module, hidden: Tensor, reduction: Reduction | None, outputs: BaseModelOutput
+) -> MaskedLMOutput | ReducedOutput:
+    """Output of a network: logits of hidden states (B, n, D), or what the reduction makes of them.
+
+    Args:
+        head: The output layer.
+        hidden: Last hidden states, at the positions whose logits are wanted.
+        reduction: In place of logits, or None.
+        outputs: Of the backbone, with the hidden states and attentions that were asked for.
+
+    Raises:
+        ValueError: If the output layer was replaced by one that takes no reduction.
+    """
+    captured = outputs.hidden_states, outputs.attentions
+    if reduction is None:
+        return MaskedLMOutput(None, head(hidden), *captured)
+    if not isinstance(head, OutputLayer):
+        raise ValueError(f"output_reduction needs an OutputLayer, and the output layer is {head}: leave it out.")
+    return ReducedOutput(*head(hidden, reduction=reduction), *captured)

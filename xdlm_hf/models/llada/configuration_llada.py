@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ...diffusion.schedules import get_schedule
+from ..network_inputs import refuse_copying_code
 
 # Options of the format that change the network and that no public checkpoint uses: field -> values this code computes.
 # A field that the file leaves out reads as None.
@@ -210,19 +211,6 @@ class LLaDAConfig(PreTrainedConfig):
                         f"{field}={token_id} is not a row of the embedding, which has {self.embedding_size}; "
                         "give the tokenizer's id, or raise vocab_size and embedding_size."
                     )
-
-
-def refuse_copying_code(cls: type) -> None:
-    """Refuse Transformers' way to save a model with its code, which copies the files of one folder alone.
-
-    Raises:
-        ValueError: For a class of this package; code that was loaded from the Hub stands in one folder already.
-    """
-    if not cls.__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
-        raise ValueError(
-            f"{cls.__name__}.register_for_auto_class would save a part of the model's code; "
-            "use xdlm_hf.export_for_hub(model, folder)."
-        )
 
 
 def _refuse_unsupported(values: dict) -> None:

@@ -1,0 +1,64 @@
+"""Checks of what a network's `forward` is given, and of what its class is asked to save.
+
+Shapes: B batch, L length, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, TransformersKwargs
+
+
+def refuse_unknown_arguments(name: str, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for arguments that `forward` does not have.
+
+    Transformers models swallow any keyword; a misspelt mask or an ignored `labels` is a silent wrong result.
+
+    Args:
+        name: Of the model family, for the message.
+        kwargs: What is left of the call's keywords.
+    """
+    for argument, value in kwargs.items():
+        if argument == "labels" and value is not None:
+            raise ValueError(
+                "labels are not used: the diffusion loss needs the noise level too. "
+                "Train with XDLMTrainer, or call xdlm_hf.diffusion_loss on the logits."
+            )
+        # use_cache=False, past_key_values=None and the like ask for nothing.
+        if argument not in TransformersKwargs.__annotations__ and value is not None and value is not False:
+            raise ValueError(f"unknown argument {argument!r}: {name}'s forward does not take it; remove it.")
+
+
+def check_text(input_ids: Tensor | None, inputs_embeds: Tensor | None, logits_to_keep: int | Tensor = 0) -> None:
+    """Raise ValueError unless exactly one of ids (B, L) and embeddings (B, L, D) is there and the count can be kept."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("pass exactly one of input_ids (B, L) and inputs_embeds (B, L, D).")
+    if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep={logits_to_keep} is negative; it counts positions from the end.")
+
+
+def text_positions(position_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+    """The positions given, or 0..L-1 as (1, L)."""
+    if position_ids is not None:
+        return position_ids
+    return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+
+
+def check_rows_hold_mask(rows: int | None, mask_token_id: int | None) -> None:
+    """Raise ValueError if an embedding of so many rows (None: as many as it has) would have none for [MASK]."""
+    if rows is not None and mask_token_id is not None and rows <= mask_token_id:
+        raise ValueError(f"{rows} rows would cut off mask_token_id={mask_token_id}; keep at least {mask_token_id + 1}.")
+
+
+def refuse_copying_code(cls: type) -> None:
+    """Refuse Transformers' way to save a model with its code, which copies the files of one folder alone.
+
+    Raises:
+        ValueError: For a class of this package; code that was loaded from the Hub stands in one folder already.
+    """
+    if not cls.__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+        raise ValueError(
+            f"{cls.__name__}.register_for_auto_class would save a part of the model's code; "
+            "use xdlm_hf.export_for_hub(model, folder)."
+        )
