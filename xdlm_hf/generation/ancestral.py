@@ -74,7 +74,9 @@ class AncestralSampler(Sampler):
         step = self.process.reverse_step(canvas.ids, s.to(canvas.ids.device), t.to(canvas.ids.device))
         draw = begin_step(canvas.ids, step, self.generator)
         draw = replace(
-            draw, most=torch.where(canvas.generated, draw.most, 0.0), needs_p=draw.needs_p & canvas.generated
+            draw,
+            leave_bound=torch.where(canvas.generated, draw.leave_bound, 0.0),
+            needs_p=draw.needs_p & canvas.generated,
         )
         return Request(i, mask=draw.needs_p, t=t.item(), draw=draw)
 
