@@ -1,20 +1,26 @@
 """A second model, which is not LLaDA: what the package asks of a network, and what it refuses to run."""
 
+import math
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from lm_eval.api.instance import Instance
 from torch import nn
-from training import MASK, VOCAB, documents_and_tokenizer, tiny_model, trainer
+from training import MASK, VOCAB, documents_and_tokenizer, parameter_gap, state, tiny_model, trainer
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from xdlm_hf import LLaDAForDiffusionLM
+from xdlm_hf.diffusion.gidd import GIDDProcess
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
 from xdlm_hf.evaluation.likelihood import Pair, log_likelihoods
 from xdlm_hf.generation.generate import XDLMGenerationMixin
 from xdlm_hf.generation.protocol import length_limit, logits_at, runs_in_parts
 from xdlm_hf.loading import load
 from xdlm_hf.models.registry import MODEL_FAMILIES, register_family
+from xdlm_hf.training.adapters import NOISE_FILE, save_noise
+from xdlm_hf.training.batch_loss import weighted_loss
 from xdlm_hf.training.metrics import flops_per_token
 
 IDS = torch.tensor([[7, 8, 9, 10], [11, 12, 13, 14]])
@@ -107,6 +113,56 @@ def test_training(tmp_path):
     assert flops_per_token(run.model, 12) == 6 * 16 * VOCAB + 12 * 16 * 12
 
 
+class MixedOverTime:
+    """A model whose noise is GIDD's: the one method that training asks for."""
+
+    def noise_process(self, mixing_ratio=None, noise_schedule=None, mask_token_id=None):
+        return GIDDProcess(VOCAB, MASK, p_uniform=0.2)
+
+
+class SecondWithGIDD(MixedOverTime, Second):
+    pass
+
+
+class LLaDAWithGIDD(MixedOverTime, LLaDAForDiffusionLM):
+    pass
+
+
+def noisy_batches(run):
+    """The batches of a first optimizer step."""
+    run.accelerator.gradient_state._set_sync_gradients(True)
+    return run.get_batch_samples(iter(run.get_train_dataloader()), 1, "cpu")[0]
+
+
+@pytest.mark.parametrize("model_class", [SecondWithGIDD, LLaDAWithGIDD])
+def test_training_with_noise_that_is_not_stationary(tmp_path, model_class):
+    """The loss is that of the process on the same rows, from logits and fused; the NELBO is finite."""
+    model = second(model_class) if model_class is SecondWithGIDD else model_class(tiny_model().config)
+    run = trainer(tmp_path, model=model, max_steps=2, eval_rows=8, t_eps=1e-2)
+    assert run._fused == (model_class is LLaDAWithGIDD)
+    (batch,) = noisy_batches(run)
+    wrong = batch["noise_mask"] & (batch["z_t"] != batch["input_ids"]) & (batch["z_t"] != MASK)
+    assert wrong.any() and (batch["z_t"] == MASK).any()
+    logits = model(batch["z_t"], attention_mask=batch.get("attention_mask")).logits
+    expected = model.noise_process().loss(logits, batch["input_ids"], batch["z_t"], batch["t"])
+    gradients = []
+    for fused in (False, run._fused):
+        total, losses = weighted_loss(model, run.process, batch, fused)
+        torch.testing.assert_close(losses, expected.detach(), rtol=1e-5, atol=1e-5)
+        gradients += torch.autograd.grad(total, model.get_output_embeddings().weight)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    weights = batch["token_weights"]
+    assert run.compute_loss(model, batch).item() == pytest.approx(((weights * expected).sum() / weights.sum()).item())
+    before = state(model)
+    run.train()
+    assert parameter_gap(model, before) > 1e-4
+    assert math.isfinite(run.evaluate()["eval_loss"])
+    if model_class is SecondWithGIDD:  # no k is stored that the noise does not have, neither here nor beside an adapter
+        assert not hasattr(model.config, "mixing_ratio") and not hasattr(model.config, "noise_schedule")
+        save_noise(model.config, tmp_path)
+        assert not (tmp_path / NOISE_FILE).exists()
+
+
 def test_evaluation(tmp_path, registered):
     """Loaded by name, as any checkpoint: answers, likelihoods, and what is refused by its length."""
     _, tokenizer = documents_and_tokenizer()
@@ -172,6 +228,22 @@ def test_a_network_that_takes_times_is_given_them():
     assert [sigma.tolist() for sigma in model.seen] == [pytest.approx([value] * 2) for value in expected]
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_training_of_a_network_that_takes_times(tmp_path, schedule):
+    """It is given sigma_t = -log alpha_t of each row's own t, on the run's schedule, in training and in evaluation."""
+    run = trainer(tmp_path, model=second(Timed), noise_schedule=schedule, max_steps=2, eval_rows=4, nelbo_samples=2)
+    (batch,) = noisy_batches(run)
+    expected = run.process.alpha(batch["t"]).log().neg().float()
+    run.compute_loss(run.model, batch)
+    assert run.model.seen[-1].equal(expected) and expected.unique().numel() == len(batch["t"])
+    run.train()
+    run.model.seen = []
+    assert math.isfinite(run.evaluate()["eval_loss"])
+    sigma = torch.stack(run.model.seen)  # two draws of each row, one in each half of time
+    half = -run.process.alpha(torch.tensor(0.5, dtype=torch.float64)).log().item()
+    assert sigma.shape == (2, 4) and ((sigma > half).sum(0) == 1).all()
+
+
 @pytest.mark.parametrize("k", [0.0, 0.3])
 def test_likelihoods_of_a_network_that_takes_times(k):
     """Each draw with its own time, whatever the batches."""
@@ -224,11 +296,11 @@ def test_a_cache_needs_full_attention_and_logits_in_place(member, value):
         model.generate(IDS, steps=4, max_new_tokens=8, use_cache="dual")
 
 
-def test_likelihood_and_training_refuse_labels_and_times(tmp_path):
+def test_likelihood_and_training_refuse_labels(tmp_path):
     with pytest.raises(ValueError, match="Labelled takes class_labels, and a likelihood gives none"):
         next(log_likelihoods(second(Labelled), [Pair((7,), (8,))], 4, 2))
-    with pytest.raises(ValueError, match="Timed takes timesteps, and XDLMTrainer gives none"):
-        trainer(tmp_path, model=second(Timed))
+    with pytest.raises(ValueError, match="Labelled takes class_labels, and XDLMTrainer gives none"):
+        trainer(tmp_path, model=second(Labelled))
     model = second()
     model.predicts_next = True
     with pytest.raises(ValueError, match="Second has predicts_next=True, and XDLMTrainer reads"):

@@ -135,8 +135,8 @@ def check_conditioning(model: Any, given: Collection[str], who: str) -> None:
 
 
 def check_trainable(model: Any) -> None:
-    """Raise ValueError for a model that the loss cannot be computed for from noisy ids alone."""
-    check_conditioning(model, (), "XDLMTrainer")
+    """Raise ValueError for a model whose loss needs more than noisy ids and times."""
+    check_conditioning(model, ("timesteps",), "XDLMTrainer")
     if model.predicts_next:
         raise ValueError(
             f"{type(model).__name__} has predicts_next=True, and XDLMTrainer reads logits as being about the position "

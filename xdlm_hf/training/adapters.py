@@ -48,7 +48,12 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float, dropout: float
 
 
 def save_noise(config: PreTrainedConfig, folder: str | Path) -> None:
-    """Write the noise of a config beside an adapter: `{"mixing_ratio": k, "noise_schedule": name}`."""
+    """Write the noise of a config beside an adapter: `{"mixing_ratio": k, "noise_schedule": name}`.
+
+    Nothing is written for a config without these fields: its model's noise has no k.
+    """
+    if not all(hasattr(config, name) for name in _NOISE_FIELDS):
+        return
     noise = {name: getattr(config, name) for name in _NOISE_FIELDS}
     Path(folder, NOISE_FILE).write_text(json.dumps(noise, indent=2) + "\n", encoding="utf-8")
 

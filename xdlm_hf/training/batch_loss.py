@@ -67,16 +67,16 @@ def weighted_loss(
     Args:
         model: The network, wrapped or not.
         process: The noise.
-        batch: `input_ids` and `z_t` (B, L), `t` (B,), `token_weights` (B, L) and perhaps `attention_mask`.
+        batch: `input_ids` and `z_t` (B, L), `t` (B,), `token_weights` (B, L); `attention_mask` (B, L) and `timesteps`
+            (B,) if the network is to have them.
         fused: Whether to fuse the loss with the output layer.
         chunk_size: Tokens per chunk of the fused loss; None for its default.
 
     Returns:
         The sum in nats, which carries the gradient, and the losses (B, L) in nats, detached.
     """
-    network_inputs = {"input_ids": batch["z_t"]}
-    if "attention_mask" in batch:
-        network_inputs["attention_mask"] = batch["attention_mask"]
+    optional = {name: batch[name] for name in ("attention_mask", "timesteps") if name in batch}
+    network_inputs = {"input_ids": batch["z_t"], **optional}
     if fused:
         outputs = model(**network_inputs, output_reduction=FusedLoss(process, batch, chunk_size))
         return outputs.loss, outputs.token_losses

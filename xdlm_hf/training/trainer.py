@@ -29,9 +29,7 @@ from transformers.trainer_utils import has_length
 from ..data.collator import DiffusionCollator
 from ..data.stream import PackedStream
 from ..data.tokenizer import check_tokenizer
-from ..diffusion.noise import NoiseKernel
-from ..diffusion.process import StationaryProcess
-from ..diffusion.schedules import get_schedule
+from ..diffusion.process import NoiseProcess, StationaryProcess
 from ..generation.protocol import check_trainable
 from .arguments import XDLMTrainingArguments
 from .batch_loss import uses_fused_loss, weighted_loss
@@ -78,8 +76,10 @@ class XDLMTrainer(CheckpointingTrainer):
     Checkpoints are whole or absent, and resuming repeats the uninterrupted run bit for bit; see `checkpoints`.
 
     Args:
-        model: A `DiffusionModel` or a peft model around it. Its config is given the run's `mixing_ratio` and
-            `noise_schedule`, so that checkpoints know them.
+        model: A `DiffusionModel` or a peft model around it. It trains with the noise of its
+            `noise_process(mixing_ratio, noise_schedule)`; where that is a `StationaryProcess`, both are stored in its
+            config. Another process, such as a `GIDDProcess`, has its own parameters and ignores them. A model with
+            "timesteps" in `conditioning` is given `model.timesteps(t)`.
         args: The run.
         data_collator: By default a `DiffusionCollator` with the tokenizer's, else the model's padding id.
         train_dataset: Rows with `input_ids`: a `PackedDataset`, a `PackedStream` (built for this rank, repeating;
@@ -89,10 +89,10 @@ class XDLMTrainer(CheckpointingTrainer):
         callbacks, optimizers: As in `Trainer`.
 
     Raises:
-        ValueError: If k < 1 and the model has no mask token, the tokenizer does not belong to the model, several GPUs
-            are visible to one process, a data-loading option would move rows to other places, trained weights are in 16
-            bits without float32 copies (`precision`), an optimizer other than AdamW is to be in main memory, or the
-            fused loss is asked for where it cannot be used.
+        ValueError: If k < 1 and the model has no mask token, the model needs class labels, the tokenizer does not
+            belong to the model, several GPUs are visible to one process, a data-loading option would move rows to other
+            places, trained weights are in 16 bits without float32 copies (`precision`), an optimizer other than AdamW
+            is to be in main memory, or the fused loss is asked for where it cannot be used.
     """
 
     def __init__(
@@ -109,8 +109,10 @@ class XDLMTrainer(CheckpointingTrainer):
         if not isinstance(args, XDLMTrainingArguments):
             raise ValueError(f"args must be XDLMTrainingArguments, got {type(args).__name__}.")
         check_trainable(model)
-        kernel = model.noise_kernel(args.mixing_ratio)
-        self.process = StationaryProcess(kernel, get_schedule(args.noise_schedule))
+        self.process: NoiseProcess = model.noise_process(args.mixing_ratio, args.noise_schedule)
+        # The same at all times.
+        self._absorbing_ids = self.process.noise(torch.ones(1, 1, dtype=torch.float64)).absorbing_ids
+        self._timesteps = model.timesteps if "timesteps" in model.conditioning else None
         stratified = args.time_sampling == "stratified"
         self.row_noise = RowNoise(self.process, args.noise_seed, args.t_eps, stratified, args.random_length_probability)
         if processing_class is not None:
@@ -121,10 +123,12 @@ class XDLMTrainer(CheckpointingTrainer):
             check_offload(args)
         self._fused = uses_fused_loss(model, args.fused_loss)
         if data_collator is None:
-            data_collator = _collator(kernel, processing_class, model.config)
+            mask_token_id = self.process.mask_token_id if self._absorbing_ids else None
+            data_collator = _collator(mask_token_id, processing_class, model.config)
         self.metrics = _metrics(model, args)
-        model.config.mixing_ratio = args.mixing_ratio
-        model.config.noise_schedule = args.noise_schedule
+        if isinstance(self.process, StationaryProcess):  # other noise has no k and no schedule to store
+            model.config.mixing_ratio = args.mixing_ratio
+            model.config.noise_schedule = args.noise_schedule
         super().__init__(
             model=model,
             args=args,
@@ -215,6 +219,8 @@ class XDLMTrainer(CheckpointingTrainer):
     # Objective
 
     def _weighted_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if self._timesteps is not None:
+            inputs = {**inputs, "timesteps": self._timesteps(inputs["t"])}
         return weighted_loss(model, self.process, inputs, self._fused, self.args.loss_chunk_size)
 
     def compute_loss(
@@ -232,7 +238,7 @@ class XDLMTrainer(CheckpointingTrainer):
         total, losses = self._weighted_loss(model, inputs)
         self._check_finite(inputs, losses)
         x_0, z_t, t, weights = (inputs[name] for name in ("input_ids", "z_t", "t", "token_weights"))
-        self.metrics.add(x_0, z_t, t, weights, losses, self.process.kernel.absorbing_ids)
+        self.metrics.add(x_0, z_t, t, weights, losses, self._absorbing_ids)
         if num_items_in_batch is None:
             loss = total / weights.sum()
         else:
@@ -326,14 +332,14 @@ def _metrics(model: nn.Module, args: XDLMTrainingArguments) -> TrainingMetrics:
     )
 
 
-def _collator(kernel: NoiseKernel, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> DiffusionCollator:
-    """Pads with the tokenizer's, else the model's padding id; refuses [MASK] as text unless no token absorbs (k = 1).
+def _collator(mask_token_id: int | None, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> DiffusionCollator:
+    """Pads with the tokenizer's, else the model's padding id; refuses the mask id in the text, if there is one.
 
     Any padding id will do where there is none: padding is neither attended to, noised nor scored.
     """
     candidates = (getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None))
     pad_token_id = next((token_id for token_id in candidates if token_id is not None), 0)
-    return DiffusionCollator(pad_token_id, kernel.mask_token_id if kernel.absorbing_ids else None)
+    return DiffusionCollator(pad_token_id, mask_token_id)
 
 
 def _rows(indices: Iterable[int], times: Iterable[float]) -> str:
