@@ -223,12 +223,13 @@ def test_the_noise_of_a_gidd_config():
     process = model.noise_process()
     assert isinstance(process, GIDDProcess) and (process.p_uniform, process.mask_token_id) == (0.2, 39)
     assert model.config.noise_schedule is None
-    for options in ({"mixing_ratio": 0.1}, {"noise_schedule": "linear"}):
-        with pytest.raises(ValueError, match=f"{next(iter(options))}=.* asks for noise that does not change with time"):
-            model.noise_process(**options)
-    with pytest.raises(ValueError, match="noise_process='gidd'|changes with time"):
+    with pytest.raises(ValueError, match="GIDDProcess.* changes with time and has no one kernel; use noise_process"):
         model.noise_kernel()
     assert model.generate(steps=4, max_new_tokens=8, seed=0).shape == (1, 8)
+    with pytest.raises(ValueError, match=r"mixing_ratio=0.1: the noise of GIDDProcess\(.* changes with time"):
+        model.generate(steps=4, max_new_tokens=8, mixing_ratio=0.1)
+    # There it is the budget of edits.
+    assert model.generate(steps=4, max_new_tokens=8, mixing_ratio=0.1, sampler="confidence").shape == (1, 8)
 
 
 def test_noise_levels_of_times():

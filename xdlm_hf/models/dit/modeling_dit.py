@@ -419,20 +419,10 @@ class DiTForDiffusionLM(XDLMGenerationMixin, DiTPreTrainedModel):
     def noise_process(
         self, mixing_ratio: float | None = None, noise_schedule: str | None = None, mask_token_id: int | None = None
     ) -> NoiseProcess:
-        """The noise that the model was trained with; see [`DiffusionModel`].
-
-        Raises:
-            ValueError: Also if a GIDD model is asked for noise that does not change with time.
-        """
+        """The noise that the model was trained with; see [`DiffusionModel`]. GIDD's has neither k nor a schedule."""
         config = self.config
         if config.noise_process == "stationary":
             return super().noise_process(mixing_ratio, noise_schedule, mask_token_id)
-        for name, value in (("mixing_ratio", mixing_ratio), ("noise_schedule", noise_schedule)):
-            if value:
-                raise ValueError(
-                    f"{name}={value!r} asks for noise that does not change with time, and the noise of "
-                    "noise_process='gidd' does; leave it out."
-                )
         mask = config.mask_token_id if mask_token_id is None else mask_token_id
         return GIDDProcess(config.vocab_size, mask, config.p_uniform)
 
