@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "watch": set(),
     "loading": {"data", "models"},
     "serving": {"generation", "data", "watch", "loading"},
-    "hub": {"generation", "models"},
+    "hub": {"diffusion", "generation", "models"},
 }
 LIBRARY = sorted((ROOT / "xdlm_hf").rglob("*.py"))
 MODULES = [path for path in LIBRARY if path.stem != "__init__"]
