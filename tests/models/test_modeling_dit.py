@@ -213,6 +213,8 @@ def test_impossible_configs_are_refused(family, options, message):
 def test_keyword_overrides_are_checked_too():
     with pytest.raises(ValueError, match="mixing_ratio=2.0"):
         AutoConfig.from_pretrained(FIXTURE, mixing_ratio=2.0)
+    config = AutoConfig.from_pretrained(FIXTURE, noise_process="gidd", vocab_size=64, hidden_size=60)
+    assert (config.noise_schedule, config.mask_token_id, config.hidden_dim) == (None, 63, 60)
 
 
 # --- noise and times ------------------------------------------------------------------------------------------------

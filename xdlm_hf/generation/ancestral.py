@@ -59,10 +59,13 @@ class AncestralSampler(Sampler):
 
     def begin(self, ids: Tensor, generated: Tensor, holes: Tensor | None = None) -> Canvas:
         """The positions that may change hold a draw from the prior; `holes` mean nothing here."""
-        prior = self.process.sample_prior(tuple(ids.shape), self.generator, ids.device)
+        prior = self._prior(tuple(ids.shape), ids.device)
         nothing = torch.zeros_like(generated)
         zeros = torch.zeros_like(ids[:, 0])
         return Canvas(torch.where(generated, prior, ids), nothing, generated, zeros, zeros, zeros.bool())
+
+    def _prior(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return self.process.sample_prior(shape, self.generator, device)
 
     def request(self, canvas: Canvas, i: int) -> Request:
         """Draws all of the step that does not depend on p, and asks for the positions where p decides.

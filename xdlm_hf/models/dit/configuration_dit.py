@@ -104,10 +104,10 @@ class DiTConfig(PreTrainedConfig):
             family = formats.get(config_dict.get("model_type"))
             if family is not None:
                 return family.from_dict(config_dict, **kwargs)
-        loaded = super().from_dict(config_dict, **kwargs)
-        # Keyword overrides are set after construction: check them too.
-        (loaded[0] if isinstance(loaded, tuple) else loaded).validate_dit()
-        return loaded
+        # Overrides go in before construction, so that what follows from them is derived, and all is checked.
+        fields = {*DiTConfig.__annotations__, *cls.__annotations__, *cls.attribute_map}
+        overrides = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
