@@ -8,8 +8,8 @@ Everything that the released code does otherwise than the exact samplers is in t
     guidance             the unconditional text hides every token that was not [MASK] at the start, padding included;
                          both texts are one batch, and their logits are combined in their own dtype
     padding              is masked in attention, but counted in positions; nothing becomes padding after end-of-text
-    ancestral sampler    T + 1 passes on the release's time grid, log-linear schedule whatever the config says; the dense
-                         posterior is drawn with Gumbel noise
+    ancestral sampler    T + 1 passes on the release's time grid and log-linear schedule; the dense posterior is drawn
+                         with Gumbel noise
 
 At temperature 0 the confidence sampler gives the released tokens wherever the network gives the released logits, on the
 same kind of device: a GPU's `torch.topk` breaks ties in another way than a CPU's.
