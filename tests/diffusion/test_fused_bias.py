@@ -50,7 +50,7 @@ def test_fused_equals_plain(k, chunk_size):
 
 @pytest.mark.parametrize("wanted", [w for n in (1, 2) for w in itertools.combinations(range(3), n)])
 def test_any_part_may_be_frozen(wanted):
-    for dtype in (F64, BF16):
+    for dtype in (F64, BF16, torch.float16):
         setting = draw(0.1, dtype)
         ours = total_and_gradients(*setting, fused=True, wanted=wanted, chunk_size=6)
         plain = total_and_gradients(*setting, fused=False, wanted=wanted)

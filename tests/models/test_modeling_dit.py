@@ -427,7 +427,10 @@ def test_constants_follow_the_weights():
     def rounded(model):
         model.to(torch.bfloat16).to(torch.float64)
 
-    for change in (step, load, in_place, replaced, data, rounded):
+    def applied(model):  # in place, and unknown to the weights
+        model._apply(lambda weight: weight.data.mul_(1.1))
+
+    for change in (step, load, in_place, replaced, data, rounded, applied):
         model = random_model(num_classes=2).double()
         with torch.no_grad():
             before = maps_run(model)[1]
@@ -441,14 +444,13 @@ def test_constants_follow_the_weights():
 @torch.no_grad()
 def test_constants_are_not_saved_and_follow_autocast(tmp_path):
     model = random_model()
-    model(IDS)
-    model.save_pretrained(tmp_path)
-    assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
     with torch.autocast("cpu", torch.bfloat16):
         low = model(IDS).logits
         assert difference(low, copy.deepcopy(model)(IDS).logits) < 0.1
     assert model(IDS).logits.dtype == torch.float32 != low.dtype
     assert difference(model(IDS).logits, copy.deepcopy(model)(IDS).logits) < 1e-5
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
 
 
 # --- generation's defaults ------------------------------------------------------------------------------------------
