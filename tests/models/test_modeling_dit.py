@@ -151,6 +151,7 @@ def test_the_three_formats(tmp_path, model_type, extra, k, timed, mask):
     config = json.loads((FIXTURE / "config.json").read_text())
     del config["time_conditioning"]
     config |= {"model_type": model_type, "auto_map": {"AutoConfig": "configuration_x.XConfig"}, **extra}
+    config |= {"return_dict": False, "tie_word_embeddings": True, "use_cache": False}  # Transformers' own
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     for source in (AutoModelForCausalLM, AutoModel, DiTForDiffusionLM):
         model = source.from_pretrained(tmp_path / "model")
@@ -163,9 +164,12 @@ def test_the_three_formats(tmp_path, model_type, extra, k, timed, mask):
     assert saved["model_type"] == model_type and all(saved[name] == value for name, value in extra.items())
     assert "auto_map" not in saved
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert again.get_output_embeddings().weight is not again.get_input_embeddings().weight
     times = {"timesteps": EXPECTED["sigma"]} if timed else {}
     wanted = EXPECTED["logits_sigma" if timed else "logits_sigma_zero"]
     assert difference(again(EXPECTED["zt"], **times).logits, wanted) < 1e-5
+    logits, *_ = again(EXPECTED["zt"], **times, return_dict=False)
+    assert difference(logits, wanted) < 1e-5
     assert again.generate(steps=2, max_new_tokens=8, seed=0).shape == (1, 8)
 
 

@@ -92,9 +92,10 @@ class DiTConfig(PreTrainedConfig):
         if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
             # It names code files of the folder it was read from; saved elsewhere, it would point at nothing.
             kwargs.pop("auto_map", None)
-        # Written into some files by Transformers; the format never ties.
-        kwargs["tie_word_embeddings"] = False
         super().__post_init__(**kwargs)
+        # Files may hold Transformers' own fields: the format never ties, and whether a call returns a tuple is the
+        # call's to say, not the checkpoint's.
+        self.tie_word_embeddings, self.return_dict = False, True
         self.validate_dit()
 
     @classmethod
