@@ -1,29 +1,40 @@
-"""Scoring with lm-evaluation-harness: the model adapter, the command line, the tasks and the sandbox.
+"""Scoring with lm-evaluation-harness, and perplexities of text models.
 
-cli                   `xdlm-eval`: lm-eval's command line with checks before the model is loaded
-arguments             arguments of the model, checked without its weights
-adapter               the lm-eval model `xdlm`
-checkpoint            model, tokenizer and padding
-batches               sizes of batches
-generation_requests   generated answers
-likelihood_requests   likelihood bounds in batches
-likelihood            Monte Carlo estimate of the bound (Eq. 15)
-distributed           collective operations between processes
-protocols             rules for prompts, stops, extraction and equality
-opencompass           OpenCompass's rules
-rows                  rows of the tasks from local files or the Hub
-tasks                 task files of the benchmarks
-equality              equality of LaTeX answers, with a time limit
-sandbox               runs programs that a model wrote
-judge                 the processes inside the sandbox
-confinement           restrictions that these processes put on themselves
-values                values as plain data, between these processes
-evalplus              EvalPlus's comparison of outputs
-oracle                the lm-eval model `xdlm-oracle`, which gives the benchmarks' own answers
-manifest              commits, hashes and hardware, for the results
-table16               reproduces the paper's Table 16, cell by cell
-published             the published scores of Table 16
-rescore               scores stored answers by another protocol
+With lm-evaluation-harness: the model adapter, the command line, the tasks and the sandbox.
+
+cli                    `xdlm-eval`: lm-eval's command line with checks before the model is loaded
+arguments              arguments of the model, checked without its weights
+adapter                the lm-eval model `xdlm`
+checkpoint             model, tokenizer and padding
+batches                sizes of batches
+generation_requests    generated answers
+likelihood_requests    likelihood bounds in batches
+likelihood             Monte Carlo estimate of the bound (Eq. 15)
+distributed            collective operations between processes
+protocols              rules for prompts, stops, extraction and equality
+opencompass            OpenCompass's rules
+rows                   rows of the tasks from local files or the Hub
+tasks                  task files of the benchmarks
+equality               equality of LaTeX answers, with a time limit
+sandbox                runs programs that a model wrote
+judge                  the processes inside the sandbox
+confinement            restrictions that these processes put on themselves
+values                 values as plain data, between these processes
+evalplus               EvalPlus's comparison of outputs
+oracle                 the lm-eval model `xdlm-oracle`, which gives the benchmarks' own answers
+manifest               commits, hashes and hardware, for the results
+table16                reproduces the paper's Table 16, cell by cell
+published              the published scores of Table 16
+rescore                scores stored answers by another protocol
+
+Perplexities:
+
+text_models            options, loading and description of a model for the two commands below
+perplexity             `xdlm-perplexity`: bounds on validation and zero-shot sets
+generative_perplexity  `xdlm-gen-ppl`: samples of a model, scored by a judge
+text_judges            judges of generated text: causal or n-gram language models
+ngram                  n-gram model with Witten-Bell smoothing
+published_text         the published text results (Tables 7 to 11 and 18)
 
 This folder is installed as `xdlm_hf.evaluation` (`package_dir` in setup.cfg), so that adapter and task files stay
 together and no package named `eval` reaches site-packages. Modules here import each other by the installed name: a

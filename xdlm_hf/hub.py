@@ -10,7 +10,8 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .generation.protocol import default_mixing_ratio, length_limit, output_rows
+from .diffusion.process import StationaryProcess
+from .generation.protocol import length_limit, output_rows
 from .models.registry import MODEL_FAMILIES
 
 PAPER = "arXiv 2602.01362"
@@ -86,12 +87,10 @@ def model_card(
     header += ["tags:", "- diffusion-language-model", "- xdlm", f"- {model.config.model_type}"]
     header += [f"base_model: {base_model}"] if base_model else []
     header += [f"license: {license}"] if license else []
-    config, k = model.config, default_mixing_ratio(model.config)
-    kind = {0: "masked noise only (MDLM)", 1: "uniform noise only (UDLM)"}.get(k, "masked and uniform noise (XDLM)")
+    config = model.config
     facts = {
         "Base model": base_model or "none: trained from scratch",
-        "Mixing ratio k (Eq. 7)": f"{k:g}, {kind}",
-        "Noise schedule": getattr(config, "noise_schedule", "linear"),
+        **_noise(model),
         "Parameters": f"{model.num_parameters():,}, {str(model.dtype).removeprefix('torch.')}",
         "Vocabulary N": f"{output_rows(config):,} rows of the output layer",
         "Training length": f"{length_limit(config):,} tokens",
@@ -114,6 +113,16 @@ def model_card(
         + ["give better text.", "", *([notes.strip(), ""] if notes else [])]
         + ["## Licence", "", f"The code files: Apache-2.0. {weights}", ""]
     )
+
+
+def _noise(model: PreTrainedModel) -> dict[str, str]:
+    """Rows of the card about the noise that the model was trained with."""
+    process = model.noise_process()
+    if not isinstance(process, StationaryProcess):
+        return {"Noise": f"`{process!r}`"}
+    k = process.kernel.mixing_ratio
+    kind = {0: "masked noise only (MDLM)", 1: "uniform noise only (UDLM)"}.get(k, "masked and uniform noise (XDLM)")
+    return {"Mixing ratio k (Eq. 7)": f"{k:g}, {kind}", "Noise schedule": process.schedule.name}
 
 
 def _example(name: str, first_line: str, argument: str) -> list[str]:

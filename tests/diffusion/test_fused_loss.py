@@ -209,9 +209,9 @@ def test_slices_equal_autograd():
         expected = torch.autograd.grad(-3 * plain(h, w, args, token_weights), (h, w))
         objective = fused_module._LossArguments(limit_terms(*args), token_weights.reshape(-1), args[-1], chunk_size=8)
         flat = hidden.reshape(-1, 6)
-        statistics, *_ = fused_module._by_token_chunks(flat, weight, (False, False), True, objective)
+        statistics, *_ = fused_module._by_token_chunks(flat, weight, None, (False,) * 3, True, objective)
         ours = fused_module._by_vocabulary_slices(
-            flat, weight, (True, True), torch.tensor(-3.0, dtype=F64), statistics, objective
+            flat, weight, None, (True, True, False), torch.tensor(-3.0, dtype=F64), statistics, objective
         )
         torch.testing.assert_close(ours[0].reshape(h.shape), expected[0], rtol=1e-11, atol=1e-13)
         torch.testing.assert_close(ours[1], expected[1], rtol=1e-11, atol=1e-13)

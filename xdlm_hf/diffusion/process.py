@@ -85,11 +85,12 @@ class NoiseProcess(ABC):
         t: Tensor,
         token_weights: Tensor | None = None,
         chunk_size: int | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`loss` of the logits hidden @ weight.T, in chunks of tokens: see `fused_linear_diffusion_loss`."""
+        """`loss` of the logits hidden @ weight.T + bias, in chunks of tokens: see `fused_linear_diffusion_loss`."""
         t = self._column(t, x_0)
         terms = self.terms(x_0, z_t, t)
-        return fused_loss(hidden, weight, tuple(x_0.shape), terms, self.noise(t), token_weights, chunk_size)
+        return fused_loss(hidden, weight, tuple(x_0.shape), terms, self.noise(t), token_weights, chunk_size, bias)
 
     def posterior(self, p_x0: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """q(z_s | z_t, x) with x = p_x0, (B, L, N): see `reverse.posterior` (Eq. 11).

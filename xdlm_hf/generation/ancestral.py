@@ -59,10 +59,13 @@ class AncestralSampler(Sampler):
 
     def begin(self, ids: Tensor, generated: Tensor, holes: Tensor | None = None) -> Canvas:
         """The positions that may change hold a draw from the prior; `holes` is ignored."""
-        prior = self.process.sample_prior(tuple(ids.shape), self.generator, ids.device)
+        prior = self._prior(tuple(ids.shape), ids.device)
         no_holes = torch.zeros_like(generated)
         zeros = torch.zeros_like(ids[:, 0])
         return Canvas(torch.where(generated, prior, ids), no_holes, generated, zeros, zeros, zeros.bool())
+
+    def _prior(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return self.process.sample_prior(shape, self.generator, device)
 
     def request(self, canvas: Canvas, i: int) -> Request:
         """Draws all random numbers that do not depend on p, and requests logits only where z_s depends on p.

@@ -206,8 +206,7 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         common = {"start": layout.start, "length": layout.length, "generator": generator}
         process = None
         if options.sampler == "ancestral":
-            schedule = "loglinear" if options.reference_compat else None
-            process = self.noise_process(options.mixing_ratio, schedule, options.mask_token_id)
+            process = self.noise_process(options.mixing_ratio, mask_token_id=options.mask_token_id)
         if options.reference_compat:
             return make_released_sampler(options, process, steps=options.steps, **common)
         warp = _make_warp(options)

@@ -150,7 +150,7 @@ TABLE: dict[str, Option] = {
         " or ".join(f'`"{name}"`' for name in SAMPLERS),
         "Algorithm 1, or exact reverse diffusion (Eq. 11).",
         "sampling",
-        '`"confidence"`',
+        '`"confidence"`; `"ancestral"` for DiT checkpoints',
         "confidence",
         stored_for=("answer", "holes"),
     ),

@@ -70,8 +70,15 @@ class DiffusionModel:
         return StationaryProcess(NoiseKernel(output_rows(config), k, mask), get_schedule(name))
 
     def noise_kernel(self, mixing_ratio: float | None = None) -> NoiseKernel:
-        """The kernel of `noise_process(mixing_ratio)`, Eq. 7, over the N rows of the output layer."""
-        return self.noise_process(mixing_ratio).kernel
+        """The kernel of `noise_process(mixing_ratio)`, Eq. 7, over the N rows of the output layer.
+
+        Raises:
+            ValueError: If the noise changes with time, so that no one kernel describes it.
+        """
+        process = self.noise_process(mixing_ratio)
+        if not isinstance(process, StationaryProcess):
+            raise ValueError(f"{process!r} changes with time and has no one kernel; use noise_process().")
+        return process.kernel
 
     def timesteps(self, t: Tensor) -> Tensor:
         """The input `timesteps` of `forward` at the times t (B,): sigma_t = -log alpha_t, (B,) float32."""

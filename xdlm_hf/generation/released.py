@@ -8,7 +8,8 @@ All differences from the default samplers are in this module:
     guidance             in the unconditional text every token that was not [MASK] at the start is masked, padding
                          included; both texts are one batch, and their logits are combined in their own dtype
     padding              is masked in attention, but counted in positions; nothing becomes padding after end-of-text
-    ancestral sampler    T + 1 passes on the release's time grid, the dense posterior sampled with Gumbel noise
+    ancestral sampler    T + 1 passes on the release's time grid and log-linear schedule; the dense posterior is sampled
+                         with Gumbel noise
 
 At temperature 0 the confidence sampler gives the released tokens if the network gives the released logits, on the same
 kind of device: `torch.topk` breaks ties differently on a GPU and a CPU.
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor
 
 from ..diffusion.categorical import masked_logits, refuse_undefined, uniform
-from ..diffusion.process import NoiseProcess
+from ..diffusion.process import NoiseProcess, StationaryProcess
+from ..diffusion.schedules import LogLinearSchedule
 from .ancestral import AncestralSampler
 from .blocks import check_even_blocks
 from .canvas import Canvas
@@ -39,6 +41,8 @@ _LAST_TIME = 1e-5
 def make_released_sampler(options: Any, process: NoiseProcess | None, **common: Any) -> Sampler:
     """The released sampler for these options; only the ancestral one uses `process`, `common` are of both."""
     if options.sampler == "ancestral":
+        if isinstance(process, StationaryProcess):  # GIDD has a schedule of its own, also there
+            process = StationaryProcess(process.kernel, LogLinearSchedule())
         return ReferenceAncestralSampler(process, **common)
     return ReferenceConfidenceSampler(
         options.mask_token_id,
@@ -204,7 +208,10 @@ class ReferenceAncestralSampler(AncestralSampler):
 
     Times are `linspace(1, 1e-5, steps + 1)`; the additional pass goes from the last one to alpha = 1. For k < 1 the
     noise is float32, whose resolution of 6e-8 makes tokens of small probability too rare, above all those of the
-    uniform noise; for k = 1, UDLM, posterior and noise are float64.
+    uniform noise; for k = 1, UDLM, posterior and noise are float64. A token with odds r against a token of weight 1
+    keeps the share y / (e^y - 1) of its probability, y = 2^-24 / r.
+
+    The release trains and samples GIDD with p_u = 0 and ends it at s = 1e-8; here its last pass also ends at s = 0.
 
     Args:
         process: The noise, over the model's N rows; the release's schedule is `LogLinearSchedule()`.
@@ -222,6 +229,16 @@ class ReferenceAncestralSampler(AncestralSampler):
     ):
         super().__init__(process, steps, start, length, generator=generator)
         self.grid, self.steps = torch.linspace(1, _LAST_TIME, steps + 1), steps + 1
+
+    def _prior(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """[MASK] where a float32 number is below 1 - k, else uniform; nothing is drawn for what is certain."""
+        noise = self.process.noise(torch.ones(1, 1, dtype=torch.float64))
+        k, source = float(noise.mixing_ratio), device if self.generator is None else self.generator.device
+        if k == 0:
+            return torch.full(shape, self.process.mask_token_id, device=device)
+        masked = k < 1 and uniform(shape, self.generator, device, torch.float32) < 1 - k
+        ids = torch.randint(self.process.vocab_size, shape, generator=self.generator, device=source).to(device)
+        return ids if k == 1 else ids.masked_fill(masked, self.process.mask_token_id)
 
     def request(self, canvas: Canvas, i: int) -> Request:
         """All positions of the answer, as in the release."""

@@ -8,33 +8,37 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.utils import ModelOutput
 
-Reduction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Takes hidden states (B, n, D), weight (N, D) and, where the layer has one, bias (N,).
+Reduction = Callable[..., tuple[Tensor, Tensor]]
 
 
 class OutputLayer(nn.Linear):
-    """Linear layer without bias; with `reduction`, returns `reduction(hidden, weight)` instead of logits.
+    """Linear layer; with `reduction`, returns `reduction(hidden, weight[, bias])` instead of logits.
 
     The reduction runs in the layer's forward, because DDP, FSDP and ZeRO-3 gather weights and reduce gradients in hooks
     on module calls; outside of the call, ZeRO-3's weight is an empty shard.
     """
 
-    def __init__(self, in_features: int, out_features: int, **options):
-        super().__init__(in_features, out_features, bias=False, **options)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, **options):
+        super().__init__(in_features, out_features, bias=bias, **options)
 
     @classmethod
     def around(cls, layer: nn.Module) -> nn.Module:
-        """An output layer that shares the weight of a plain `nn.Linear` without bias; any other module unchanged."""
-        if type(layer) is not nn.Linear or layer.bias is not None:
+        """An output layer that shares weight and bias of a plain `nn.Linear`; any other module unchanged."""
+        if type(layer) is not nn.Linear:
             return layer
-        output_layer = cls(layer.in_features, layer.out_features, device="meta")
-        output_layer.weight = layer.weight
+        output_layer = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        output_layer.weight, output_layer.bias = layer.weight, layer.bias
         return output_layer
 
     def forward(self, hidden: Tensor, reduction: Reduction | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, n, N) of hidden states (B, n, D), or the two tensors that `reduction` returns."""
-        return super().forward(hidden) if reduction is None else reduction(hidden, self.weight)
+        if reduction is None:
+            return super().forward(hidden)
+        return reduction(hidden, self.weight) if self.bias is None else reduction(hidden, self.weight, self.bias)
 
 
 @dataclass
@@ -51,3 +55,25 @@ class ReducedOutput(ModelOutput):
     token_losses: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def run_output_layer(
+    head: nn.Module, hidden: Tensor, reduction: Reduction | None, outputs: BaseModelOutput
+) -> MaskedLMOutput | ReducedOutput:
+    """Output of a network: logits of hidden states (B, n, D), or the reduced loss.
+
+    Args:
+        head: The output layer.
+        hidden: Last hidden states at the positions of `logits_to_keep`, (B, n, D).
+        reduction: The `output_reduction` of the call, or None for logits.
+        outputs: Output of the backbone, with the requested hidden states and attentions.
+
+    Raises:
+        ValueError: If a reduction is given but the output layer was replaced.
+    """
+    captured = outputs.hidden_states, outputs.attentions
+    if reduction is None:
+        return MaskedLMOutput(None, head(hidden), *captured)
+    if not isinstance(head, OutputLayer):
+        raise ValueError(f"output_reduction needs an OutputLayer, but the output layer is {head}; leave it out.")
+    return ReducedOutput(*head(hidden, reduction=reduction), *captured)

@@ -3,6 +3,8 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from ..generation.protocol import DiffusionModel
+from .dit.configuration_dit import DiTConfig, DUOConfig, UDLMConfig
+from .dit.modeling_dit import DiTForDiffusionLM, DUOForDiffusionLM, UDLMForDiffusionLM
 from .llada.configuration_llada import LLaDAConfig
 from .llada.modeling_llada import LLaDAForDiffusionLM
 
@@ -25,6 +27,9 @@ def register_family(config: type[PreTrainedConfig], model: type[DiffusionModel])
 def register() -> None:
     """Register the families of this package."""
     register_family(LLaDAConfig, LLaDAForDiffusionLM)
+    register_family(DiTConfig, DiTForDiffusionLM)
+    register_family(UDLMConfig, UDLMForDiffusionLM)
+    register_family(DUOConfig, DUOForDiffusionLM)
 
 
 def model_class(config: PreTrainedConfig) -> type[DiffusionModel]:

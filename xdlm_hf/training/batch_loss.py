@@ -27,10 +27,10 @@ class FusedLoss:
         self.process, self.batch, self.chunk_size = process, batch, chunk_size
 
     @torch.compiler.disable
-    def __call__(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of token_weights * loss and the losses (B, L), from hidden states (B, L, D) and weight (N, D)."""
+    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Sum of token_weights * loss and losses (B, L), from hidden states (B, L, D), weight (N, D) and bias (N,)."""
         x_0, z_t, t, token_weights = (self.batch[name] for name in ("input_ids", "z_t", "t", "token_weights"))
-        return self.process.fused_loss(hidden, weight, x_0, z_t, t, token_weights, self.chunk_size)
+        return self.process.fused_loss(hidden, weight, x_0, z_t, t, token_weights, self.chunk_size, bias)
 
 
 def uses_fused_loss(model: nn.Module, wanted: bool | None) -> bool:
@@ -44,11 +44,11 @@ def uses_fused_loss(model: nn.Module, wanted: bool | None) -> bool:
         ValueError: If it is wanted where it cannot be used.
     """
     head = model.get_output_embeddings()
-    # A subclass (quantised), an adapter or a patched forward computes something else than hidden @ weight.T.
+    # A subclass (quantised), an adapter or a patched forward computes something else than hidden @ weight.T + bias.
     possible = type(head) is OutputLayer and "forward" not in vars(head)
     if wanted and not possible:
         raise ValueError(
-            f"fused_loss=True needs an output layer that is a plain OutputLayer (linear, without bias), not {head}: "
+            f"fused_loss=True needs an output layer that is a plain OutputLayer (linear), not {head}: "
             "leave fused_loss out."
         )
     return possible if wanted is None else wanted

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ...diffusion.schedules import get_schedule
+from ..network_inputs import refuse_copying_code
 
 # Fields of the format that change the network and that no public checkpoint uses: field -> supported values.
 _SUPPORTED = {
@@ -208,19 +209,6 @@ class LLaDAConfig(PreTrainedConfig):
                         f"{field}={token_id} is not a row of the embedding, which has {self.embedding_size}; "
                         "give the tokenizer's id, or raise vocab_size and embedding_size."
                     )
-
-
-def refuse_copying_code(cls: type) -> None:
-    """Refuse Transformers' `register_for_auto_class`, which saves only the code files of one folder.
-
-    Raises:
-        ValueError: For a class of this package; code loaded from the Hub is in one folder.
-    """
-    if not cls.__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
-        raise ValueError(
-            f"{cls.__name__}.register_for_auto_class would save only a part of the model's code; "
-            "use xdlm_hf.export_for_hub(model, folder)."
-        )
 
 
 def _refuse_unsupported(values: dict) -> None:

@@ -11,15 +11,13 @@ RMSNorm and rotary embeddings are computed in float32 whatever the model's dtype
 Shapes: B batch, L length, D = d_model, H query heads, W = D / H their width, N = rows of the output layer.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -28,9 +26,17 @@ from transformers.utils.output_capturing import capture_outputs
 from ...generation.cache import CanvasCache, check_cache_attention
 from ...generation.generate import XDLMGenerationMixin
 from ...generation.protocol import plain_output_layer
-from ..output_layer import OutputLayer, ReducedOutput, Reduction
+from ..attention import BidirectionalAttention, prepare_mask, rotary_angles
+from ..network_inputs import (
+    check_rows_hold_mask,
+    check_text,
+    refuse_copying_code,
+    refuse_unknown_arguments,
+    text_positions,
+)
+from ..output_layer import OutputLayer, ReducedOutput, Reduction, run_output_layer
 from ..strict_loading import StrictLoading
-from .configuration_llada import LLaDAConfig, refuse_copying_code
+from .configuration_llada import LLaDAConfig
 
 
 class LLaDARMSNorm(nn.Module):
@@ -50,104 +56,6 @@ class LLaDARMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
-def rotary_angles(position_ids: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding, float32.
-
-    Computed on every call: a buffer would be uninitialised after `from_pretrained`, which builds models on the meta
-    device, and rounded by `.to(bfloat16)`, by 7 rad at position 4096.
-
-    Args:
-        position_ids: Positions, (B, L) or (1, L).
-        width: W, the width of a head.
-        theta: Base of the frequencies theta^(-2i/W), i < W/2.
-
-    Returns:
-        Two tensors (B or 1, 1, L, W): the frequencies twice over, for the half-rotation.
-    """
-    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=position_ids.device) / width
-    angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponents)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + W/2}) of queries or keys (B, H, L, W) by their angles, in float32 or wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[Tensor, Tensor]:
-    """The plain computation behind every attention implementation: softmax(q k^T scaling + mask) v.
-
-    Returns:
-        The result (B, L, H, W) and the weights (B, H, L, L).
-    """
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.mT * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    wide = torch.promote_types(query.dtype, torch.float32)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
-    weights = nn.functional.dropout(weights, dropout, module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-class LLaDAAttention(nn.Module):
-    """Bidirectional attention over projected queries, keys and values.
-
-    It has no parameters, because the checkpoint format has the projections directly in the block.
-    """
-
-    def __init__(self, config: LLaDAConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.num_key_value_groups = config.n_heads // config.n_kv_heads
-        self.scaling = (config.d_model // config.n_heads) ** -0.5
-        self.is_causal = False  # sdpa and flash attention are causal unless the module says so
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: CanvasCache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[Tensor, Tensor | None]:
-        """Result (B, L, D), and with eager attention the weights, of queries (B, H, L, W), keys and values
-        (B, n_kv_heads, L, W)."""
-        query, key = (rotate(x, *position_embeddings) for x in (query, key))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attended, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return attended.flatten(2), weights
-
-
 class LLaDABlock(GradientCheckpointingLayer):
     """One pre-norm block: bidirectional attention, then the gated MLP (`ff_proj` is the gate)."""
 
@@ -160,7 +68,7 @@ class LLaDABlock(GradientCheckpointingLayer):
         self.q_proj = nn.Linear(config.d_model, config.n_heads * width, bias=False)
         self.k_proj = nn.Linear(config.d_model, config.n_kv_heads * width, bias=False)
         self.v_proj = nn.Linear(config.d_model, config.n_kv_heads * width, bias=False)
-        self.attention = LLaDAAttention(config, layer_idx)
+        self.attention = BidirectionalAttention(config, layer_idx)
         self.attn_out = nn.Linear(config.n_heads * width, config.d_model, bias=False)
         self.ff_norm = LLaDARMSNorm(config.d_model, config.rms_norm_eps)
         self.ff_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
@@ -202,7 +110,7 @@ class LLaDAPreTrainedModel(StrictLoading, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": LLaDABlock, "attentions": LLaDAAttention}
+    _can_record_outputs = {"hidden_states": LLaDABlock, "attentions": BidirectionalAttention}
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)
@@ -225,9 +133,7 @@ class LLaDAPreTrainedModel(StrictLoading, PreTrainedModel):
         Raises:
             ValueError: If the mask token's row would be removed.
         """
-        rows, mask = kwargs.get("new_num_tokens", args[0] if args else None), self.config.mask_token_id
-        if rows is not None and mask is not None and rows <= mask:
-            raise ValueError(f"{rows} rows would remove mask_token_id={mask}; keep at least {mask + 1}.")
+        check_rows_hold_mask(kwargs.get("new_num_tokens", args[0] if args else None), self.config.mask_token_id)
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.config.embedding_size = self.config.vocab_size
         if self.get_output_embeddings() is not None:  # Transformers replaced it by a new nn.Linear
@@ -263,50 +169,24 @@ class LLaDAModel(LLaDAPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """Hidden states after the final norm; the arguments are those of [`LLaDAForDiffusionLM`]."""
-        _refuse_unknown_arguments(kwargs)
+        refuse_unknown_arguments("LLaDA", kwargs)
+        check_text(input_ids, inputs_embeds)
         if past_key_values is not None:
             _check_cache(past_key_values, self.config)
             kwargs["past_key_values"] = past_key_values
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids (B, L) and inputs_embeds (B, L, D).")
         if inputs_embeds is None:
             inputs_embeds = self.transformer.wte(input_ids)
-        if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         width = self.config.d_model // self.config.n_heads
-        position_embeddings = rotary_angles(position_ids, width, self.config.rope_theta)
-        attention_mask = self._prepare_mask(attention_mask, inputs_embeds, past_key_values)
+        position_embeddings = rotary_angles(text_positions(position_ids, inputs_embeds), width, self.config.rope_theta)
+        if past_key_values is not None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            # All positions are keys; only some are queries. The mask is the same for every query.
+            attention_mask = attention_mask[:, None, None, :]
+        attention_mask = prepare_mask(self.config, attention_mask, inputs_embeds)
         hidden_states = nn.functional.dropout(inputs_embeds, self.config.embedding_dropout, self.training)
         for block in self.transformer.blocks:
             # The residual stream is the first positional argument: reentrant checkpointing and output capture need it.
             hidden_states = block(hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.transformer.ln_f(hidden_states))
-
-    def _prepare_mask(self, attention_mask: Any, inputs_embeds: Tensor, cache: CanvasCache | None) -> Any:
-        """The mask in the form that the attention implementation takes, or None without padding."""
-        if cache is not None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            # All positions are keys; only some are queries. The mask is the same for every query.
-            attention_mask = attention_mask[:, None, None, :]
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
-            return self._prepare_bias(attention_mask, inputs_embeds)
-        if isinstance(attention_mask, Tensor) and attention_mask.shape != inputs_embeds.shape[:2]:
-            raise ValueError(
-                f"attention_mask of shape {tuple(attention_mask.shape)} does not fit an input of shape "
-                f"{tuple(inputs_embeds.shape[:2])}; pass (B, L), 1 for text and 0 for padding, or (B, 1, L, L)."
-            )
-        return create_bidirectional_mask(config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
-
-    def _prepare_bias(self, attention_mask: Tensor, inputs_embeds: Tensor) -> Tensor:
-        """A (B, 1, L, L) mask as a bias of the attention scores: eager and flex would add True as 1."""
-        if "flash" in self.config._attn_implementation:
-            raise ValueError(
-                f"attn_implementation={self.config._attn_implementation!r} takes no 4-D attention_mask; "
-                "pass (B, L), or load the model with attn_implementation='sdpa'."
-            )
-        if attention_mask.is_floating_point():
-            return attention_mask.to(inputs_embeds.dtype)
-        bias = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype)
-        return bias.masked_fill(~attention_mask.bool(), torch.finfo(bias.dtype).min)
 
 
 class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
@@ -373,8 +253,7 @@ class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
             ValueError: If the inputs do not fit together, an argument is unknown, or `output_reduction` is given
                 but the output layer was replaced.
         """
-        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep={logits_to_keep} must not be negative; it counts positions from the end.")
+        check_text(input_ids, inputs_embeds, logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -384,25 +263,7 @@ class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
             **kwargs,
         )
         kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        head, captured = self.model.transformer.ff_out, (outputs.hidden_states, outputs.attentions)
-        if output_reduction is None:
-            return MaskedLMOutput(None, head(kept), *captured)
-        if not isinstance(head, OutputLayer):
-            raise ValueError(f"output_reduction needs an OutputLayer, but the output layer is {head}; leave it out.")
-        return ReducedOutput(*head(kept, reduction=output_reduction), *captured)
-
-
-def _refuse_unknown_arguments(kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for unknown arguments: a misspelt mask or unused `labels` would silently give wrong results."""
-    for name, value in kwargs.items():
-        if name == "labels" and value is not None:
-            raise ValueError(
-                "labels are not supported, because the diffusion loss also needs the noise level. "
-                "Train with XDLMTrainer, or call xdlm_hf.diffusion_loss on the logits."
-            )
-        # use_cache=False, past_key_values=None and the like have no effect.
-        if name not in TransformersKwargs.__annotations__ and value is not None and value is not False:
-            raise ValueError(f"LLaDA's forward has no argument {name!r}; remove it.")
+        return run_output_layer(self.model.transformer.ff_out, kept, output_reduction, outputs)
 
 
 def _check_cache(cache: Any, config: LLaDAConfig) -> None:

@@ -1,0 +1,246 @@
+"""Configuration of DiT checkpoints, in their own field names, plus the noise they were trained with.
+
+One network, three public formats: `mdlm` (kuleshov-group/mdlm-owt), `udlm` (kuleshov-group/udlm-lm1b) and `DUO`
+(s-sahoo/duo). They differ in defaults only: vocabulary, time conditioning, and the noise, which no file names.
+"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+from ...diffusion.gidd import GIDDProcess
+from ...diffusion.schedules import get_schedule
+from ..network_inputs import refuse_copying_code
+
+_POSITIVE = ("hidden_dim", "cond_dim", "n_blocks", "n_heads", "model_length", "vocab_size")
+NOISE_PROCESSES = ("stationary", "gidd")
+
+
+@strict
+class DiTConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`DiTForDiffusionLM`]. The defaults are those of kuleshov-group/mdlm-owt.
+
+    Standard names (`hidden_size`, `num_hidden_layers`, `num_attention_heads`, `max_position_embeddings`) read and write
+    the format's fields.
+
+    Args:
+        hidden_dim (`int`, *optional*, defaults to 768): Width of the residual stream.
+        cond_dim (`int`, *optional*, defaults to 128): Width of the conditioning vector.
+        n_blocks (`int`, *optional*, defaults to 12): Number of blocks.
+        n_heads (`int`, *optional*, defaults to 12): Attention heads per block.
+        model_length (`int`, *optional*, defaults to 1024): Length the checkpoint was trained for, in tokens.
+        vocab_size (`int`, *optional*, defaults to 50258): N, rows of the embedding and of the output layer.
+        dropout (`float`, *optional*, defaults to 0.1): Dropout in training, on the two branches of a block.
+        time_conditioning (`bool`, *optional*, defaults to `False`):
+            Whether `forward` takes `timesteps`; without it the network computes with sigma = 0.
+        num_classes (`int`, *optional*):
+            Number of class labels that `forward` takes as `class_labels`; the table has one row more, the null class.
+        label_dropout (`float`, *optional*, defaults to 0.1): Share of labels that training replaces by the null class.
+        mask_token_id (`int`, *optional*, defaults to `vocab_size - 1` for model type `mdlm`): Id of [MASK].
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): As everywhere in Transformers.
+        mixing_ratio (`float`, *optional*, defaults to 0.0, for `udlm` and `DUO` to 1.0):
+            k in Eq. 7, the weight of uniform noise: 0 is MDLM, 1 is UDLM.
+        noise_schedule (`str`, *optional*, defaults to `"loglinear"`):
+            Name of alpha_t in [`xdlm_hf.diffusion.schedules`]; None for GIDD, which has one of its own.
+        noise_process (`str`, *optional*, defaults to `"stationary"`): Or `"gidd"`, [`GIDDProcess`].
+        p_uniform (`float`, *optional*, defaults to 0.0): Share of uniform noise at t = 1/2; for GIDD.
+
+    Raises:
+        ValueError: If a value is impossible, or two do not go together.
+        StrictDataclassFieldValidationError: If a value has the wrong type.
+    """
+
+    model_type = "mdlm"
+    attribute_map = {
+        "hidden_size": "hidden_dim",
+        "num_hidden_layers": "n_blocks",
+        "num_attention_heads": "n_heads",
+        "max_position_embeddings": "model_length",
+    }
+
+    hidden_dim: int = 768
+    cond_dim: int = 128
+    n_blocks: int = 12
+    n_heads: int = 12
+    model_length: int = 1024
+    vocab_size: int = 50258
+    dropout: float | int = 0.1
+    time_conditioning: bool = False
+    num_classes: int | None = None
+    label_dropout: float | int = 0.1
+    mask_token_id: int | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    mixing_ratio: float | int = 0.0
+    noise_schedule: str | None = None
+    noise_process: str = "stationary"
+    p_uniform: float | int = 0.0
+
+    def __post_init__(self, **kwargs):
+        # Standard names first: the base class would apply them only after the derived values below are taken.
+        for alias, field in self.attribute_map.items():
+            if alias in kwargs:
+                setattr(self, field, kwargs.pop(alias))
+        if self.mask_token_id is None and self.model_type == "mdlm":
+            self.mask_token_id = self.vocab_size - 1
+        if self.noise_schedule is None and self.noise_process == "stationary":
+            self.noise_schedule = "loglinear"
+        if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+            # It names code files of the folder it was read from; saved elsewhere, it would point at nothing.
+            kwargs.pop("auto_map", None)
+        super().__post_init__(**kwargs)
+        # Files may hold Transformers' own fields: the format never ties, and whether a call returns a tuple is the
+        # call's to say, not the checkpoint's.
+        self.tie_word_embeddings, self.return_dict = False, True
+        self.validate_dit()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        if cls is DiTConfig:  # also for a file of one of the other formats
+            formats = {family.model_type: family for family in DiTConfig.__subclasses__()}
+            family = formats.get(config_dict.get("model_type"))
+            if family is not None:
+                return family.from_dict(config_dict, **kwargs)
+        # Overrides go in before construction, so that what follows from them is derived, and all is checked.
+        fields = {*DiTConfig.__annotations__, *cls.__annotations__, *cls.attribute_map}
+        overrides = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        refuse_copying_code(cls)
+        super().register_for_auto_class(auto_class)
+
+    # What Transformers' other models have as fields, and this format fixes.
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the MLP."""
+        return 4 * self.hidden_dim
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.n_heads
+
+    @property
+    def attention_dropout(self) -> float:
+        return 0.0
+
+    def validate_dit(self) -> None:
+        """Raise ValueError, naming field, value and remedy, if the fields do not describe a network and its noise."""
+        for field in _POSITIVE:
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field}={getattr(self, field)} must be positive.")
+        if self.hidden_dim % self.n_heads:
+            raise ValueError(f"hidden_dim={self.hidden_dim} is not a multiple of n_heads={self.n_heads}; change one.")
+        if (self.hidden_dim // self.n_heads) % 2:
+            raise ValueError(
+                f"hidden_dim={self.hidden_dim} over n_heads={self.n_heads} gives heads of odd width "
+                f"{self.hidden_dim // self.n_heads}; rotary embeddings turn pairs, so choose an even width."
+            )
+        if self.num_classes is not None and self.num_classes < 1:
+            raise ValueError(f"num_classes={self.num_classes} must be positive; leave it out for a model of text.")
+        for field in ("dropout", "label_dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must lie in [0, 1); 0 turns it off.")
+        self._validate_tokens()
+        self._validate_noise()
+
+    def _validate_tokens(self) -> None:
+        for field in ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, field)
+            for token_id in value if isinstance(value, list) else [value]:
+                if token_id is not None and not 0 <= token_id < self.vocab_size:
+                    raise ValueError(
+                        f"{field}={token_id} is not a row of the embedding, which has {self.vocab_size}; give the "
+                        "tokenizer's id, or raise vocab_size."
+                    )
+
+    def _validate_noise(self) -> None:
+        if not 0 <= self.mixing_ratio <= 1:
+            raise ValueError(f"mixing_ratio={self.mixing_ratio} must lie in [0, 1]: 0 is MDLM, 1 is UDLM.")
+        if self.noise_process not in NOISE_PROCESSES:
+            raise ValueError(f"noise_process={self.noise_process!r} is not known; choose one of {NOISE_PROCESSES}.")
+        if self.noise_process == "stationary":
+            if self.p_uniform:
+                raise ValueError(
+                    f"p_uniform={self.p_uniform} is GIDD's share of uniform noise; use noise_process='gidd', or "
+                    "mixing_ratio for noise that does not change with time."
+                )
+            get_schedule(self.noise_schedule)
+            return
+        if self.mixing_ratio:
+            raise ValueError(
+                f"mixing_ratio={self.mixing_ratio} is of noise that does not change with time, and that of "
+                "noise_process='gidd' does; leave it out and set p_uniform."
+            )
+        if self.noise_schedule is not None:
+            raise ValueError(
+                f"noise_schedule={self.noise_schedule!r}: noise_process='gidd' has a schedule of its own; leave it out."
+            )
+        if self.mask_token_id is None:
+            raise ValueError("noise_process='gidd' needs a mask_token_id; pass the tokenizer's.")
+        GIDDProcess(self.vocab_size, self.mask_token_id, self.p_uniform)
+
+
+@strict
+class UDLMConfig(DiTConfig):
+    r"""
+    Configuration of the `udlm` format: k = 1, time conditioning, and the sizes of kuleshov-group/udlm-lm1b.
+
+    Args:
+        cfg (`bool`, *optional*, defaults to `False`):
+            Class labels by the map of UDLM's own code, which is not computed here; must be False.
+        cfg_num_classes (`int`, *optional*, defaults to -1): Kept.
+
+    See [`DiTConfig`] for the other fields.
+    """
+
+    model_type = "udlm"
+
+    vocab_size: int = 30522
+    model_length: int = 128
+    time_conditioning: bool = True
+    mixing_ratio: float | int = 1.0
+    cfg: bool = False
+    cfg_num_classes: int = -1
+
+    def validate_dit(self) -> None:
+        super().validate_dit()
+        if self.cfg:
+            raise ValueError(
+                "cfg=True: the class labels of UDLM's own code (`cond_map`) are not computed here; load a checkpoint "
+                "without them."
+            )
+
+
+@strict
+class DUOConfig(DiTConfig):
+    r"""
+    Configuration of the `DUO` format: k = 1, time conditioning, and the sizes of s-sahoo/duo.
+
+    Args:
+        causal (`bool`, *optional*, defaults to `False`): Autoregressive baseline of the format; must be False.
+        var_min (`bool`, *optional*, defaults to `True`): Kept; it is about training.
+
+    See [`DiTConfig`] for the other fields.
+    """
+
+    model_type = "DUO"
+
+    time_conditioning: bool = True
+    mixing_ratio: float | int = 1.0
+    causal: bool = False
+    var_min: bool = True
+
+    def validate_dit(self) -> None:
+        super().validate_dit()
+        if self.causal:
+            raise ValueError("causal=True is the format's autoregressive baseline, no diffusion model; load another.")
+
+
+__all__ = ["DUOConfig", "DiTConfig", "UDLMConfig"]

@@ -1,0 +1,501 @@
+"""The DiT of MDLM, UDLM, Duo and the paper's text models, under their own parameter names.
+
+The module tree carries the names of the public checkpoints (`backbone.blocks.0.attn_qkv.weight`, ...), in the order in
+which EMA files list them, so files load and save without conversion. With c the conditioning vector,
+
+    c = silu( sigma_map(sigma) + y_embedder(label) )       sigma = 0 without time conditioning
+    sh1, sc1, g1, sh2, sc2, g2 = adaLN_modulation(c)       for each block
+    x = x + g1 attn_out(attention(rope(q), rope(k), v))    q, k, v = attn_qkv(h), h = norm1(x) (1 + sc1) + sh1
+    x = x + g2 mlp(h)                                      h = norm2(x) (1 + sc2) + sh2
+    logits = linear( norm_final(x) (1 + sc) + sh )         with a bias
+
+Norms and rotary embeddings are computed in float32 whatever the model's dtype. Maps of c, the output layer and its bias
+start at zero, so that a new model's blocks are the identity and its logits 0.
+
+Shapes: B batch, L length, D = hidden_dim, C = cond_dim, H heads, W = D / H their width, N rows of the output layer.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, layer_norm, silu
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from ...diffusion.checks import validate_ids
+from ...diffusion.gidd import GIDDProcess
+from ...diffusion.process import NoiseProcess
+from ...generation.generate import XDLMGenerationMixin
+from ...generation.protocol import plain_output_layer
+from ..attention import BidirectionalAttention, prepare_mask, rotary_angles
+from ..network_inputs import (
+    check_rows_hold_mask,
+    check_text,
+    refuse_copying_code,
+    refuse_unknown_arguments,
+    text_positions,
+)
+from ..output_layer import OutputLayer, ReducedOutput, Reduction, run_output_layer
+from ..strict_loading import StrictLoading
+from .configuration_dit import DiTConfig, DUOConfig, UDLMConfig
+
+ROTARY_BASE = 10000.0
+FREQUENCIES = 128  # of the time embedding, each with its cosine and sine
+# sigma = -log alpha_t is infinite at alpha = 0; the schedule that these models were trained with ends at 1e-3.
+LEAST_ALPHA = 1e-3
+
+
+class DiTEmbedding(nn.Embedding):
+    """Token embedding whose weight is the parameter `embedding`, as the format has it."""
+
+    def __init__(self, rows: int, width: int, **options: Any):
+        super().__init__(rows, width, **options)
+        self.register_parameter("embedding", self._parameters.pop("weight"))
+
+    @classmethod
+    def around(cls, module: nn.Module) -> nn.Module:
+        """A plain `nn.Embedding` in this form, sharing its weight; any other module as it is."""
+        if type(module) is not nn.Embedding:
+            return module
+        ours = cls(module.num_embeddings, module.embedding_dim, device="meta")
+        ours.embedding = module.weight
+        return ours
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.embedding
+
+
+class DiTLayerNorm(nn.Module):
+    """Layer norm without bias; the result is float32 or wider, for the modulation that follows."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide), eps=1e-5)
+
+
+class AdaLN(nn.Linear):
+    """Map of the conditioning vector (B, C) to shifts, scales and gates; starts at zero."""
+
+
+class TimestepEmbedder(nn.Module):
+    """Noise levels sigma (B,) to vectors (B, C), by cosines and sines of 128 frequencies."""
+
+    def __init__(self, cond_dim: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        dtype = self.mlp[0].weight.dtype
+        exponents = torch.arange(FREQUENCIES, device=sigma.device, dtype=torch.promote_types(dtype, torch.float32))
+        angles = sigma[:, None].to(exponents.dtype) * torch.exp(-math.log(10000) / FREQUENCIES * exponents)
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels (B,) to vectors (B, C); the last row of the table is the null class."""
+
+    def __init__(self, num_classes: int, cond_dim: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, cond_dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class FoldsConstants(nn.Module):
+    """Keeps a tensor that depends on weights alone until they change; nothing of it is saved.
+
+    In training, where gradients are recorded and in compiled graphs it is computed anew. So it is where weights are
+    not at hand between calls: offloaded, sharded or packed ones.
+    """
+
+    _folded: tuple | None = None
+
+    def train(self, mode: bool = True):
+        self._folded = None
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        self._folded = None
+        return super()._apply(fn, recurse)
+
+    def folded(self, modules: Sequence[nn.Module], condition: Tensor | None, compute: Callable[[], Tensor]) -> Tensor:
+        """`compute()`, or what it gave with the same weights of `modules` and the very same `condition`."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return compute()
+        version = _weights_version(modules)
+        if version is None:
+            return compute()
+        if self._folded is None or self._folded[0] != version or self._folded[1] is not condition:
+            self._folded = (version, condition, compute())
+        return self._folded[2]
+
+
+def _weights_version(modules: Sequence[nn.Module]) -> tuple | None:
+    """Equal as long as no weight is replaced or changed in place; None where that cannot be known."""
+    weights = [weight for module in modules for weight in module.parameters()]
+    for weight in weights:
+        plain = type(weight) in (nn.Parameter, Tensor) and not weight.is_meta and not weight.is_inference()
+        if not plain or not weight.numel():
+            return None
+    if not weights:
+        return None
+    device = weights[0].device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return autocast, *((weight.data_ptr(), weight._version) for weight in weights)
+
+
+class DiTBlock(FoldsConstants, GradientCheckpointingLayer):
+    """One block: bidirectional attention, then the MLP, each modulated by the conditioning vector."""
+
+    def __init__(self, config: DiTConfig, layer_idx: int):
+        super().__init__()
+        width = config.hidden_dim
+        self.heads, self.dropout = config.n_heads, config.dropout
+        self.norm1 = DiTLayerNorm(width)
+        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.norm2 = DiTLayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, config.intermediate_size),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.intermediate_size, width),
+        )
+        self.adaLN_modulation = AdaLN(config.cond_dim, 6 * width)
+        self.attention = BidirectionalAttention(config, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        condition: Tensor,
+        constant: bool,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """Residual stream (B, L, D) in and out; `constant` says whether `condition` (1, C) depends on weights alone."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = _modulation(self, condition, constant, 6)
+        h = _modulate(self.norm1(hidden_states), shift_1, scale_1).to(hidden_states.dtype)
+        qkv = self.attn_qkv(h).unflatten(-1, (3, self.heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        h, _ = self.attention(query, key, value, position_embeddings, attention_mask, **kwargs)
+        hidden_states = hidden_states + gate_1 * self._drop(self.attn_out(h))
+        h = _modulate(self.norm2(hidden_states), shift_2, scale_2).to(hidden_states.dtype)
+        return hidden_states + gate_2 * self._drop(self.mlp(h))
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        return dropout(branch, self.dropout, self.training)
+
+
+class DiTOutputLayer(FoldsConstants):
+    """Final norm and modulation, and the output layer `linear`, which is run apart."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.norm_final = DiTLayerNorm(config.hidden_dim)
+        self.linear = OutputLayer(config.hidden_dim, config.vocab_size, bias=True)
+        self.adaLN_modulation = AdaLN(config.cond_dim, 2 * config.hidden_dim)
+
+    def forward(self, hidden_states: Tensor, condition: Tensor, constant: bool) -> Tensor:
+        """What `linear` makes logits of, (B, L, D)."""
+        shift, scale = _modulation(self, condition, constant, 2)
+        return _modulate(self.norm_final(hidden_states), shift, scale).to(hidden_states.dtype)
+
+
+def _modulation(module: FoldsConstants, condition: Tensor, constant: bool, parts: int) -> tuple[Tensor, ...]:
+    """Shifts, scales and gates, (B or 1, 1, D) each; from the weights once where the condition is constant."""
+
+    def compute() -> Tensor:
+        return module.adaLN_modulation(condition)[:, None]
+
+    whole = module.folded([module.adaLN_modulation], condition, compute) if constant else compute()
+    return whole.chunk(parts, dim=-1)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+class DiTPreTrainedModel(StrictLoading, PreTrainedModel):
+    """What both DiT classes share: loading that refuses damaged or foreign files, initialisation, capabilities."""
+
+    config: DiTConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DiTBlock"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": DiTBlock, "attentions": BidirectionalAttention}
+    # A buffer of the original code, computed here from the positions.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]
+
+    def __init__(self, config: DiTConfig):
+        super().__init__(config)
+        config.validate_dit()  # fields may have been set after construction
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        refuse_copying_code(cls)
+        super().register_for_auto_class(auto_class)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """PyTorch's own initialisation, and zero for the maps of the condition and the output layer."""
+        if isinstance(module, AdaLN | OutputLayer):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = module.in_features**-0.5
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, DiTEmbedding):
+            init.kaiming_uniform_(module.embedding, a=math.sqrt(5))
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, DiTLayerNorm):
+            init.ones_(module.weight)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.base_model.vocab_embed
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.base_model.vocab_embed = DiTEmbedding.around(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Transformers' method.
+
+        Raises:
+            ValueError: If the rows kept would not hold the mask token.
+        """
+        check_rows_hold_mask(kwargs.get("new_num_tokens", args[0] if args else None), self.config.mask_token_id)
+        return super().resize_token_embeddings(*args, **kwargs)
+
+
+class DiTModel(DiTPreTrainedModel):
+    """Embedding, conditioning, blocks and final norm: token ids (B, L) to hidden states (B, L, D).
+
+    The output layer is among its modules, where the format has it, and is not run here.
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__(config)
+        self.vocab_embed = DiTEmbedding(config.vocab_size, config.hidden_dim)
+        self.sigma_map = TimestepEmbedder(config.cond_dim)
+        if config.num_classes is not None:
+            self.y_embedder = LabelEmbedder(config.num_classes, config.cond_dim)
+        self.blocks = nn.ModuleList(DiTBlock(config, i) for i in range(config.n_blocks))
+        self.output_layer = DiTOutputLayer(config)
+        self.constants = FoldsConstants()
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        """Hidden states that the output layer makes logits of; the arguments are those of [`DiTForDiffusionLM`]."""
+        refuse_unknown_arguments("DiT", kwargs)
+        check_text(input_ids, inputs_embeds)
+        self._check_conditioning(input_ids if inputs_embeds is None else inputs_embeds, timesteps, class_labels)
+        if inputs_embeds is None:
+            inputs_embeds = self.vocab_embed(input_ids)
+        width = self.config.hidden_dim // self.config.n_heads
+        position_embeddings = rotary_angles(text_positions(position_ids, inputs_embeds), width, ROTARY_BASE)
+        attention_mask = prepare_mask(self.config, attention_mask, inputs_embeds)
+        condition, constant = self._condition(timesteps, class_labels, inputs_embeds.device)
+        hidden_states = inputs_embeds
+        for block in self.blocks:
+            # The residual stream goes first and by position: reentrant checkpointing and output capture need it so.
+            hidden_states = block(
+                hidden_states, condition, constant, position_embeddings, attention_mask=attention_mask, **kwargs
+            )
+        return BaseModelOutput(last_hidden_state=self.output_layer(hidden_states, condition, constant))
+
+    def _check_conditioning(self, text: Tensor, timesteps: Tensor | None, class_labels: Tensor | None) -> None:
+        """Refuse times and labels that the network does not take, or that do not fit the text (B, ...)."""
+        timed, classes = self.config.time_conditioning, self.config.num_classes
+        if timed and timesteps is None:
+            raise ValueError(
+                "timesteps are missing: this network has time_conditioning=True and takes the noise level sigma, (B,), "
+                "of each row; model.timesteps(t) gives it."
+            )
+        if not timed and timesteps is not None:
+            raise ValueError("timesteps were given, and this network has time_conditioning=False; leave them out.")
+        if class_labels is not None and classes is None:
+            raise ValueError("class_labels were given, and this network has num_classes=None; leave them out.")
+        for name, value in (("timesteps", timesteps), ("class_labels", class_labels)):
+            if value is not None and value.shape != text.shape[:1]:
+                raise ValueError(f"{name} of shape {tuple(value.shape)} must be (B,) = ({text.shape[0]},).")
+        if class_labels is not None and not torch.compiler.is_compiling():
+            validate_ids("class_labels", class_labels, classes + 1)
+
+    def _condition(
+        self, timesteps: Tensor | None, class_labels: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, bool]:
+        """Conditioning vector c, (B or 1, C), and whether it depends on weights alone."""
+        embedders = [self.sigma_map]
+        if self.config.num_classes is not None:
+            embedders.append(self.y_embedder)
+
+        def compute() -> Tensor:
+            sigma = torch.zeros(1, device=device) if timesteps is None else timesteps
+            c = self.sigma_map(sigma)
+            if self.config.num_classes is not None:
+                c = c + self.y_embedder(self.labels(class_labels, len(sigma), device))
+            return silu(c)
+
+        if timesteps is None and class_labels is None:
+            return self.constants.folded(embedders, None, compute), True
+        return compute(), False
+
+    def labels(self, class_labels: Tensor | None, rows: int, device: torch.device) -> Tensor:
+        """Rows of the class table that are looked up, (B,): the null class without labels, and by chance in training.
+
+        Override it to draw which labels are dropped from another source than PyTorch's global generator.
+        """
+        null = torch.full((rows,), self.config.num_classes, device=device)
+        if class_labels is None:
+            return null
+        if not self.training or not self.config.label_dropout:
+            return class_labels
+        dropped = torch.rand(class_labels.shape, device=device) < self.config.label_dropout
+        return class_labels.masked_fill(dropped, self.config.num_classes)
+
+
+class DiTForDiffusionLM(XDLMGenerationMixin, DiTPreTrainedModel):
+    """DiT with its output layer: token ids (B, L), noisy or masked, to logits of the clean tokens (B, L, N).
+
+    `noise_process()` is the noise the checkpoint was trained with, and has the objective; `generate()` samples, by the
+    ancestral sampler unless told otherwise.
+    """
+
+    lora_targets = r".*blocks\.\d+\.(attn_qkv|attn_out|mlp\.0|mlp\.2)"
+
+    def __init__(self, config: DiTConfig):
+        super().__init__(config)
+        self.backbone = DiTModel(config)
+        self.generation_config.sampler = "ancestral"
+        self.post_init()
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        super().adjust_generation_fn(*args, **kwargs)
+        if self.generation_config.sampler is None:
+            self.generation_config.sampler = "ancestral"
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.backbone.output_layer.linear
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.backbone.output_layer.linear = OutputLayer.around(value)
+
+    @property
+    def conditioning(self) -> tuple[str, ...]:
+        return ("timesteps",) if self.config.time_conditioning else ()
+
+    def noise_process(
+        self, mixing_ratio: float | None = None, noise_schedule: str | None = None, mask_token_id: int | None = None
+    ) -> NoiseProcess:
+        """The noise that the model was trained with; see [`DiffusionModel`]. GIDD's has neither k nor a schedule."""
+        config = self.config
+        if config.noise_process == "stationary":
+            return super().noise_process(mixing_ratio, noise_schedule, mask_token_id)
+        mask = config.mask_token_id if mask_token_id is None else mask_token_id
+        return GIDDProcess(config.vocab_size, mask, config.p_uniform)
+
+    def timesteps(self, t: Tensor) -> Tensor:
+        """sigma_t = -log alpha_t of the times t (B,), (B,) float32, as if no alpha_t were below 1e-3."""
+        return -self.noise_process().alpha(t.double()).clamp_min(LEAST_ALPHA).log().float()
+
+    @plain_output_layer
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_reduction: Reduction | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput | ReducedOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): Noisy token ids z_t.
+            attention_mask (`torch.Tensor`, *optional*):
+                `(B, L)`, 1 for text and 0 for padding, or `(B, 1, L, L)`: bool (True attends) or numbers to add.
+            timesteps (`torch.FloatTensor` of shape `(B,)`, *optional*):
+                Noise level sigma of each row, needed if and only if the config has `time_conditioning`.
+            class_labels (`torch.LongTensor` of shape `(B,)`, *optional*, defaults to the null class `num_classes`):
+                Only for a config with `num_classes`.
+            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*, defaults to 0..L-1):
+                Positions. Rotary embeddings see only differences, so left padding needs none.
+            inputs_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): Instead of `input_ids`.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Where to run the output layer: the last n positions, 0 for all; a LongTensor of columns, logits
+                `(B, n, N)`; or a bool mask `(B, L)`, logits `(number selected, N)` in row order.
+            output_reduction (`Callable`, *optional*):
+                Takes the output layer's input `(B, n, D)`, weight `(N, D)` and bias `(N,)` and returns a loss and its
+                parts by position, such as the fused loss; no logits are made.
+            output_hidden_states, output_attentions (`bool`, *optional*): As everywhere in Transformers.
+
+        Returns:
+            [`~transformers.modeling_outputs.MaskedLMOutput`] with `logits`, in the model's dtype, and no loss; with
+            `output_reduction` a [`ReducedOutput`].
+
+        Raises:
+            ValueError: If the inputs do not fit together or the config, an argument is unknown, or the output layer was
+                replaced by one that takes no reduction.
+        """
+        check_text(input_ids, inputs_embeds, logits_to_keep)
+        outputs = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            timesteps=timesteps,
+            class_labels=class_labels,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        return run_output_layer(self.get_output_embeddings(), kept, output_reduction, outputs)
+
+
+class UDLMForDiffusionLM(DiTForDiffusionLM):
+    """The same network for checkpoints of the `udlm` format; the Auto classes pair a class with each config."""
+
+    config: UDLMConfig
+
+
+class DUOForDiffusionLM(DiTForDiffusionLM):
+    """The same network for checkpoints of the `DUO` format."""
+
+    config: DUOConfig
+
+
+__all__ = ["DUOForDiffusionLM", "DiTForDiffusionLM", "DiTModel", "DiTPreTrainedModel", "UDLMForDiffusionLM"]

@@ -1,0 +1,62 @@
+"""Checks of the arguments of `forward` and other methods of the networks.
+
+Shapes: B batch, L length, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, TransformersKwargs
+
+
+def refuse_unknown_arguments(name: str, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for unknown arguments: a misspelt mask or unused `labels` would silently give wrong results.
+
+    Args:
+        name: Name of the model family, for the message.
+        kwargs: Keyword arguments that `forward` does not name.
+    """
+    for argument, value in kwargs.items():
+        if argument == "labels" and value is not None:
+            raise ValueError(
+                "labels are not supported, because the diffusion loss also needs the noise level. "
+                "Train with XDLMTrainer, or call xdlm_hf.diffusion_loss on the logits."
+            )
+        # use_cache=False, past_key_values=None and the like have no effect.
+        if argument not in TransformersKwargs.__annotations__ and value is not None and value is not False:
+            raise ValueError(f"{name}'s forward has no argument {argument!r}; remove it.")
+
+
+def check_text(input_ids: Tensor | None, inputs_embeds: Tensor | None, logits_to_keep: int | Tensor = 0) -> None:
+    """Raise ValueError unless exactly one of ids (B, L) and embeddings (B, L, D) is given and the count is valid."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("pass exactly one of input_ids (B, L) and inputs_embeds (B, L, D).")
+    if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep={logits_to_keep} must not be negative; it counts positions from the end.")
+
+
+def text_positions(position_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+    """`position_ids`, or by default 0..L-1 as (1, L)."""
+    if position_ids is not None:
+        return position_ids
+    return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+
+
+def check_rows_hold_mask(rows: int | None, mask_token_id: int | None) -> None:
+    """Raise ValueError if an embedding with this number of rows (None: unchanged) would have no row for [MASK]."""
+    if rows is not None and mask_token_id is not None and rows <= mask_token_id:
+        raise ValueError(f"{rows} rows would remove mask_token_id={mask_token_id}; keep at least {mask_token_id + 1}.")
+
+
+def refuse_copying_code(cls: type) -> None:
+    """Refuse Transformers' `register_for_auto_class`, which saves only the code files of one folder.
+
+    Raises:
+        ValueError: For a class of this package; code loaded from the Hub is in one folder.
+    """
+    if not cls.__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+        raise ValueError(
+            f"{cls.__name__}.register_for_auto_class would save only a part of the model's code; "
+            "use xdlm_hf.export_for_hub(model, folder)."
+        )
