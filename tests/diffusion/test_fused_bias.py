@@ -1,11 +1,17 @@
 """The fused loss of an output layer with a bias: logits = h W^T + b, against plain autograd."""
 
 import itertools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from xdlm_hf import GIDDProcess, NoiseKernel, diffusion_loss, fused_linear_diffusion_loss
+from xdlm_hf.diffusion.ops import rows as row_passes
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from measure import peak_bytes  # noqa: E402
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 N, D = 37, 6
@@ -138,3 +144,27 @@ def test_a_bias_that_does_not_fit_is_refused():
         fused_linear_diffusion_loss(hidden, weight, *args, bias=bias[1:])
     with pytest.raises(ValueError, match="hidden is torch.float64 and bias torch.float32: cast one"):
         fused_linear_diffusion_loss(hidden, weight, *args, bias=bias.float())
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_no_more_memory_than_without_a_bias(dtype, monkeypatch):
+    """512 tokens, 4,096 rows, chunks of 32: the logits are never whole, and a bias adds vectors of N numbers alone."""
+    monkeypatch.setattr(row_passes, "BLOCK_ELEMENTS", {"cpu": 2**13, "other": 2**13})
+    rows, generator = 4096, torch.Generator().manual_seed(0)
+    x_0, z_t = (torch.randint(rows - 1, (4, 128), generator=generator) for _ in range(2))
+    args = x_0, z_t, torch.full((4,), 0.5), -torch.ones(4), NoiseKernel(rows, 0.1, rows - 1)
+    hidden, weight, bias = (
+        torch.randn(*shape).to(dtype).requires_grad_() for shape in ((4, 128, 64), (rows, 64), (rows,))
+    )
+
+    def peak(bias):
+        wanted = [x for x in (hidden, weight, bias) if x is not None]
+        return peak_bytes(
+            lambda: torch.autograd.grad(
+                fused_linear_diffusion_loss(hidden, weight, *args, chunk_size=32, bias=bias)[0], wanted
+            )
+        )
+
+    with_bias, without = peak(bias), peak(None)
+    assert with_bias < without + 4 * 4 * rows
+    assert with_bias < 512 * rows * dtype.itemsize / 2 + 2 * weight.nbytes

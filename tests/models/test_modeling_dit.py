@@ -328,12 +328,13 @@ def test_logits_of_some_positions():
     assert model(inputs_embeds=embeds).logits.equal(whole)
 
 
-def test_activation_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(reentrant):
     gradients = []
     for checkpointing in (False, True):
         model = random_model(dropout=0.2).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
         torch.manual_seed(1)
         model(IDS).logits.square().sum().backward()
         gradients.append([weight.grad for weight in model.parameters()])
@@ -480,3 +481,15 @@ def test_the_ancestral_sampler_is_the_default(tmp_path):
 def test_a_revision_is_still_by_the_confidence_sampler():
     model = random_model(mixing_ratio=0.5)
     assert model.revise(IDS, steps=2).shape == IDS.shape
+
+
+@pytest.mark.parametrize(
+    "width, blocks, heads, gpt2, bert",
+    [(256, 8, 8, 33.8, 23.7), (768, 12, 12, 169.6, 139.3), (1024, 24, 16, 424.5, 384.0)],
+)
+def test_the_papers_sizes_have_the_papers_parameters(width, blocks, heads, gpt2, bert):
+    for rows, millions in ((50258, gpt2), (30522, bert)):
+        with torch.device("meta"):
+            sizes = {"hidden_dim": width, "n_blocks": blocks, "n_heads": heads, "vocab_size": rows}
+            model = DiTForDiffusionLM(DiTConfig(**sizes))
+        assert round(model.num_parameters() / 1e6, 1) == millions

@@ -306,7 +306,8 @@ def _check_against_model(model: Any, options: Options) -> None:
     check_conditioning(
         model,
         ("timesteps",) if options.sampler == "ancestral" and not options.reference_compat else (),
-        f"generation with sampler={options.sampler!r}",
+        f"generation with sampler={options.sampler!r}"
+        + (", reference_compat=True" if options.reference_compat else ""),
     )
     if options.sampler == "ancestral" and model.attention != "full":
         raise ValueError(
