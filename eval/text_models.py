@@ -99,9 +99,10 @@ def identity(options: argparse.Namespace, model: PreTrainedModel, average: bool)
 
 
 def row_name(model: Any, k: float) -> str:
-    """Name of the model in the paper's tables."""
-    if isinstance(model.noise_process(), GIDDProcess):
-        return "GIDD"
+    """Name of the model in the paper's tables. Their GIDD has no uniform noise, so that another is named by its own."""
+    process = model.noise_process()
+    if isinstance(process, GIDDProcess):
+        return f"GIDD p_u={process.p_uniform:g}" if process.p_uniform else "GIDD"
     return {0.0: "MDLM", 1.0: "UDLM"}.get(float(k), f"XDLM k={k:g}")
 
 

@@ -2,14 +2,16 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from training import tiny_model
+from models import tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from xdlm_hf.data.tokenizer import train_tokenizer
+from xdlm_hf.diffusion.gidd import GIDDProcess
 from xdlm_hf.evaluation import generative_perplexity, published_text
 from xdlm_hf.evaluation.generative_perplexity import EXACT, main
 from xdlm_hf.evaluation.published_text import published_samples
@@ -225,6 +227,9 @@ def test_what_cannot_be_is_refused_before_anything_is_drawn(folders, monkeypatch
 def test_models_have_the_papers_names():
     model = tiny_model()
     assert [row_name(model, k) for k in (0, 1e-3, 0.1, 1)] == ["MDLM", "XDLM k=0.001", "XDLM k=0.1", "UDLM"]
+    for share, name in ((0.0, "GIDD"), (0.1, "GIDD p_u=0.1")):
+        gidd = SimpleNamespace(noise_process=lambda share=share: GIDDProcess(48, 5, share))
+        assert row_name(gidd, 0.0) == name
 
 
 # --------------------------------------------------------------------------------------------------------------------

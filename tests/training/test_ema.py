@@ -9,19 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from models import tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from training import (
-    SCRIPT,
-    RecordingTrainer,
-    arguments,
-    launch,
-    parameter_gap,
-    state,
-    tiny_model,
-    trainer,
-)
+from training import SCRIPT, RecordingTrainer, arguments, launch, parameter_gap, state, trainer
 
 from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.training.checkpoints import RUN_RECORD
@@ -125,6 +117,15 @@ def test_skipped_steps_do_not_count():
     assert ema.updates == 2
 
 
+def test_a_compiled_model_has_the_same_names(tmp_path):
+    model = Numbers()
+    ema = started(torch.compile(model))
+    ema.update(torch.compile(model))
+    ema.save(tmp_path)
+    ema.load(tmp_path, model)
+    assert set(average_of(ema, model)) == {"weight", "frozen"} and ema.updates == 1
+
+
 def test_frozen_weights_are_not_kept(tmp_path):
     started(Numbers()).save(tmp_path)
     assert set(saved(tmp_path)[0]) == {"weight"}
@@ -214,6 +215,29 @@ def test_killed_run_goes_on_bit_for_bit(whole, tmp_path):
     assert averages[0].keys() == averages[1].keys()
     assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
     assert parameter_gap(resumed.model, state(whole[0].model)) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_keep_one_average_and_resume_it(tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT)
+    options = {**SAVES, "ema_decay": 0.9, "eval_rows": 6, "per_device_train_batch_size": 2}
+
+    def run(name, **more):
+        return launch(*torchrun, json.dumps({"output_dir": str(tmp_path / name), **options, **more}))
+
+    assert run("whole")[0] == 0
+    assert run("killed", kill_in_step=5)[0] != 0
+    status, output = run("killed", resume=True)
+    assert status == 0, output[-3000:]
+    whole, resumed = (saved(tmp_path / name / "checkpoint-8")[0] for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed")]
+    assert results[0]["metrics"]["eval_loss"] == results[1]["metrics"]["eval_loss"]
+    # One process with the same global batch: other sums, the same average within their rounding.
+    alone = trainer(tmp_path / "alone", **{**options, "per_device_train_batch_size": 4})
+    alone.train()
+    ends = saved(tmp_path / "alone" / "checkpoint-8")[0]
+    assert max((ends[name] - whole[name]).abs().max().item() for name in whole) < 1e-5
 
 
 # --------------------------------------------------------------------------------------------------------------------

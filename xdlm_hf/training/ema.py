@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -175,6 +176,7 @@ def _read(checkpoint: Path, weights: dict[str, nn.Parameter]) -> tuple[dict[str,
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    model = extract_model_from_parallel(model, keep_torch_compile=False)  # names without a wrapper's prefix
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
