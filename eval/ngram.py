@@ -1,15 +1,15 @@
-"""An n-gram model of tokens or characters: a judge of text where no large language model is at hand.
+"""An n-gram model of tokens or characters, a judge of text without a large language model.
 
 Interpolated Witten-Bell smoothing: with h' the context h without its first token,
 
     P(w | h) = [c(h, w) + T(h) P(w | h')] / [c(h) + T(h)],      P(w | h') alone where c(h) = 0,
 
-c how often something was seen, c(h) the sum of c(h, w) over w, T(h) the number of different tokens seen after h. Below
-the empty context stands the uniform distribution over the N tokens, so that every token has a probability and the
-probabilities sum to 1. Contexts end at the beginning of a row.
+c(h, w) the number of occurrences, c(h) its sum over w, T(h) the number of different tokens after h. The distribution of
+the empty context is interpolated with the uniform one over the N tokens, so that every token has a positive probability
+and the probabilities sum to 1. Contexts do not extend over the beginning of a row.
 
 An n-gram is stored as one number, (row of its context in the table of (n - 1)-grams) * N + last token, in a sorted
-table for each n: fitting and scoring are sorts and binary searches of whole arrays. All probabilities are float64.
+table for each n, so fitting and scoring are sorts and binary searches of whole arrays. All probabilities are float64.
 
 Shapes: R rows of any length, N tokens.
 """
@@ -21,7 +21,7 @@ import numpy as np
 
 
 class _Table(NamedTuple):
-    """The n-grams of one n: their numbers in order, how often each was seen, and c(h) and T(h) of their contexts."""
+    """The n-grams of one n: sorted keys, their counts, and c(h) and T(h) of their contexts."""
 
     keys: np.ndarray
     counts: np.ndarray
@@ -43,11 +43,11 @@ class WittenBell:
 
     def __init__(self, rows: Iterable[Sequence[int]], order: int, vocab_size: int):
         if order < 1:
-            raise ValueError(f"order={order} must be at least 1: it is the length of the longest n-gram.")
+            raise ValueError(f"order={order}, the length of the longest n-gram, must be at least 1.")
         self.order, self.vocab_size = order, vocab_size
         ids, places = self._joined(rows)
         if len(ids) == 0:
-            raise ValueError("an n-gram model needs text to be fitted to, and there is none.")
+            raise ValueError("the text to fit an n-gram model to is empty; give some.")
         contexts = np.zeros(len(ids), dtype=np.int64)  # the empty context has row 0 of a table of one
         size = 1
         self._tables: list[_Table] = []
@@ -64,7 +64,7 @@ class WittenBell:
             contexts, size = np.roll(grams, 1), len(keys)
 
     def _joined(self, rows: Iterable[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all rows in a row, and the place of each within its own."""
+        """The concatenated ids of all rows, and the position of each in its row."""
         arrays = [np.asarray(row, dtype=np.int64) for row in rows]
         ids = np.concatenate([np.empty(0, dtype=np.int64), *arrays])
         places = np.concatenate([np.empty(0, dtype=np.int64), *(np.arange(len(row)) for row in arrays)])
@@ -73,7 +73,7 @@ class WittenBell:
         return ids, places
 
     def log_probabilities(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """log P of each token given those before it in its row, in nats: for each row (L,) float64.
+        """log P of each token given the preceding ones in its row, in nats: for each row (L,) float64.
 
         Raises:
             ValueError: If an id lies outside [0, N).
@@ -82,7 +82,7 @@ class WittenBell:
         probability = np.full(len(ids), 1 / self.vocab_size)
         contexts = np.zeros(len(ids), dtype=np.int64)
         for n, table in enumerate(self._tables, start=1):
-            # A context is unknown (-1) where the row has no n - 1 tokens yet, or they were never seen in a row.
+            # A context is unknown (-1) if the row has fewer than n - 1 tokens before, or it did not occur in the text.
             contexts = np.where(places >= n - 1, contexts, -1)
             grams = _find(table.keys, contexts * self.vocab_size + ids, contexts >= 0)
             total, kinds = table.totals[contexts], table.kinds[contexts]
@@ -100,6 +100,6 @@ class WittenBell:
 
 
 def _find(table: np.ndarray, keys: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Places of keys in a sorted table; -1 where they are not in it, or not known."""
+    """Indices of keys in a sorted table; -1 if a key is missing or not `known`."""
     places = np.searchsorted(table, keys).clip(max=len(table) - 1)
     return np.where(known & (table[places] == keys), places, -1)

@@ -1,9 +1,9 @@
-"""Published text results of arXiv 2602.01362, Tables 7 to 11 and 18, under one name for each model.
+"""Published text results of arXiv 2602.01362, Tables 7 to 11 and 18.
 
 Rows are "MDLM", "GIDD", "XDLM k=0.1" (and the other k) and "UDLM". Tables 10, 11 and 18 are judged by gpt2-large, on
-5,000 samples a cell, from one model a row; no errors are given. The released code says more about them: samples were
-drawn with float32 noise (UDLM: float64), which lowers perplexity and entropy as steps grow, the GIDD rows have a
-uniform share of 0, and no network was given times.
+5,000 samples per cell, from one model per row; no errors are given. According to the released code, samples were drawn
+with float32 noise (UDLM: float64), which lowers perplexity and entropy with many steps; the GIDD rows have a uniform
+share of 0; and no network had time conditioning.
 """
 
 
@@ -118,7 +118,7 @@ _BY_CORPUS = {
 
 
 def published_samples(corpus: str | None, row: str, steps: int) -> dict[str, float | str | int] | None:
-    """Published generative perplexity and entropy beside which a measured one can be put.
+    """Published generative perplexity and entropy, to compare with measured ones.
 
     Args:
         corpus: Training corpus; "openwebtext" and "lm1b" have a table.
@@ -126,7 +126,7 @@ def published_samples(corpus: str | None, row: str, steps: int) -> dict[str, flo
         steps: Sampling steps.
 
     Returns:
-        `perplexity`, `entropy`, `source` and `length` in tokens, or None where nothing was published.
+        `perplexity`, `entropy`, `source` and `length` in tokens, or None if nothing was published.
     """
     table, length, perplexity, entropy = _BY_CORPUS.get(corpus, (0, 0, {}, {}))
     if str(steps) not in perplexity.get(row, {}):

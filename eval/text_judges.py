@@ -1,10 +1,10 @@
-"""Judges of generated text: how improbable a language model finds it, in nats of that model's own tokens.
+"""Judges of generated text: language models that give its negative log-likelihood in nats.
 
     gpt2-large, or any causal language model    tokens of its own tokenizer, as in the paper's generative perplexities
     ngram:FILE                                  characters, by a Witten-Bell model of the text in FILE (`ngram`)
 
-The perplexities of two judges cannot be compared. A low one is good only as far as the text has the entropy of real
-text: repetitions are probable.
+Perplexities of different judges cannot be compared. Repetitive text has a low perplexity, so compare its entropy with
+that of real text, too.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,32 +24,32 @@ NGRAM = "ngram:"
 
 
 class Judge(Protocol):
-    """A model that scores texts; `description` is what a report says of it, as JSON."""
+    """A model that scores texts; `description` is its description in reports, as JSON."""
 
     description: dict[str, Any]
 
     def score(self, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Nats of each text and how many of its tokens were scored, both (number of texts,) float64.
+        """Nats and number of scored tokens of each text, both (number of texts,) float64.
 
         Args:
-            texts: To be scored.
-            max_length: Texts are cut after so many tokens of the judge, where it has tokens.
+            texts: The texts.
+            max_length: Maximum number of the judge's tokens, to which texts are truncated; not for characters.
         """
 
 
 class CausalJudge:
-    """A causal language model, in float32, by the protocol of the paper (and of those before it).
+    """A causal language model in float32, with the paper's protocol.
 
-    A text is tokenized by the judge, special tokens spelled in it included, cut after `max_length` tokens or the
-    judge's own limit, and scored in one piece from its second token on. Of end-of-text tokens the first alone counts.
+    A text is tokenized by the judge, which parses special tokens in it, truncated to `max_length` or the judge's limit,
+    and scored in one pass from its second token. Only the first end-of-text token counts.
 
     Args:
         name: Folder or Hub name.
-        device: Of the model.
+        device: Device of the model.
         batch_size: Texts per forward pass.
 
     Raises:
-        ValueError: If it cannot be read, is a diffusion model, or has no end-of-text token.
+        ValueError: If the model cannot be read, is a diffusion model, or has no end-of-text token.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu", batch_size: int = 8):
@@ -58,15 +58,15 @@ class CausalJudge:
             self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"judge={name!r} cannot be read ({' '.join(str(error).split())}): name the folder or Hub name of a "
-                "causal language model, or ngram:FILE with the text that an n-gram judge is fitted to."
+                f"judge={name!r} cannot be read ({' '.join(str(error).split())}); give the folder or Hub name of a "
+                "causal language model, or ngram:FILE with the text to fit an n-gram judge to."
             ) from error
         if isinstance(self.model, DiffusionModel):
             raise ValueError(
-                f"judge={name!r} is a diffusion model, which does not predict the next token: name another."
+                f"judge={name!r} is a diffusion model, which does not predict the next token; give another."
             )
         if self.tokenizer.eos_token_id is None:
-            raise ValueError(f"judge={name!r}: its tokenizer has no end-of-text token; name another.")
+            raise ValueError(f"judge={name!r}: its tokenizer has no end-of-text token; give another.")
         self.model.to(device).eval()
         self.batch_size = batch_size
         self.limit = getattr(self.model.config, "max_position_embeddings", None)
@@ -83,7 +83,7 @@ class CausalJudge:
         length = min(max_length, self.limit or max_length)
         ids = self.tokenizer(list(texts), truncation=True, max_length=length)["input_ids"] if texts else []
         nats, tokens = np.zeros(len(texts)), np.zeros(len(texts))
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # for little padding
         with tqdm(total=len(ids), desc="Judging", unit=" texts", leave=False) as bar:
             for at in range(0, len(order), self.batch_size):
                 batch = order[at : at + self.batch_size]
@@ -100,7 +100,7 @@ class CausalJudge:
         counted = mask & ((ids != eos) | ((ids == eos).cumsum(1) == 1))
         ids, mask, counted = (x.to(self.model.device) for x in (ids, mask, counted[:, 1:]))
         logits = self.model(input_ids=ids, attention_mask=mask.long()).logits
-        # Row by row: a copy of all logits would be the largest tensor here.
+        # Row by row, because a float32 copy of all logits would be the largest tensor.
         losses = torch.stack(
             [F.cross_entropy(row[:-1].float(), x[1:], reduction="none") for row, x in zip(logits, ids, strict=True)]
         )
@@ -109,12 +109,12 @@ class CausalJudge:
 
 
 class NgramJudge:
-    """A Witten-Bell model of characters. One that its text does not hold counts as one unknown character.
+    """A Witten-Bell model of characters; all characters that do not occur in its text are one unknown character.
 
     Args:
-        documents: The text that it is fitted to.
+        documents: The text to fit the model to.
         order: The longest n-gram.
-        source: What it is fitted to, for the report.
+        source: Name of that text, for the report.
 
     Raises:
         ValueError: As `WittenBell`.
@@ -132,19 +132,19 @@ class NgramJudge:
         return [self._ids.get(character, len(self._ids)) for character in text]
 
     def score(self, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `Judge.score`; a text is scored whole."""
+        """As `Judge.score`; texts are not truncated."""
         scores = self.model.log_probabilities([self._encoded(text) for text in texts]) if texts else []
         return np.array([-row.sum() for row in scores]), np.array([float(len(row)) for row in scores])
 
 
 def perplexity(nats: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
-    """exp(all nats / all tokens) with its standard error over texts, and the tokens.
+    """exp(all nats / all tokens) with its standard error over texts, and the number of tokens.
 
     Raises:
         ValueError: If no token was scored.
     """
     if not tokens.sum() > 0:
-        raise ValueError(f"{len(tokens)} texts hold no token that a judge scores; give longer texts.")
+        raise ValueError(f"the {len(tokens)} texts have no token to score; give longer texts.")
     sums = ((x * y).sum() for x, y in ((nats, nats), (nats, tokens), (tokens, tokens)))
     found = nelbo_of_sums(len(nats), float(nats.sum()), float(tokens.sum()), *map(float, sums))
     names = ("perplexity", "perplexity_standard_error")

@@ -1,7 +1,6 @@
-"""What the commands that measure text models share: options, loading, and what a report says of a model.
+"""Options, loading and description of a model, for the commands that measure text models.
 
-A folder of a checkpoint with `ema.safetensors` is read with that average in the place of its weights, unless
-`--trained_weights` asks for these.
+If a checkpoint has `ema.safetensors`, its weights are replaced by that average, unless `--trained_weights` is given.
 """
 
 import argparse
@@ -27,18 +26,22 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="folder or Hub name of a diffusion language model")
     add("--tokenizer", help="folder or Hub name, or text8; default: the model's")
-    add("--length", type=int, help="tokens of a row; default: the model's limit")
+    add("--length", type=int, help="tokens per row; default: the model's limit")
     add("--mixing_ratio", type=float, help="k of the noise; default: the model's")
     add("--dtype", default="auto", choices=DTYPES, help="of the model's weights")
     add("--device", default="auto", help="auto, cpu, cuda:0, ...")
-    add("--trained_weights", action="store_true", help=f"the weights of a checkpoint, not their average ({EMA_FILE})")
+    add(
+        "--trained_weights",
+        action="store_true",
+        help=f"the trained weights, not their average ({EMA_FILE})",
+    )
 
 
 def device_of(name: str) -> torch.device:
     """A device by name; "auto" is the GPU if there is one.
 
     Raises:
-        ValueError: If PyTorch does not know it.
+        ValueError: If the name is unknown to PyTorch.
     """
     try:
         return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
@@ -47,7 +50,7 @@ def device_of(name: str) -> torch.device:
 
 
 def check_positive(options: argparse.Namespace, *names: str) -> None:
-    """Raise ValueError for an option, or a value of one that has several, below 1."""
+    """Raise ValueError for an option with a value below 1."""
     for name in names:
         value = getattr(options, name)
         for number in value if isinstance(value, list) else [value]:
@@ -58,14 +61,14 @@ def check_positive(options: argparse.Namespace, *names: str) -> None:
 def load_text_model(
     options: argparse.Namespace, released: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """Model in evaluation mode, tokenizer, and whether the weights are the average that a checkpoint holds.
+    """Model in evaluation mode, tokenizer, and whether the weights are the average of a checkpoint.
 
     Args:
-        options: With those of `add_model_options`.
+        options: Including those of `add_model_options`.
         released: As in `set_boundary_tokens`, for a tokenizer without EOS.
 
     Raises:
-        ValueError: If one cannot be read, they do not belong together, or rows are longer than the model's limit.
+        ValueError: If one cannot be read, they do not fit each other, or rows are longer than the model's limit.
     """
     config = read_config(options.model)
     limit = length_limit(config)
@@ -83,7 +86,7 @@ def load_text_model(
 
 
 def identity(options: argparse.Namespace, model: PreTrainedModel, average: bool) -> dict[str, Any]:
-    """What a report says of a model and of the machine."""
+    """Description of model and machine, for a report."""
     k = default_mixing_ratio(model.config) if options.mixing_ratio is None else options.mixing_ratio
     return {
         "model": options.model,

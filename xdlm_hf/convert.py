@@ -2,12 +2,12 @@
 
     python -m xdlm_hf.convert dit --from FILE --to DIR
 
-reads the text models of the paper and of MDLM, UDLM and Duo: a Lightning checkpoint (`state_dict`, `ema`), a small file
-with `ema` alone, a plain dictionary of tensors, or safetensors. Files of `torch.save` are read with
-`weights_only=True`, which builds tensors and plain containers and runs no code of the file.
+reads the text models of the paper and of MDLM, UDLM and Duo: a Lightning checkpoint (`state_dict`, `ema`), a file with
+only `ema`, a plain dictionary of tensors, or safetensors. Files of `torch.save` are read with `weights_only=True`,
+which builds only tensors and plain containers and runs no code of the file.
 
-Sizes are read from the shapes. What a file does not say (heads, length, noise, [MASK]) comes from the options, or is as
-in the paper's models of the same sizes.
+Sizes are read from the shapes. Heads, length, noise and [MASK] are set by options, or by default as in the paper's
+models of the same sizes.
 """
 
 import argparse
@@ -29,25 +29,25 @@ from .models.dit.modeling_dit import DiTForDiffusionLM, UDLMForDiffusionLM
 
 PREFIX = "backbone."
 _DROPPED = "rotary_emb.inv_freq"
-# Of the paper's models, by what their shapes say: heads by width; length and [MASK] by rows of the vocabulary.
+# Values of the paper's models: heads by width; length and [MASK] by rows of the embedding.
 _HEADS = {256: 8, 768: 12, 1024: 16}
 _LENGTHS = {50258: 1024, 30522: 128, 35: 256}
 _MASKS = {30522: 103, 35: 4}
 
 
 def released_dit(weights: Mapping[str, Tensor] | Sequence[Tensor], config: Mapping[str, Any] | None = None):
-    """The model of released weights.
+    """The model with released weights.
 
     Args:
-        weights: Tensors by name, with or without the prefix `backbone.`; or the list that an EMA file holds, in the
-            order of the network's parameters.
-        config: Fields of [`DiTConfig`] that shapes do not tell; `mixing_ratio=1` gives a `udlm` checkpoint.
+        weights: Tensors by name, with or without the prefix `backbone.`; or the list of an EMA file, in the order of
+            the network's parameters.
+        config: Fields of [`DiTConfig`] that shapes do not determine; `mixing_ratio=1` gives a `udlm` checkpoint.
 
     Returns:
         [`DiTForDiffusionLM`], float32, in evaluation mode.
 
     Raises:
-        ValueError: If a name or a shape is not that of the network, or heads or length are not known.
+        ValueError: If a name or a shape differs from the network's, or heads or length are unknown.
     """
     if isinstance(weights, Mapping):
         named = _without_prefix(weights)
@@ -57,14 +57,14 @@ def released_dit(weights: Mapping[str, Tensor] | Sequence[Tensor], config: Mappi
     given = dict(config or {})
     for name in fields.keys() & given.keys():
         if fields[name] != given[name]:
-            raise ValueError(f"{name}={given[name]}, and the shapes say {fields[name]}; leave it out.")
+            raise ValueError(f"{name}={given[name]} contradicts the shapes, which give {fields[name]}; leave it out.")
     udlm = given.get("mixing_ratio") == 1
     fields |= {"time_conditioning": False, "mask_token_id": None if udlm else _MASKS.get(fields["vocab_size"])}
     known = {"n_heads": _HEADS.get(fields["hidden_dim"]), "model_length": _LENGTHS.get(fields["vocab_size"])}
     fields = {**{name: value for name, value in known.items() if value is not None}, **fields, **given}
     for name in known:
         if name not in fields:
-            raise ValueError(f"{name} is not known from the shapes; pass --{name}.")
+            raise ValueError(f"{name} does not follow from the shapes; pass --{name}.")
     config_class, model_class = (UDLMConfig, UDLMForDiffusionLM) if udlm else (DiTConfig, DiTForDiffusionLM)
     model = model_class(config_class(**fields)).eval()
     wanted = {name.removeprefix(PREFIX): weight for name, weight in model.named_parameters()}
@@ -80,16 +80,16 @@ def released_dit(weights: Mapping[str, Tensor] | Sequence[Tensor], config: Mappi
 def _without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefixed = [name for name in weights if name.startswith(PREFIX)]
     if prefixed and len(prefixed) < len(weights):
-        raise ValueError(f"unknown names beside {PREFIX}*: {_some(set(weights) - set(prefixed))}.")
+        raise ValueError(f"unknown names next to {PREFIX}*: {_some(set(weights) - set(prefixed))}.")
     return {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
 
 
 def _sizes_of_names(named: dict[str, Tensor]) -> dict[str, Any]:
-    """Sizes that the shapes tell; takes the rotary buffer, which tells the heads, out of the weights."""
+    """Sizes from the shapes; removes the rotary buffer, which determines the heads, from the weights."""
     first = ("vocab_embed.embedding", "sigma_map.mlp.0.weight")
     missing = [name for name in first if name not in named or named[name].ndim != 2]
     if missing:
-        raise ValueError(f"no DiT that is known here: it lacks {_some(missing)} and holds {_some(named)}.")
+        raise ValueError(f"the file is not a supported DiT: it lacks {_some(missing)} and holds {_some(named)}.")
     (rows, width), cond_dim = named[first[0]].shape, len(named[first[1]])
     fields = {"vocab_size": rows, "hidden_dim": width, "cond_dim": cond_dim}
     fields["n_blocks"] = len({name.split(".")[1] for name in named if re.match(r"blocks\.\d+\.", name)})
@@ -103,13 +103,13 @@ def _sizes_of_names(named: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _sizes_of_list(weights: Sequence[Tensor]) -> dict[str, Any]:
-    """Sizes of a list of parameters: 10 outside the blocks, 10 in each, and perhaps a class table."""
+    """Sizes from a list of parameters: 10 outside the blocks, 10 in each block, and optionally a class table."""
     blocks, classes = divmod(len(weights) - 10, 10)
     if blocks < 1 or classes > 1 or any(weights[i].ndim != 2 for i in (0, 1, 5)[: 2 + classes]):
         shapes = [tuple(weight.shape) for weight in weights[:6]]
         raise ValueError(
-            f"a list of {len(weights)} tensors, the first of shapes {shapes}, is no DiT that is known here: it has 10 "
-            "parameters for each block and 10 more, with class labels 11."
+            f"a list of {len(weights)} tensors, the first of shapes {shapes}, is not a supported DiT, which has 10 "
+            "parameters per block and 10 others, or 11 with class labels."
         )
     (rows, width), cond_dim = weights[0].shape, len(weights[1])
     fields = {"vocab_size": rows, "hidden_dim": width, "cond_dim": cond_dim, "n_blocks": blocks}
@@ -121,10 +121,10 @@ def _check(named: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     for verb, names in (("lack", wanted.keys() - named.keys()), ("hold unknown", named.keys() - wanted.keys())):
         problems += [f"{verb} {_some(names)}"] if names else []
     both = [(name, tuple(named[name].shape), tuple(wanted[name].shape)) for name in wanted if name in named]
-    shapes = [f"{name} {theirs} where {ours} is wanted" for name, theirs, ours in both if theirs != ours]
+    shapes = [f"{name} {theirs} instead of {ours}" for name, theirs, ours in both if theirs != ours]
     problems += [f"hold {_some(shapes)}"] if shapes else []
     if problems:
-        raise ValueError(f"the weights are no DiT that is known here: they {'; they '.join(problems)}.")
+        raise ValueError(f"the weights are not a supported DiT: they {'; they '.join(problems)}.")
     strange = [name for name, weight in named.items() if not weight.is_floating_point()]
     if strange:
         raise ValueError(f"{_some(strange)}: weights must be floating-point numbers.")
@@ -140,31 +140,31 @@ def _some(names) -> str:
 
 
 def read_weights(path: str | Path, ema: bool | None = None) -> tuple[dict[str, Tensor] | list[Tensor], str]:
-    """Weights of a file, and which they are: "ema" or "raw".
+    """Weights of a file and their kind, "ema" or "raw".
 
     Args:
         path: A file of `torch.save` or safetensors.
-        ema: Take the moving average, or not; None: if there is one.
+        ema: Whether to read the moving average; by default if there is one.
 
     Raises:
-        ValueError: If there is no such file, it would run code when loaded, or it does not hold what is asked for.
+        ValueError: If there is no such file, it would run code when loaded, or it lacks these weights.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} is no file; pass the checkpoint itself.")
+        raise ValueError(f"{path} is not a file; pass the checkpoint file.")
     whole = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     averages = whole.get("ema")
     if isinstance(averages, Mapping):
         averages = averages.get("shadow_params")
     has_average = isinstance(averages, list) and averages and all(isinstance(x, Tensor) for x in averages)
     if ema and not has_average:
-        raise ValueError(f"{path} holds no moving average (ema.shadow_params); leave out --ema.")
+        raise ValueError(f"{path} has no moving average (ema.shadow_params); leave out --ema.")
     if has_average and ema is not False:
         return averages, "ema"
     raw = whole.get("state_dict", whole)
     if not isinstance(raw, Mapping) or not raw or not all(isinstance(x, Tensor) for x in raw.values()):
         what = ", ".join(map(str, list(whole)[:6]))
-        raise ValueError(f"{path} holds no tensors by name and no ema.shadow_params; its entries are {what}.")
+        raise ValueError(f"{path} has neither named tensors nor ema.shadow_params; its entries are {what}.")
     return dict(raw), "raw"
 
 
@@ -172,28 +172,30 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or download it again.") from error
+        raise ValueError(f"{path} is not a complete safetensors file ({error}); copy or download it again.") from error
 
 
 def _read_torch(path: Path) -> dict[str, Any]:
     try:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole file of torch.save ({' '.join(str(error).split())}).") from error
+        raise ValueError(
+            f"{path} is not a complete file of torch.save ({' '.join(str(error).split())}); copy or download it again."
+        ) from error
     if unsafe:
         raise ValueError(
-            f"{path} holds objects of {_some(unsafe)}, whose loading could run any code, and is refused. If you trust "
-            "it, save the tensors alone, where these classes are installed: whole = torch.load(FILE, "
+            f"{path} is refused, because it contains objects of {_some(unsafe)}, and loading them could run any code. "
+            "If you trust it, save only the tensors where these classes are installed: whole = torch.load(FILE, "
             "weights_only=False); torch.save({'state_dict': whole['state_dict'], 'ema': whole['ema']}, NEW)."
         )
     whole = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(whole, Mapping):
-        raise ValueError(f"{path} holds a {type(whole).__name__}, not a dictionary of tensors.")
+        raise ValueError(f"{path} contains a {type(whole).__name__}, not a dictionary of tensors.")
     return dict(whole)
 
 
 def save(model, folder: str | Path) -> None:
-    """Write a checkpoint, whole or not at all.
+    """Write a checkpoint atomically.
 
     Raises:
         ValueError: If the folder exists and is not empty.
@@ -216,12 +218,14 @@ def parser() -> argparse.ArgumentParser:
     dit = main.add_subparsers(dest="kind", required=True).add_parser("dit", help="the text models of the paper")
     dit.add_argument("--from", dest="source", required=True, metavar="FILE", help="file of torch.save, or safetensors")
     dit.add_argument("--to", dest="folder", required=True, metavar="DIR", help="new folder")
-    dit.add_argument("--ema", action=argparse.BooleanOptionalAction, help="take the moving average (if there is one)")
+    dit.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, help="read the moving average (default: if there is one)"
+    )
     dit.add_argument("--mixing_ratio", type=float, help="k of the noise: 0 MDLM (default), 1 UDLM")
-    dit.add_argument("--p_uniform", type=float, help="the noise is GIDD's, with this share of uniform noise")
+    dit.add_argument("--p_uniform", type=float, help="noise of GIDD with this share of uniform noise")
     dit.add_argument("--time_conditioning", action="store_true", help="the network was trained with times")
     for name in ("n_heads", "model_length", "mask_token_id"):
-        dit.add_argument(f"--{name}", type=int, help="of the config, where the paper's models have another")
+        dit.add_argument(f"--{name}", type=int, help="default: as in the paper's models of these sizes")
     return main
 
 
@@ -238,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         save(model, folder)
     except (ValueError, StrictDataclassError) as error:
         sys.exit(f"error: {' '.join(str(error.__cause__ or error).split())}")
-    kinds = {"ema": "the moving average", "raw": "the weights as trained, no moving average"}
+    kinds = {"ema": "the moving average", "raw": "the trained weights, not a moving average"}
     print(f"read {kinds[which]}: {model.num_parameters():,} parameters, N = {model.config.vocab_size}")
     print(f"noise: {model.noise_process()!r}" + ("" if config.keys() & {"mixing_ratio", "p_uniform"} else ", assumed"))
     print(f"written to {folder}")

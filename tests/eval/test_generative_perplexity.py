@@ -106,7 +106,7 @@ def test_perplexity_is_over_all_tokens():
     assert found["perplexity"] == pytest.approx(math.exp(2)) and found["judged_tokens"] == 6
     assert found["perplexity_standard_error"] == pytest.approx(math.exp(2) * math.sqrt((4 + 4) * 2 / 1) / 6)
     assert "perplexity_standard_error" not in perplexity(np.array([2.0]), np.array([2.0]))
-    with pytest.raises(ValueError, match="1 texts hold no token that a judge scores"):
+    with pytest.raises(ValueError, match="the 1 texts have no token to score"):
         perplexity(np.zeros(1), np.zeros(1))
 
 
@@ -124,11 +124,11 @@ def test_an_ngram_judge_prefers_the_text_that_it_knows():
 
 
 def test_judges_that_cannot_judge_are_refused(folders, tmp_path):
-    with pytest.raises(ValueError, match="judge=.*none' cannot be read .*name the folder or Hub name of a causal"):
+    with pytest.raises(ValueError, match="judge=.*none' cannot be read .*give the folder or Hub name of a causal"):
         CausalJudge(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="is a diffusion model"):
         CausalJudge(str(folders / "model"))
-    with pytest.raises(ValueError, match="needs text to be fitted to"):
+    with pytest.raises(ValueError, match="text to fit an n-gram model to is empty"):
         NgramJudge([None, ""])
 
 

@@ -78,9 +78,9 @@ def test_real_text_is_more_probable_than_shuffled_text():
 
 
 def test_what_cannot_be_fitted_or_scored_is_refused():
-    with pytest.raises(ValueError, match="order=0 must be at least 1"):
+    with pytest.raises(ValueError, match="order=0, the length of the longest n-gram, must be at least 1"):
         WittenBell([[0]], 0, 3)
-    with pytest.raises(ValueError, match="needs text to be fitted to"):
+    with pytest.raises(ValueError, match="text to fit an n-gram model to is empty"):
         WittenBell([], 2, 3)
     with pytest.raises(ValueError, match=r"ids 0 to 3 do not lie in \[0, vocab_size=3\)"):
         WittenBell([[0, 3]], 2, 3)

@@ -201,9 +201,9 @@ def test_standard_names_read_and_write_the_fields():
         (
             DiTConfig,
             {"noise_process": "gidd", "mixing_ratio": 0.1},
-            "mixing_ratio=0.1 is of noise that does not change",
+            "mixing_ratio=0.1 does not apply to noise_process='gidd'",
         ),
-        (DiTConfig, {"noise_process": "gidd", "noise_schedule": "linear"}, "'gidd' has a schedule of its own"),
+        (DiTConfig, {"noise_process": "gidd", "noise_schedule": "linear"}, "'gidd' has its own schedule"),
         (UDLMConfig, {"noise_process": "gidd", "mixing_ratio": 0.0}, "'gidd' needs a mask_token_id"),
         (UDLMConfig, {"cfg": True}, "cfg=True: the class labels of UDLM's own code"),
         (DUOConfig, {"causal": True}, "causal=True is the format's autoregressive baseline"),
@@ -229,10 +229,10 @@ def test_the_noise_of_a_gidd_config():
     process = model.noise_process()
     assert isinstance(process, GIDDProcess) and (process.p_uniform, process.mask_token_id) == (0.2, 39)
     assert model.config.noise_schedule is None
-    with pytest.raises(ValueError, match="GIDDProcess.* changes with time and has no one kernel; use noise_process"):
+    with pytest.raises(ValueError, match="the kernel of GIDDProcess.* changes with time; use noise_process"):
         model.noise_kernel()
     assert model.generate(steps=4, max_new_tokens=8, seed=0).shape == (1, 8)
-    with pytest.raises(ValueError, match=r"mixing_ratio=0.1: the noise of GIDDProcess\(.* changes with time"):
+    with pytest.raises(ValueError, match=r"mixing_ratio=0.1 does not apply to GIDDProcess\(.* changes with time"):
         model.generate(steps=4, max_new_tokens=8, mixing_ratio=0.1)
     # There it is the budget of edits.
     assert model.generate(steps=4, max_new_tokens=8, mixing_ratio=0.1, sampler="confidence").shape == (1, 8)
@@ -251,13 +251,13 @@ def test_noise_levels_of_times():
     "config, inputs, message",
     [
         ({"time_conditioning": True}, {}, "timesteps are missing: this network has time_conditioning=True"),
-        ({}, {"timesteps": torch.zeros(2)}, "timesteps were given, and this network has time_conditioning=False"),
+        ({}, {"timesteps": torch.zeros(2)}, "timesteps were given, but this network has time_conditioning=False"),
         (
             {"time_conditioning": True},
             {"timesteps": torch.zeros(1)},
             r"timesteps of shape \(1,\) must be \(B,\) = \(2,\)",
         ),
-        ({}, {"class_labels": torch.zeros(2).long()}, "class_labels were given, and this network has num_classes=None"),
+        ({}, {"class_labels": torch.zeros(2).long()}, "class_labels were given, but this network has num_classes=None"),
         ({"num_classes": 5}, {"class_labels": torch.tensor([0, 6])}, "6"),
         ({}, {"labels": IDS}, "labels are not supported"),
         ({}, {"use_cache": True}, "DiT's forward has no argument 'use_cache'"),

@@ -266,7 +266,7 @@ def test_a_checkpoint_without_an_average_is_refused(copied):
     with pytest.raises(ValueError, match="checkpoint-3 is damaged: ema.safetensors cannot be read"):
         resume(copied)
     write_checksums(copied / "checkpoint-3")
-    with pytest.raises(ValueError, match="checkpoint-3 has no ema.safetensors, the average of its weights: restore"):
+    with pytest.raises(ValueError, match="checkpoint-3 has no ema.safetensors, the average of its weights; restore"):
         resume(copied)
 
 
@@ -309,7 +309,7 @@ def test_adapters_and_spread_weights_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="ema_decay=0.9 averages a whole model, not adapters"):
         check_ema(SimpleNamespace(peft_config={}), args)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="which ZeRO-3 and FSDP spread: use zero2.yaml"):
+    with pytest.raises(ValueError, match="but ZeRO-3 and FSDP shard them; use zero2.yaml"):
         check_ema(tiny_model(), args)
     check_ema(tiny_model(), arguments(tmp_path))
 

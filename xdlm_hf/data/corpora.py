@@ -1,16 +1,16 @@
-"""The text corpora of the paper: where they are today, which part is scored, and how they become rows.
+"""The text corpora of the paper: their sources, the part that is scored, and rows for training and evaluation.
 
     openwebtext   training, and its last 100,000 documents for validation
     lm1b          training and validation at 128 BERT tokens; a zero-shot set at 1024 GPT-2 tokens
     text8         characters
     ag_news, lambada, lm1b, ptb, arxiv, pubmed, wikitext       the seven zero-shot sets
 
-Any local JSONL, Parquet or text file can stand in for a corpus; the corpus' detokenizer is applied to it. `python -m
-xdlm_hf.data.corpora NAME --tokenizer T --length L` prints counts and checksum of the rows that a run would read.
+Local JSONL, Parquet or text files can replace a corpus; its detokenizer is applied to them. `python -m
+xdlm_hf.data.corpora NAME --tokenizer T --length L` prints counts and checksum of the rows.
 
-Some homes on the Hub hold a loading script, which `datasets` no longer runs. The Hub's own Parquet copy (the branch
-refs/convert/parquet) is read then, unless a revision is asked for. openwebtext has no complete copy of this kind, so
-that its "last" documents would be others: the number of documents is checked.
+Some repositories on the Hub contain a loading script, which `datasets` no longer runs. Without a given revision, the
+Hub's Parquet copy (branch refs/convert/parquet) is read instead. The copy of openwebtext is incomplete, so its last
+documents would differ; therefore the number of documents is checked.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from .wrapping import WrappedDataset, WrappedStream, set_boundary_tokens
 
 logger = logging.getLogger(__name__)
 PARQUET_COPY = "refs/convert/parquet"
-SHARDS = 64  # of a corpus that is read from the Hub whole: what readers of a stream are dealt
+SHARDS = 64  # of a corpus from the Hub, to be divided among the readers of a stream
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class Corpus:
     """A corpus of the paper.
 
     Args:
-        dataset: Name on the Hub; None for text8, which is downloaded from its own page.
-        splits: By part, the split on the Hub.
-        scored: The part that the paper's perplexities are measured on.
+        dataset: Name on the Hub; None for text8, which is downloaded from its web page.
+        splits: Split on the Hub, by part.
+        scored: The part on which the paper's perplexities are measured.
         config: Configuration on the Hub.
         column: Column of the text.
-        detokenizer: Name in `DETOKENIZERS`; None leaves the text as it is.
-        by_line: Whether each line of a local text file is a document. Otherwise the file is one.
-        line_ends: Whether documents that are lines end with the line end, as WikiText's do on the Hub.
-        documents: Documents of the whole split, where a part is counted from its end.
+        detokenizer: Name in `DETOKENIZERS`; None for no detokenizer.
+        by_line: Whether each line of a local text file is a document; otherwise the whole file is one.
+        line_ends: Whether such a document includes its line end, like those of WikiText on the Hub.
+        documents: Expected number of documents of the split, if a part is counted from its end.
     """
 
     dataset: str | None
@@ -142,25 +142,27 @@ def load_corpus(
     Args:
         name: In `CORPORA`.
         part: "train", "validation" or "test"; by default the one that the paper scores.
-        data_files: Local files or patterns in its place, as in `readers.load_documents`. All of them are read, except
-            for text8: one file, of which the part is taken.
-        text_column: Column of the text in JSONL and Parquet files; default: the corpus' own.
+        data_files: Local files or patterns to read instead, as in `readers.load_documents`. All of them are read as
+            this part; for text8 it is one file, which is divided into the parts.
+        text_column: Column of the text in JSONL and Parquet files; default: that of the corpus.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: If the name, part or a file is not known, options do not go together, or the corpus cannot be had:
-            with the reason, and that local files may stand in.
+        ValueError: If the name, part or a file is unknown, options contradict each other, or the corpus cannot be
+            read.
     """
     corpus, part = find_corpus(name, part)
     if data_files is not None and revision is not None:
-        raise ValueError(f"revision={revision!r} is for a corpus on the Hub: leave it out with data_files.")
+        raise ValueError(f"revision={revision!r} is for a corpus on the Hub; leave it out with data_files.")
     if corpus.dataset is None:
         documents = _text8(part, data_files, text_column, revision)
     elif data_files is not None:
         documents = _local(corpus, find_files(data_files), text_column)
     else:
         if text_column is not None:
-            raise ValueError(f"text_column={text_column!r} is for data_files; {name}'s own is {corpus.column!r}.")
+            raise ValueError(
+                f"text_column={text_column!r} is for data_files; leave it out ({name} has {corpus.column!r})."
+            )
         documents = _from_hub(name, corpus, corpus.splits[part], revision)
     if corpus.detokenizer is None:
         return documents
@@ -179,10 +181,10 @@ def _text8(
     part: str, data_files: Sequence[str] | None, text_column: str | None, revision: str | None
 ) -> datasets.IterableDataset:
     if text_column is not None or revision is not None:
-        raise ValueError("text8 is one text file: leave text_column and revision out.")
+        raise ValueError("text8 is one text file; leave text_column and revision out.")
     paths = [None] if data_files is None else find_files(data_files).paths
     if len(paths) != 1:
-        raise ValueError(f"text8 is one text, which is cut into its parts: give one file, not {len(paths)}.")
+        raise ValueError(f"text8 is one text, which is divided into its parts; give one file, not {len(paths)}.")
     return text8_documents(part, paths[0]).to_iterable_dataset()
 
 
@@ -192,7 +194,9 @@ def _local(corpus: Corpus, files: SourceFiles, text_column: str | None) -> datas
     if not corpus.by_line or not any(text):
         return documents
     if not all(text):
-        raise ValueError("data_files: text files, one document a line, do not mix with JSONL or Parquet files.")
+        raise ValueError(
+            "data_files must be either text files, with a document per line, or JSONL and Parquet files, not both."
+        )
     return documents.map(_Lines(corpus.line_ends), batched=True, batch_size=1)
 
 
@@ -201,7 +205,7 @@ class _Lines:
     line_ends: bool
 
     def __call__(self, batch: Mapping[str, list[str]]) -> dict[str, list[str]]:
-        # Not `splitlines`, which also cuts at signs that stand inside a line, such as the next-line character.
+        # Not `splitlines`, which also splits at characters that occur inside lines, such as U+0085.
         lines = (line for text in batch["text"] for line in io.StringIO(text, newline="\n"))
         return {"text": [line if self.line_ends else line.removesuffix("\n") for line in lines]}
 
@@ -219,9 +223,9 @@ def _from_hub(name: str, corpus: Corpus, split: str, revision: str | None) -> da
     except (OSError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split())
         raise ValueError(
-            f"corpus {name!r} cannot be read from {corpus.dataset} on the Hub ({why}): name another revision, or fetch "
-            f"it elsewhere and give its files as data_files (JSONL or Parquet with the column {corpus.column!r}, or "
-            "text)."
+            f"corpus {name!r} cannot be read from {corpus.dataset} on the Hub ({why}); pass another revision, or "
+            f"download it elsewhere and give its files as data_files (JSONL or Parquet with the column "
+            f"{corpus.column!r}, or text)."
         ) from error
     _check_size(name, corpus, found)
     found = found.select_columns([corpus.column])
@@ -235,8 +239,8 @@ def _check_size(name: str, corpus: Corpus, found: datasets.Dataset) -> None:
     split = found.info.splits["train"].num_examples if found.info.splits else len(found)
     if split != corpus.documents:
         raise ValueError(
-            f"corpus {name!r}: {corpus.dataset} holds {split} documents here, not {corpus.documents}: its last 100,000 "
-            "would be others than the paper's. Name a revision that is whole, or give data_files."
+            f"corpus {name!r}: this revision of {corpus.dataset} has {split} documents, not {corpus.documents}, so its "
+            "last 100,000 would not be the paper's. Pass a complete revision, or data_files."
         )
 
 
@@ -257,21 +261,22 @@ def corpus_rows(
     max_rows: int | None = None,
     show_progress: bool = False,
 ) -> WrappedDataset:
-    """A part of a corpus as rows in memory; its counts and checksum are logged.
+    """A part of a corpus as rows in memory; logs counts and checksum.
 
-    text8 is cut every L characters, without boundary tokens; with `released` its chunks are documents like any other.
+    text8 is cut every L characters, without boundary tokens; with `released`, its chunks of 256 characters are
+    documents, which are joined and cut like those of other corpora.
 
     Args:
         name, part, data_files, text_column, revision: As in `load_corpus`.
-        tokenizer: With BOS and EOS, or [CLS] and [SEP] in their place: it is changed by `set_boundary_tokens`.
+        tokenizer: With BOS and EOS, or [CLS] and [SEP] instead; changed by `set_boundary_tokens`.
         length: L, boundary tokens included.
-        insert_eos: Whether EOS follows each document. Default: yes; with `released` not for a part that is scored, as
-            in the released evaluation commands, although models are trained with it.
+        insert_eos: Whether EOS follows each document. Default: yes, except for text8; with `released` only for the
+            training part, since the released evaluation commands omit EOS.
         released: Cut rows as the released code does (`wrapping`).
         max_rows, show_progress: As in `WrappedDataset`.
 
     Raises:
-        ValueError: As `load_corpus` and `WrappedDataset`; if the tokenizer does not fit text8.
+        ValueError: As `load_corpus` and `WrappedDataset`; if the tokenizer is not one of characters, for text8.
     """
     _, part = find_corpus(name, part)
     documents = load_corpus(name, part, data_files, text_column, revision)
@@ -305,21 +310,20 @@ def corpus_stream(
     released: bool = False,
     **options: Any,
 ) -> WrappedStream:
-    """The training part of a corpus as a stream of rows that a run can resume anywhere.
+    """The training part of a corpus as a stream of rows, resumable at every row.
 
     Args:
-        name, data_files, text_column, revision: As in `load_corpus`; the files are remembered in checkpoints.
+        name, data_files, text_column, revision: As in `load_corpus`; checkpoints record the files.
         tokenizer, length: As in `corpus_rows`.
-        released: Use the released code's EOS (`set_boundary_tokens`). Documents are joined without end, nothing is
-            dropped.
+        released: Use the released code's EOS (`set_boundary_tokens`); nothing else changes, and no tokens are dropped.
         options: Of `WrappedStream`: rank, world_size, shuffle_seed, ...
 
     Raises:
-        ValueError: As `load_corpus` and `WrappedStream`, and for text8, which is cut in memory (`corpus_rows`).
+        ValueError: As `load_corpus` and `WrappedStream`, and for text8 (use `corpus_rows`).
     """
     corpus, part = find_corpus(name, "train")
     if corpus.dataset is None:
-        raise ValueError(f"corpus {name!r} is cut in memory: use corpus_rows.")
+        raise ValueError(f"corpus {name!r} cannot be streamed; use corpus_rows.")
     documents = load_corpus(name, part, data_files, text_column, revision)
     if data_files is None:
         source = {"dataset": [corpus.dataset, corpus.config, corpus.splits[part]], "revision": revision}
@@ -330,7 +334,7 @@ def corpus_stream(
 
 
 def report(rows: WrappedDataset) -> dict[str, int]:
-    """Documents, tokens, rows and CRC-32 of rows, for a log."""
+    """Documents, tokens, rows and CRC-32 of rows."""
     return {**rows.counts, **rows.fingerprint}
 
 
@@ -341,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer", required=True, help="folder or Hub name; text8 for the character tokenizer")
     parser.add_argument("--length", type=int, required=True, help="tokens per row")
     parser.add_argument("--part", choices=("train", "validation", "test"), help="default: the one that is scored")
-    parser.add_argument("--data_files", nargs="+", help="local files in the corpus' place")
+    parser.add_argument("--data_files", nargs="+", help="local files to read instead")
     parser.add_argument("--text_column", help="column of the text in local files")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--released", action="store_true", help="cut rows as the released code does")

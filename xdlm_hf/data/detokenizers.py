@@ -1,8 +1,8 @@
 """Detokenizers: rules that turn tokenized benchmark text back into plain text.
 
-Some corpora are distributed with spaces around punctuation (`it 's`, `1 @,@ 500`). Published perplexities were measured
-after these rules, which every diffusion language model paper of this line shares; they are kept as they are, their
-mistakes included (`the players ' room` becomes `the players'room`), since other rules give other perplexities.
+Some corpora are distributed with spaces around punctuation (`it 's`, `1 @,@ 500`). Published perplexities of diffusion
+language models were measured after these rules. They are reproduced with their mistakes (`the players ' room` becomes
+`the players'room`), because other rules would change the perplexities.
 
 A rule is a pattern and its replacement. Rules are applied in order, each to the whole text.
 """
@@ -24,10 +24,10 @@ def _trimmed(opening: str, closing: str, space: str) -> tuple[re.Pattern, str]:
 
     Args:
         opening, closing: One character each.
-        space: Pattern of the space on either side: `\\s*` for any, or a single blank that must be there.
+        space: Pattern of the space on both sides: `\\s*`, or a single blank, which is then required.
     """
     left, right = re.escape(opening), re.escape(closing)
-    # Wikitext's rule takes the shortest text up to its closing sign, LM1B's one without any sign of the pair.
+    # Wikitext's rule takes the shortest text up to the closing character; LM1B's excludes both characters.
     inner = f"[^{right}]*?" if space == r"\s*" else f"[^{left}{right}]+"
     return re.compile(f"{left}{space}({inner}){space}{right}"), f"{opening}\\1{closing}"
 
@@ -41,7 +41,7 @@ _WIKITEXT: _Rules = [
 ]
 _PTB: _Rules = [
     *_literal((" 's", "'s"), ("s ' ", "s' "), (" n't", "n't"), (" \n ", "\n"), ("\\/", "/")),
-    # Neighbouring numbers share the blank between them: ` N N ` takes two passes, longer runs are rarer.
+    # Adjacent numbers share the blank between them, so ` N N ` needs two passes; longer runs are rare.
     *_literal((" N ", " 1 ")) * 10,
     *_literal(("$ 1", "$1"), ("# 1", "#1"), ("<unk>", "?")),
 ]

@@ -1,7 +1,7 @@
 """text8: 100 million characters of Wikipedia, a to z and the blank, and its tokenizer of 35 tokens.
 
-The tokenizer is the one of the published text8 models: eight special tokens, then a to z, then the blank. It is an
-ordinary fast tokenizer, so that a saved one is read by `AutoTokenizer` without remote code.
+The tokenizer is that of the published text8 models: eight special tokens, then a to z, then the blank. It is a standard
+fast tokenizer, so `AutoTokenizer` loads it without remote code.
 """
 
 import re
@@ -15,14 +15,14 @@ TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
 ALPHABET = "abcdefghijklmnopqrstuvwxyz "
 SPECIAL_TOKENS = ("[CLS]", "[SEP]", "[BOS]", "[EOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
 PARTS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}
-"""Where each part begins and ends, as shares of the characters: 90, 5 and 5 million of the original."""
-CHUNK = 256  # characters of a document: a row of the published models
+"""Start and end of each part, as shares of the characters: 90, 5 and 5 million of the original."""
+CHUNK = 256  # characters per document, the row length of the published models
 _OTHER = re.compile(r"[^a-z]+")
 
 
 def text8_tokenizer() -> PreTrainedTokenizerFast:
     """The character tokenizer: [CLS] [SEP] [BOS] [EOS] [MASK] [PAD] [RESERVED] [UNK] are 0 to 7, a to z 8 to 33, the
-    blank 34. Upper case is read as lower case; any other character is [UNK]."""
+    blank 34. Upper case is converted to lower case; any other character is [UNK]."""
     backend = Tokenizer(
         models.WordLevel({token: number for number, token in enumerate((*SPECIAL_TOKENS, *ALPHABET))}, "[UNK]")
     )
@@ -39,26 +39,26 @@ def text8_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def check_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Refuse a tokenizer that does not give text8 one token for each character.
+    """Check that a tokenizer encodes each character of text8 as one token.
 
     Args:
-        tokenizer: Any.
-        text: Some of the text, on which a tokenizer of longer pieces shows itself.
+        tokenizer: The tokenizer.
+        text: A sample of the text.
 
     Raises:
-        ValueError: With the remedy.
+        ValueError: If it does not.
     """
     alphabet, ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (ALPHABET, text))
     if len(set(alphabet)) != len(ALPHABET) or tokenizer.unk_token_id in alphabet or len(ids) != len(text):
         raise ValueError(
-            f"the tokenizer encodes {len(text)} characters of text8 as {len(ids)} tokens, and its {len(ALPHABET)} "
-            f"signs as {len(set(alphabet))}: text8 is cut by characters. Use text8_tokenizer(), or give the text as "
-            "data_files of another corpus."
+            f"the tokenizer encodes {len(text)} characters of text8 as {len(ids)} tokens, and the {len(ALPHABET)} "
+            f"characters of its alphabet as {len(set(alphabet))} different ones, but text8 needs a token for "
+            "each. Use text8_tokenizer(), or give the text as data_files of another corpus."
         )
 
 
 def as_text8(text: str) -> str:
-    """Text in text8's alphabet: lower case, and one blank for every run of other characters. text8 stays as it is."""
+    """Text in text8's alphabet: lower case, and one blank for every run of other characters; text8 is unchanged."""
     return _OTHER.sub(" ", text.lower())
 
 
@@ -67,11 +67,11 @@ def text8_documents(part: str, file: str | None = None) -> datasets.Dataset:
 
     Args:
         part: "train", "validation" or "test".
-        file: Local text in its place, brought to its alphabet and cut in the same shares. Default: the original, which
-            is downloaded once.
+        file: Local text to use instead, converted to the alphabet and divided in the same shares. Default: the
+            original, which is downloaded once.
 
     Raises:
-        ValueError: If there is no such part, or the text cannot be had.
+        ValueError: If there is no such part, or the text cannot be read.
     """
     if part not in PARTS:
         raise ValueError(f"text8 has no part {part!r}; choose one of {', '.join(PARTS)}.")
@@ -80,13 +80,13 @@ def text8_documents(part: str, file: str | None = None) -> datasets.Dataset:
         text = (path / "text8" if path.is_dir() else path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"text8 cannot be read from {file or TEXT8_URL} ({' '.join(str(error).split())}): fetch it on another "
-            "machine, unpack it, and name the file text8.txt in data_files."
+            f"text8 cannot be read from {file or TEXT8_URL} ({' '.join(str(error).split())}); download it on another "
+            "machine, unpack it, and give the file as data_files, named text8.txt."
         ) from error
     text = as_text8(text)
     first, last = (round(share * len(text)) for share in PARTS[part])
     if first == last:
         raise ValueError(
-            f"{file or TEXT8_URL} holds {len(text)} characters: its part {part!r} is empty; give more text."
+            f"{file or TEXT8_URL} has {len(text)} characters, so that its part {part!r} is empty; give more text."
         )
     return datasets.Dataset.from_dict({"text": [text[at : min(at + CHUNK, last)] for at in range(first, last, CHUNK)]})

@@ -2,12 +2,12 @@
 
     d1 d1 d1 <eos> d2 d2 | d2 d2 d2 d2 <eos> d3 | ...     becomes     [BOS] d1 d1 d1 <eos> d2 d2 [EOS] ...
 
-Documents are joined end to end, each followed by the end-of-text token if `insert_eos`, and cut every L - 2 tokens.
+Documents are concatenated, each followed by the end-of-text token with `insert_eos`, and cut every L - 2 tokens.
 
-`released=True` follows the released code where it does otherwise: documents are joined within batches of 1,000, the
-tokens left over at the end of each batch are dropped, and so no row is shorter than L. Two things stay as they are
-here: text that spells a special token is data (`packing`), and documents of blanks alone are left out. The third
-difference, that BERT's end-of-text token is [CLS], belongs to the tokenizer: `set_boundary_tokens`.
+`released=True` cuts as the released code does: documents are concatenated within batches of 1,000, and the tokens left
+over at the end of each batch are dropped, so no row is shorter than L. Unlike the released code, text that spells a
+special token is still data (`packing`), and documents of only blanks are left out. That the released code uses [CLS] as
+BERT's end-of-text token is reproduced by `set_boundary_tokens`.
 
 Shapes: R rows, L tokens per row.
 """
@@ -28,16 +28,16 @@ from .stream import PackedStream
 if TYPE_CHECKING:  # `datasets` belongs to the `train` extra: importing this module must not need it
     import datasets
 logger = logging.getLogger(__name__)
-RELEASED_BATCH = 1000  # documents that the released code joins: the default batch of `datasets.map`
+RELEASED_BATCH = 1000  # documents that the released code concatenates, the default batch of `datasets.map`
 
 
 def set_boundary_tokens(tokenizer: PreTrainedTokenizerBase, released: bool = False) -> PreTrainedTokenizerBase:
-    """Give a tokenizer without BOS or EOS its [CLS] and [SEP] for them; the tokenizer is changed and returned.
+    """Set missing BOS and EOS of a tokenizer to its [CLS] and [SEP]; changes the tokenizer and returns it.
 
     Args:
-        tokenizer: Of any kind.
-        released: Make EOS the first token of the encoded EOS, which the released code takes for it. For BERT that is
-            [CLS], since the tokenizer puts it in front: rows read [CLS] s1 [CLS] s2 ... [CLS], and [SEP] never occurs.
+        tokenizer: The tokenizer.
+        released: Set EOS to the first token of the encoded EOS, as the released code does. For BERT that is [CLS],
+            which its tokenizer prepends: rows are [CLS] s1 [CLS] s2 ... [CLS], without [SEP].
 
     Raises:
         ValueError: If there is neither BOS nor [CLS], or neither EOS nor [SEP].
@@ -46,7 +46,7 @@ def set_boundary_tokens(tokenizer: PreTrainedTokenizerBase, released: bool = Fal
         if getattr(tokenizer, name) is None:
             if getattr(tokenizer, substitute) is None:
                 raise ValueError(
-                    f"the tokenizer has neither {name} nor {substitute}, which rows need at their ends: set "
+                    f"the tokenizer has neither {name} nor {substitute}, but rows need one at their ends; set "
                     f"tokenizer.{name}."
                 )
             setattr(tokenizer, name, getattr(tokenizer, substitute))
@@ -61,10 +61,10 @@ def wrap(ids: np.ndarray, length: int, bos: int, eos: int) -> tuple[np.ndarray, 
     Args:
         ids: Token ids, one dimension.
         length: L, boundary tokens included.
-        bos, eos: Ids at the ends of each row.
+        bos, eos: First and last id of each row.
 
     Returns:
-        Rows (R, L), and the tokens that do not fill one.
+        Rows (R, L), and the remaining tokens.
     """
     number = len(ids) // (length - 2)
     text, rest = np.split(ids, [number * (length - 2)])
@@ -76,31 +76,31 @@ def boundary_ids(tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[int, 
     """BOS and EOS of the rows.
 
     Raises:
-        ValueError: If the tokenizer has none, or a row of L tokens has no room for text beside them.
+        ValueError: If the tokenizer has none, or L is less than 3.
     """
     if length < 3:
-        raise ValueError(f"row length {length} must be at least 3: a token of text between BOS and EOS.")
+        raise ValueError(f"row length {length} must be at least 3, for BOS, a token of text and EOS.")
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no bos_token or no eos_token: use set_boundary_tokens(tokenizer).")
+        raise ValueError("the tokenizer has no bos_token or no eos_token; use set_boundary_tokens(tokenizer).")
     return tokenizer.bos_token_id, tokenizer.eos_token_id
 
 
 class WrappedDataset(PackedDataset):
     """Documents cut into rows with boundary tokens, held in memory: 4 bytes per token.
 
-    Item i is as in `PackedDataset`. `counts` tells what was read: `documents`, `text_tokens` (boundary tokens not
-    counted), `dropped_tokens` and `rows`.
+    Items are those of `PackedDataset`. `counts` has the numbers of `documents`, `text_tokens` (without boundary
+    tokens), `dropped_tokens` and `rows`.
 
     Args:
-        documents, tokenizer, text_column, show_progress: As in `PackedDataset`; the tokenizer has a BOS too.
+        documents, tokenizer, text_column, show_progress: As in `PackedDataset`; the tokenizer also needs a BOS.
         length: L, tokens per row, boundary tokens included.
-        max_rows: Stop after so many rows.
+        max_rows: Maximum number of rows.
         insert_eos: Whether each document is followed by EOS.
-        boundaries: Whether rows have BOS and EOS at their ends; without them L tokens of text, as for text8.
-        released: Join and drop as the released code does; see the module's docstring.
+        boundaries: Whether rows begin with BOS and end with EOS; otherwise they are L tokens of text, as for text8.
+        released: Concatenate and drop as the released code does; see the module's docstring.
 
     Raises:
-        ValueError: As `PackedDataset`; if there is less text than one row.
+        ValueError: As `PackedDataset`; if the text is shorter than one row.
     """
 
     def __init__(
@@ -151,23 +151,23 @@ class WrappedDataset(PackedDataset):
         return text.reshape(number, self.length), rest
 
     def _too_little(self, documents: int, tokens: int, released: bool) -> str:
-        why = f" within one of the batches of {RELEASED_BATCH} documents that released=True joins" * released
+        why = f" within one of the batches of {RELEASED_BATCH} documents of released=True" * released
         return (
-            f"{documents} documents of {tokens} tokens are less than one row of length {self.length}{why}: lower the "
+            f"{documents} documents of {tokens} tokens are less than one row of length {self.length}{why}; reduce the "
             "row length, or give more text."
         )
 
 
 class WrappedStream(PackedStream):
-    """As `PackedStream`, with boundary tokens at the ends of each row; documents are always followed by EOS.
+    """`PackedStream` with BOS and EOS at the ends of each row; every document is followed by EOS.
 
     Args:
-        documents, tokenizer: As in `PackedStream`; the tokenizer has a BOS too.
+        documents, tokenizer: As in `PackedStream`; the tokenizer also needs a BOS.
         length: L, tokens per row, boundary tokens included.
         options: As in `PackedStream`.
 
     Raises:
-        ValueError: As `PackedStream`; if a row has no room for text.
+        ValueError: As `PackedStream` and `boundary_ids`.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class WrappedStream(PackedStream):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this stream from another: source, order, row length and boundary tokens, as JSON."""
+        """Identity of the stream as JSON: source, order, row length and boundary tokens."""
         return {**super().fingerprint, "boundaries": list(self._ends)}
 
     def read(

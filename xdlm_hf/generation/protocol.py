@@ -73,11 +73,11 @@ class DiffusionModel:
         """The kernel of `noise_process(mixing_ratio)`, Eq. 7, over the N rows of the output layer.
 
         Raises:
-            ValueError: If the noise changes with time, so that no one kernel describes it.
+            ValueError: If the kernel changes with time.
         """
         process = self.noise_process(mixing_ratio)
         if not isinstance(process, StationaryProcess):
-            raise ValueError(f"{process!r} changes with time and has no one kernel; use noise_process().")
+            raise ValueError(f"the kernel of {process!r} changes with time; use noise_process().")
         return process.kernel
 
     def timesteps(self, t: Tensor) -> Tensor:

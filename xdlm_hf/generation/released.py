@@ -41,7 +41,7 @@ _LAST_TIME = 1e-5
 def make_released_sampler(options: Any, process: NoiseProcess | None, **common: Any) -> Sampler:
     """The released sampler for these options; only the ancestral one uses `process`, `common` are of both."""
     if options.sampler == "ancestral":
-        if isinstance(process, StationaryProcess):  # GIDD has a schedule of its own, also there
+        if isinstance(process, StationaryProcess):  # GIDD keeps its own schedule
             process = StationaryProcess(process.kernel, LogLinearSchedule())
         return ReferenceAncestralSampler(process, **common)
     return ReferenceConfidenceSampler(
@@ -231,7 +231,10 @@ class ReferenceAncestralSampler(AncestralSampler):
         self.grid, self.steps = torch.linspace(1, _LAST_TIME, steps + 1), steps + 1
 
     def _prior(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """[MASK] where a float32 number is below 1 - k, else uniform; nothing is drawn for what is certain."""
+        """[MASK] where a float32 uniform number is below 1 - k, else a uniform token.
+
+        As in the release, nothing is drawn at k = 0, and only tokens at k = 1.
+        """
         noise = self.process.noise(torch.ones(1, 1, dtype=torch.float64))
         k, source = float(noise.mixing_ratio), device if self.generator is None else self.generator.device
         if k == 0:

@@ -318,8 +318,8 @@ def _check_against_model(model: Any, options: Options) -> None:
         process = model.noise_process()
         if not isinstance(process, StationaryProcess):
             raise ValueError(
-                f"mixing_ratio={options.mixing_ratio}: the noise of {process!r} changes with time and has no k; leave "
-                "it out."
+                f"mixing_ratio={options.mixing_ratio} does not apply to {process!r}, whose ratio changes with "
+                "time; leave it out."
             )
     if options.use_cache:
         check_cache(model, options.use_cache)

@@ -1,15 +1,15 @@
-"""Exponential moving average (EMA) of the trained weights, which from-scratch runs evaluate and publish.
+"""Exponential moving average (EMA) of the trained weights, for evaluation and the final model.
 
 After the n-th optimizer step, with d = `ema_decay`,
 
     average <- d_n average + (1 - d_n) weights,      d_n = min(d, (1 + n) / (10 + n))
 
-in float32, from an average that starts at the initial weights. Steps that a loss scaler skips do not count. Training
-goes on with the weights themselves. Evaluation uses the average, and so does the final model, whose config says so
-(`ema_decay`). A checkpoint holds both: the weights as its model, the average in `ema.safetensors`.
+in float32, initialised with the initial weights. Steps that a loss scaler skips do not count. Training continues from
+the weights, not the average. Evaluation and the final model use the average, and the final config records `ema_decay`.
+A checkpoint contains both: the weights as its model, the average in `ema.safetensors`.
 
-The average is whole in every process: ZeRO-3 and FSDP, which spread the weights, are refused. Where trained weights are
-in 16 bits (ZeRO-1 and 2 keep float32 copies of them), the average is still kept in float32.
+Every process has the whole average, so ZeRO-3 and FSDP, which shard the weights, are refused. The average is float32
+also for 16-bit weights (of which ZeRO-1 and 2 keep float32 copies).
 """
 
 import contextlib
@@ -32,19 +32,19 @@ EMA_FILE = "ema.safetensors"
 
 
 def check_ema(model: nn.Module, args: TrainingArguments) -> None:
-    """Refuse an average where it cannot be kept; nothing to check if none is asked for.
+    """Check that `ema_decay`, if set, can be used.
 
     Raises:
-        ValueError: For adapters, and for weights that are spread over processes.
+        ValueError: For adapters and for sharded weights.
     """
     decay = getattr(args, "ema_decay", None)
     if decay is None:
         return
     if hasattr(model, "peft_config"):
-        raise ValueError(f"ema_decay={decay} averages a whole model, not adapters: leave out one of the two.")
+        raise ValueError(f"ema_decay={decay} averages a whole model, not adapters; leave out one of the two.")
     if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ValueError(
-            f"ema_decay={decay} needs whole weights in every process, which ZeRO-3 and FSDP spread: use zero2.yaml or "
+            f"ema_decay={decay} needs all weights in every process, but ZeRO-3 and FSDP shard them; use zero2.yaml or "
             "plain data parallelism."
         )
 
@@ -56,7 +56,7 @@ class ExponentialMovingAverage(TrainerCallback):
         decay: d, in [0, 1).
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If `decay` is outside [0, 1).
     """
 
     def __init__(self, decay: float):
@@ -66,12 +66,12 @@ class ExponentialMovingAverage(TrainerCallback):
         self.reset()
 
     def reset(self) -> None:
-        """Forget the average: the next run starts from its initial weights."""
+        """Discard the average; the next run starts from its initial weights."""
         self.updates = 0
         self._average: dict[str, Tensor] = {}
 
     def start(self, model: nn.Module) -> None:
-        """Begin at the weights, or put an average that was read where they are."""
+        """Initialise the average with the weights, or move a loaded average to their devices."""
         weights = _trained(model)
         if not self._average:
             self._average = {name: p.detach().to(torch.float32, copy=True) for name, p in weights.items()}
@@ -79,7 +79,7 @@ class ExponentialMovingAverage(TrainerCallback):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the weights after an optimizer step."""
+        """Update the average after an optimizer step."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         weights = [parameter.detach().float() for parameter in _trained(model).values()]
@@ -87,10 +87,9 @@ class ExponentialMovingAverage(TrainerCallback):
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The average in place of the weights, which are put back bit for bit, also after an error.
+        """Replace the weights by the average inside the block; they are restored exactly, also after an error.
 
-        Takes a copy of the weights for its time. Before the first step of a run the two are the same, and nothing is
-        done.
+        Needs memory for a copy of the weights. Before `start` the weights are used.
         """
         if not self._average:
             yield
@@ -109,14 +108,14 @@ class ExponentialMovingAverage(TrainerCallback):
         save_file(tensors, Path(folder) / EMA_FILE, {"ema_decay": repr(self.decay), "updates": str(self.updates)})
 
     def load(self, checkpoint: str | Path, model: nn.Module) -> None:
-        """Go on from a checkpoint.
+        """Continue from the average of a checkpoint.
 
         Args:
-            checkpoint: Its folder.
-            model: The model that is going to be trained; its weights are only compared by name and shape.
+            checkpoint: Folder of the checkpoint.
+            model: The model to train; only names and shapes of its weights are compared.
 
         Raises:
-            ValueError: If the checkpoint has no average, or that of another model.
+            ValueError: If the checkpoint has no average, or one of another model.
         """
         average, settings = _read(Path(checkpoint), _trained(model))
         self._average, self.updates = average, int(settings["updates"])
@@ -130,10 +129,10 @@ class ExponentialMovingAverage(TrainerCallback):
 
 
 def apply_saved_average(model: nn.Module, checkpoint: str | Path) -> bool:
-    """Put a checkpoint's average in the place of a model's weights.
+    """Replace a model's weights by the average of a checkpoint.
 
     Returns:
-        Whether there was one.
+        Whether the checkpoint has an average.
 
     Raises:
         ValueError: If it belongs to another model.
@@ -147,7 +146,7 @@ def apply_saved_average(model: nn.Module, checkpoint: str | Path) -> bool:
 
 @contextlib.contextmanager
 def named_in_config(config: Any, decay: float) -> Iterator[None]:
-    """For what is saved inside, let the config say that the weights are an average with this decay."""
+    """Record in the config, inside the block, that the weights are an average with this decay."""
     config.ema_decay = decay
     try:
         yield
@@ -159,7 +158,7 @@ def _read(checkpoint: Path, weights: dict[str, nn.Parameter]) -> tuple[dict[str,
     path = checkpoint / EMA_FILE
     if not path.is_file():
         raise ValueError(
-            f"{checkpoint.name} has no {EMA_FILE}, the average of its weights: restore it, or start a new run from the "
+            f"{checkpoint.name} has no {EMA_FILE}, the average of its weights; restore it, or start a new run from the "
             "checkpoint's weights (model_name_or_path)."
         )
     with safe_open(path, "pt") as file:

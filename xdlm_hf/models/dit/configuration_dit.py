@@ -1,7 +1,7 @@
 """Configuration of DiT checkpoints, in their own field names, plus the noise they were trained with.
 
 One network, three public formats: `mdlm` (kuleshov-group/mdlm-owt), `udlm` (kuleshov-group/udlm-lm1b) and `DUO`
-(s-sahoo/duo). They differ in defaults only: vocabulary, time conditioning, and the noise, which no file names.
+(s-sahoo/duo). They differ only in defaults: vocabulary, time conditioning, and the noise, which the files do not state.
 """
 
 from typing import Any
@@ -35,21 +35,22 @@ class DiTConfig(PreTrainedConfig):
         vocab_size (`int`, *optional*, defaults to 50258): N, rows of the embedding and of the output layer.
         dropout (`float`, *optional*, defaults to 0.1): Dropout in training, on the two branches of a block.
         time_conditioning (`bool`, *optional*, defaults to `False`):
-            Whether `forward` takes `timesteps`; without it the network computes with sigma = 0.
+            Whether `forward` takes `timesteps`; otherwise sigma = 0.
         num_classes (`int`, *optional*):
-            Number of class labels that `forward` takes as `class_labels`; the table has one row more, the null class.
-        label_dropout (`float`, *optional*, defaults to 0.1): Share of labels that training replaces by the null class.
+            Number of classes for `class_labels` of `forward`; the table has one more row, the null class.
+        label_dropout (`float`, *optional*, defaults to 0.1):
+            Probability of replacing a label by the null class in training.
         mask_token_id (`int`, *optional*, defaults to `vocab_size - 1` for model type `mdlm`): Id of [MASK].
-        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): As everywhere in Transformers.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): As in other Transformers models.
         mixing_ratio (`float`, *optional*, defaults to 0.0, for `udlm` and `DUO` to 1.0):
             k in Eq. 7, the weight of uniform noise: 0 is MDLM, 1 is UDLM.
         noise_schedule (`str`, *optional*, defaults to `"loglinear"`):
-            Name of alpha_t in [`xdlm_hf.diffusion.schedules`]; None for GIDD, which has one of its own.
+            Name of alpha_t in [`xdlm_hf.diffusion.schedules`]; None for GIDD, which has its own.
         noise_process (`str`, *optional*, defaults to `"stationary"`): Or `"gidd"`, [`GIDDProcess`].
         p_uniform (`float`, *optional*, defaults to 0.0): Share of uniform noise at t = 1/2; for GIDD.
 
     Raises:
-        ValueError: If a value is impossible, or two do not go together.
+        ValueError: If a value is invalid, or two contradict each other.
         StrictDataclassFieldValidationError: If a value has the wrong type.
     """
 
@@ -81,7 +82,7 @@ class DiTConfig(PreTrainedConfig):
     p_uniform: float | int = 0.0
 
     def __post_init__(self, **kwargs):
-        # Standard names first: the base class would apply them only after the derived values below are taken.
+        # Standard names first: the base class would set them only after the derived values below.
         for alias, field in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, field, kwargs.pop(alias))
@@ -90,22 +91,22 @@ class DiTConfig(PreTrainedConfig):
         if self.noise_schedule is None and self.noise_process == "stationary":
             self.noise_schedule = "loglinear"
         if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
-            # It names code files of the folder it was read from; saved elsewhere, it would point at nothing.
+            # It names code files of the folder it was read from, which are missing where the config is saved.
             kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
-        # Files may hold Transformers' own fields: the format never ties, and whether a call returns a tuple is the
-        # call's to say, not the checkpoint's.
+        # Files may hold these fields of Transformers: the format never ties embeddings, and `return_dict` is an
+        # argument of calls.
         self.tie_word_embeddings, self.return_dict = False, True
         self.validate_dit()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        if cls is DiTConfig:  # also for a file of one of the other formats
+        if cls is DiTConfig:  # the file may be of one of the other formats
             formats = {family.model_type: family for family in DiTConfig.__subclasses__()}
             family = formats.get(config_dict.get("model_type"))
             if family is not None:
                 return family.from_dict(config_dict, **kwargs)
-        # Overrides go in before construction, so that what follows from them is derived, and all is checked.
+        # Overrides are set before construction, so that derived values follow them and all are checked.
         fields = {*DiTConfig.__annotations__, *cls.__annotations__, *cls.attribute_map}
         overrides = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
@@ -115,7 +116,7 @@ class DiTConfig(PreTrainedConfig):
         refuse_copying_code(cls)
         super().register_for_auto_class(auto_class)
 
-    # What Transformers' other models have as fields, and this format fixes.
+    # Standard fields of Transformers that this format fixes.
 
     @property
     def intermediate_size(self) -> int:
@@ -131,7 +132,7 @@ class DiTConfig(PreTrainedConfig):
         return 0.0
 
     def validate_dit(self) -> None:
-        """Raise ValueError, naming field, value and remedy, if the fields do not describe a network and its noise."""
+        """Raise ValueError, naming field, value and remedy, if a field is invalid or contradicts another."""
         for field in _POSITIVE:
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field}={getattr(self, field)} must be positive.")
@@ -140,7 +141,7 @@ class DiTConfig(PreTrainedConfig):
         if (self.hidden_dim // self.n_heads) % 2:
             raise ValueError(
                 f"hidden_dim={self.hidden_dim} over n_heads={self.n_heads} gives heads of odd width "
-                f"{self.hidden_dim // self.n_heads}; rotary embeddings turn pairs, so choose an even width."
+                f"{self.hidden_dim // self.n_heads}; rotary embeddings need an even width."
             )
         if self.num_classes is not None and self.num_classes < 1:
             raise ValueError(f"num_classes={self.num_classes} must be positive; leave it out for a model of text.")
@@ -169,18 +170,18 @@ class DiTConfig(PreTrainedConfig):
             if self.p_uniform:
                 raise ValueError(
                     f"p_uniform={self.p_uniform} is GIDD's share of uniform noise; use noise_process='gidd', or "
-                    "mixing_ratio for noise that does not change with time."
+                    "mixing_ratio for a ratio that is constant in time."
                 )
             get_schedule(self.noise_schedule)
             return
         if self.mixing_ratio:
             raise ValueError(
-                f"mixing_ratio={self.mixing_ratio} is of noise that does not change with time, and that of "
-                "noise_process='gidd' does; leave it out and set p_uniform."
+                f"mixing_ratio={self.mixing_ratio} does not apply to noise_process='gidd', whose ratio changes with "
+                "time; leave it out and set p_uniform."
             )
         if self.noise_schedule is not None:
             raise ValueError(
-                f"noise_schedule={self.noise_schedule!r}: noise_process='gidd' has a schedule of its own; leave it out."
+                f"noise_schedule={self.noise_schedule!r}: noise_process='gidd' has its own schedule; leave it out."
             )
         if self.mask_token_id is None:
             raise ValueError("noise_process='gidd' needs a mask_token_id; pass the tokenizer's.")
@@ -194,8 +195,8 @@ class UDLMConfig(DiTConfig):
 
     Args:
         cfg (`bool`, *optional*, defaults to `False`):
-            Class labels by the map of UDLM's own code, which is not computed here; must be False.
-        cfg_num_classes (`int`, *optional*, defaults to -1): Kept.
+            Class labels by the map of UDLM's own code, which is not supported; must be False.
+        cfg_num_classes (`int`, *optional*, defaults to -1): Not used.
 
     See [`DiTConfig`] for the other fields.
     """
@@ -213,7 +214,7 @@ class UDLMConfig(DiTConfig):
         super().validate_dit()
         if self.cfg:
             raise ValueError(
-                "cfg=True: the class labels of UDLM's own code (`cond_map`) are not computed here; load a checkpoint "
+                "cfg=True: the class labels of UDLM's own code (`cond_map`) are not supported; load a checkpoint "
                 "without them."
             )
 
@@ -225,7 +226,7 @@ class DUOConfig(DiTConfig):
 
     Args:
         causal (`bool`, *optional*, defaults to `False`): Autoregressive baseline of the format; must be False.
-        var_min (`bool`, *optional*, defaults to `True`): Kept; it is about training.
+        var_min (`bool`, *optional*, defaults to `True`): Not used; an option of the original training code.
 
     See [`DiTConfig`] for the other fields.
     """
@@ -240,7 +241,9 @@ class DUOConfig(DiTConfig):
     def validate_dit(self) -> None:
         super().validate_dit()
         if self.causal:
-            raise ValueError("causal=True is the format's autoregressive baseline, no diffusion model; load another.")
+            raise ValueError(
+                "causal=True is the format's autoregressive baseline, not a diffusion model; load another checkpoint."
+            )
 
 
 __all__ = ["DUOConfig", "DiTConfig", "UDLMConfig"]

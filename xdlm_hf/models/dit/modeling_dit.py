@@ -1,7 +1,7 @@
-"""The DiT of MDLM, UDLM, Duo and the paper's text models, under their own parameter names.
+"""The DiT of MDLM, UDLM, Duo and the paper's text models, with the parameter names of the public checkpoints.
 
-The module tree carries the names of the public checkpoints (`backbone.blocks.0.attn_qkv.weight`, ...), in the order in
-which EMA files list them, so files load and save without conversion. With c the conditioning vector,
+With these names (`backbone.blocks.0.attn_qkv.weight`, ...), in the order of the released EMA files, files load and save
+without conversion. With c the conditioning vector,
 
     c = silu( sigma_map(sigma) + y_embedder(label) )       sigma = 0 without time conditioning
     sh1, sc1, g1, sh2, sc2, g2 = adaLN_modulation(c)       for each block
@@ -50,12 +50,12 @@ from .configuration_dit import DiTConfig, DUOConfig, UDLMConfig
 
 ROTARY_BASE = 10000.0
 FREQUENCIES = 128  # of the time embedding, each with its cosine and sine
-# sigma = -log alpha_t is infinite at alpha = 0; the schedule that these models were trained with ends at 1e-3.
+# sigma = -log alpha_t is infinite at alpha = 0; the models were trained with a schedule that ends at alpha = 1e-3.
 LEAST_ALPHA = 1e-3
 
 
 class DiTEmbedding(nn.Embedding):
-    """Token embedding whose weight is the parameter `embedding`, as the format has it."""
+    """Token embedding whose weight is named `embedding`, as in the checkpoint format."""
 
     def __init__(self, rows: int, width: int, **options: Any):
         super().__init__(rows, width, **options)
@@ -63,12 +63,12 @@ class DiTEmbedding(nn.Embedding):
 
     @classmethod
     def around(cls, module: nn.Module) -> nn.Module:
-        """A plain `nn.Embedding` in this form, sharing its weight; any other module as it is."""
+        """A `DiTEmbedding` that shares the weight of a plain `nn.Embedding`; any other module unchanged."""
         if type(module) is not nn.Embedding:
             return module
-        ours = cls(module.num_embeddings, module.embedding_dim, device="meta")
-        ours.embedding = module.weight
-        return ours
+        embedding = cls(module.num_embeddings, module.embedding_dim, device="meta")
+        embedding.embedding = module.weight
+        return embedding
 
     @property
     def weight(self) -> nn.Parameter:
@@ -88,7 +88,7 @@ class DiTLayerNorm(nn.Module):
 
 
 class AdaLN(nn.Linear):
-    """Map of the conditioning vector (B, C) to shifts, scales and gates; starts at zero."""
+    """Linear map of the conditioning vector (B, C) to shifts, scales and gates; initialised to zero."""
 
 
 class TimestepEmbedder(nn.Module):
@@ -117,10 +117,10 @@ class LabelEmbedder(nn.Module):
 
 
 class FoldsConstants(nn.Module):
-    """Keeps a tensor that depends on weights alone until they change; nothing of it is saved.
+    """Caches a tensor that depends only on weights, until they change; it is not part of the state dict.
 
-    In training, where gradients are recorded and in compiled graphs it is computed anew. So it is where weights are
-    not at hand between calls: offloaded, sharded or packed ones.
+    It is computed on every call in training, when gradients are recorded, in compiled graphs, and if weights are
+    offloaded, sharded or quantised.
     """
 
     _folded: tuple | None = None
@@ -134,7 +134,7 @@ class FoldsConstants(nn.Module):
         return super()._apply(fn, recurse)
 
     def folded(self, modules: Sequence[nn.Module], condition: Tensor | None, compute: Callable[[], Tensor]) -> Tensor:
-        """`compute()`, or what it gave with the same weights of `modules` and the very same `condition`."""
+        """`compute()`, or its cached result for the same weights of `modules` and the same tensor `condition`."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return compute()
         version = _weights_version(modules)
@@ -146,7 +146,7 @@ class FoldsConstants(nn.Module):
 
 
 def _weights_version(modules: Sequence[nn.Module]) -> tuple | None:
-    """Equal as long as no weight is replaced or changed in place; None where that cannot be known."""
+    """A value that changes if a weight is replaced or changed in place; None if changes cannot be detected."""
     weights = [weight for module in modules for weight in module.parameters()]
     for weight in weights:
         plain = type(weight) in (nn.Parameter, Tensor) and not weight.is_meta and not weight.is_inference()
@@ -187,7 +187,7 @@ class DiTBlock(FoldsConstants, GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """Residual stream (B, L, D) in and out; `constant` says whether `condition` (1, C) depends on weights alone."""
+        """New residual stream (B, L, D); with `constant`, `condition` (1, C) depends only on weights."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = _modulation(self, condition, constant, 6)
         h = _modulate(self.norm1(hidden_states), shift_1, scale_1).to(hidden_states.dtype)
         qkv = self.attn_qkv(h).unflatten(-1, (3, self.heads, -1))
@@ -202,7 +202,7 @@ class DiTBlock(FoldsConstants, GradientCheckpointingLayer):
 
 
 class DiTOutputLayer(FoldsConstants):
-    """Final norm and modulation, and the output layer `linear`, which is run apart."""
+    """Final norm and modulation; holds the output layer `linear`, which `DiTForDiffusionLM` runs."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -211,13 +211,13 @@ class DiTOutputLayer(FoldsConstants):
         self.adaLN_modulation = AdaLN(config.cond_dim, 2 * config.hidden_dim)
 
     def forward(self, hidden_states: Tensor, condition: Tensor, constant: bool) -> Tensor:
-        """What `linear` makes logits of, (B, L, D)."""
+        """Input of `linear`, (B, L, D)."""
         shift, scale = _modulation(self, condition, constant, 2)
         return _modulate(self.norm_final(hidden_states), shift, scale).to(hidden_states.dtype)
 
 
 def _modulation(module: FoldsConstants, condition: Tensor, constant: bool, parts: int) -> tuple[Tensor, ...]:
-    """Shifts, scales and gates, (B or 1, 1, D) each; from the weights once where the condition is constant."""
+    """Shifts, scales and gates, (B or 1, 1, D) each; cached if the condition is constant."""
 
     def compute() -> Tensor:
         return module.adaLN_modulation(condition)[:, None]
@@ -231,7 +231,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class DiTPreTrainedModel(StrictLoading, PreTrainedModel):
-    """What both DiT classes share: loading that refuses damaged or foreign files, initialisation, capabilities."""
+    """Loading, initialisation and capabilities of both DiT classes."""
 
     config: DiTConfig
     base_model_prefix = "backbone"
@@ -243,7 +243,7 @@ class DiTPreTrainedModel(StrictLoading, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": DiTBlock, "attentions": BidirectionalAttention}
-    # A buffer of the original code, computed here from the positions.
+    # A buffer of the original code; here the angles are computed from the positions.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]
 
     def __init__(self, config: DiTConfig):
@@ -257,7 +257,7 @@ class DiTPreTrainedModel(StrictLoading, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own initialisation, and zero for the maps of the condition and the output layer."""
+        """PyTorch's default initialisation; zero for `AdaLN` and the output layer."""
         if isinstance(module, AdaLN | OutputLayer):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
@@ -283,7 +283,7 @@ class DiTPreTrainedModel(StrictLoading, PreTrainedModel):
         """Transformers' method.
 
         Raises:
-            ValueError: If the rows kept would not hold the mask token.
+            ValueError: If the mask token's row would be removed.
         """
         check_rows_hold_mask(kwargs.get("new_num_tokens", args[0] if args else None), self.config.mask_token_id)
         return super().resize_token_embeddings(*args, **kwargs)
@@ -292,7 +292,7 @@ class DiTPreTrainedModel(StrictLoading, PreTrainedModel):
 class DiTModel(DiTPreTrainedModel):
     """Embedding, conditioning, blocks and final norm: token ids (B, L) to hidden states (B, L, D).
 
-    The output layer is among its modules, where the format has it, and is not run here.
+    As in the checkpoint format, it holds the output layer, but does not run it.
     """
 
     def __init__(self, config: DiTConfig):
@@ -317,7 +317,7 @@ class DiTModel(DiTPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
-        """Hidden states that the output layer makes logits of; the arguments are those of [`DiTForDiffusionLM`]."""
+        """Input of the output layer, (B, L, D); the arguments are those of [`DiTForDiffusionLM`]."""
         refuse_unknown_arguments("DiT", kwargs)
         check_text(input_ids, inputs_embeds)
         self._check_conditioning(input_ids if inputs_embeds is None else inputs_embeds, timesteps, class_labels)
@@ -329,24 +329,24 @@ class DiTModel(DiTPreTrainedModel):
         condition, constant = self._condition(timesteps, class_labels, inputs_embeds.device)
         hidden_states = inputs_embeds
         for block in self.blocks:
-            # The residual stream goes first and by position: reentrant checkpointing and output capture need it so.
+            # The residual stream is the first positional argument: reentrant checkpointing and output capture need it.
             hidden_states = block(
                 hidden_states, condition, constant, position_embeddings, attention_mask=attention_mask, **kwargs
             )
         return BaseModelOutput(last_hidden_state=self.output_layer(hidden_states, condition, constant))
 
     def _check_conditioning(self, text: Tensor, timesteps: Tensor | None, class_labels: Tensor | None) -> None:
-        """Refuse times and labels that the network does not take, or that do not fit the text (B, ...)."""
+        """Raise ValueError for times and labels that the network does not take, or that do not fit the text."""
         timed, classes = self.config.time_conditioning, self.config.num_classes
         if timed and timesteps is None:
             raise ValueError(
-                "timesteps are missing: this network has time_conditioning=True and takes the noise level sigma, (B,), "
-                "of each row; model.timesteps(t) gives it."
+                "timesteps are missing: this network has time_conditioning=True; pass the noise levels sigma of the "
+                "rows, (B,), such as model.timesteps(t)."
             )
         if not timed and timesteps is not None:
-            raise ValueError("timesteps were given, and this network has time_conditioning=False; leave them out.")
+            raise ValueError("timesteps were given, but this network has time_conditioning=False; leave them out.")
         if class_labels is not None and classes is None:
-            raise ValueError("class_labels were given, and this network has num_classes=None; leave them out.")
+            raise ValueError("class_labels were given, but this network has num_classes=None; leave them out.")
         for name, value in (("timesteps", timesteps), ("class_labels", class_labels)):
             if value is not None and value.shape != text.shape[:1]:
                 raise ValueError(f"{name} of shape {tuple(value.shape)} must be (B,) = ({text.shape[0]},).")
@@ -356,7 +356,7 @@ class DiTModel(DiTPreTrainedModel):
     def _condition(
         self, timesteps: Tensor | None, class_labels: Tensor | None, device: torch.device
     ) -> tuple[Tensor, bool]:
-        """Conditioning vector c, (B or 1, C), and whether it depends on weights alone."""
+        """Conditioning vector c, (B or 1, C), and whether it depends only on weights."""
         embedders = [self.sigma_map]
         if self.config.num_classes is not None:
             embedders.append(self.y_embedder)
@@ -373,9 +373,9 @@ class DiTModel(DiTPreTrainedModel):
         return compute(), False
 
     def labels(self, class_labels: Tensor | None, rows: int, device: torch.device) -> Tensor:
-        """Rows of the class table that are looked up, (B,): the null class without labels, and by chance in training.
+        """Labels for the class table, (B,): the null class without labels and, with label dropout, for random rows.
 
-        Override it to draw which labels are dropped from another source than PyTorch's global generator.
+        Dropout draws from PyTorch's global generator; override this method to use another one.
         """
         null = torch.full((rows,), self.config.num_classes, device=device)
         if class_labels is None:
@@ -389,8 +389,8 @@ class DiTModel(DiTPreTrainedModel):
 class DiTForDiffusionLM(XDLMGenerationMixin, DiTPreTrainedModel):
     """DiT with its output layer: token ids (B, L), noisy or masked, to logits of the clean tokens (B, L, N).
 
-    `noise_process()` is the noise the checkpoint was trained with, and has the objective; `generate()` samples, by the
-    ancestral sampler unless told otherwise.
+    `noise_process()` gives the noise that the checkpoint was trained with and the objective; `generate()` samples, by
+    default with the ancestral sampler.
     """
 
     lora_targets = r".*blocks\.\d+\.(attn_qkv|attn_out|mlp\.0|mlp\.2)"
@@ -419,7 +419,7 @@ class DiTForDiffusionLM(XDLMGenerationMixin, DiTPreTrainedModel):
     def noise_process(
         self, mixing_ratio: float | None = None, noise_schedule: str | None = None, mask_token_id: int | None = None
     ) -> NoiseProcess:
-        """The noise that the model was trained with; see [`DiffusionModel`]. GIDD's has neither k nor a schedule."""
+        """The noise of the training; see [`DiffusionModel`]. GIDD ignores `mixing_ratio` and `noise_schedule`."""
         config = self.config
         if config.noise_process == "stationary":
             return super().noise_process(mixing_ratio, noise_schedule, mask_token_id)
@@ -427,7 +427,7 @@ class DiTForDiffusionLM(XDLMGenerationMixin, DiTPreTrainedModel):
         return GIDDProcess(config.vocab_size, mask, config.p_uniform)
 
     def timesteps(self, t: Tensor) -> Tensor:
-        """sigma_t = -log alpha_t of the times t (B,), (B,) float32, as if no alpha_t were below 1e-3."""
+        """sigma_t = -log max(alpha_t, 1e-3) of the times t (B,), (B,) float32."""
         return -self.noise_process().alpha(t.double()).clamp_min(LEAST_ALPHA).log().float()
 
     @plain_output_layer
@@ -448,29 +448,29 @@ class DiTForDiffusionLM(XDLMGenerationMixin, DiTPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`): Noisy token ids z_t.
             attention_mask (`torch.Tensor`, *optional*):
-                `(B, L)`, 1 for text and 0 for padding, or `(B, 1, L, L)`: bool (True attends) or numbers to add.
+                `(B, L)`, 1 for text and 0 for padding, or `(B, 1, L, L)`: bool (True attends) or a bias of the scores.
             timesteps (`torch.FloatTensor` of shape `(B,)`, *optional*):
-                Noise level sigma of each row, needed if and only if the config has `time_conditioning`.
+                Noise level sigma of each row; required with the config's `time_conditioning`, else refused.
             class_labels (`torch.LongTensor` of shape `(B,)`, *optional*, defaults to the null class `num_classes`):
                 Only for a config with `num_classes`.
             position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*, defaults to 0..L-1):
-                Positions. Rotary embeddings see only differences, so left padding needs none.
+                Positions. Rotary embeddings depend only on differences, so left padding needs no `position_ids`.
             inputs_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): Instead of `input_ids`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Where to run the output layer: the last n positions, 0 for all; a LongTensor of columns, logits
-                `(B, n, N)`; or a bool mask `(B, L)`, logits `(number selected, N)` in row order.
+                Positions of the output layer: the last n, 0 for all; a LongTensor of columns, logits `(B, n, N)`; or a
+                bool mask `(B, L)`, logits `(number selected, N)` in row-major order.
             output_reduction (`Callable`, *optional*):
-                Takes the output layer's input `(B, n, D)`, weight `(N, D)` and bias `(N,)` and returns a loss and its
-                parts by position, such as the fused loss; no logits are made.
-            output_hidden_states, output_attentions (`bool`, *optional*): As everywhere in Transformers.
+                Function of the output layer's input `(B, n, D)`, weight `(N, D)` and bias `(N,)` that returns a loss
+                and the losses of the positions, such as the fused loss; it replaces the logits.
+            output_hidden_states, output_attentions (`bool`, *optional*): As in other Transformers models.
 
         Returns:
             [`~transformers.modeling_outputs.MaskedLMOutput`] with `logits`, in the model's dtype, and no loss; with
             `output_reduction` a [`ReducedOutput`].
 
         Raises:
-            ValueError: If the inputs do not fit together or the config, an argument is unknown, or the output layer was
-                replaced by one that takes no reduction.
+            ValueError: If the inputs do not fit together or the config, an argument is unknown, or `output_reduction`
+                is given but the output layer was replaced.
         """
         check_text(input_ids, inputs_embeds, logits_to_keep)
         outputs = self.backbone(
@@ -487,7 +487,7 @@ class DiTForDiffusionLM(XDLMGenerationMixin, DiTPreTrainedModel):
 
 
 class UDLMForDiffusionLM(DiTForDiffusionLM):
-    """The same network for checkpoints of the `udlm` format; the Auto classes pair a class with each config."""
+    """The same network for checkpoints of the `udlm` format; the Auto classes need a class for each config."""
 
     config: UDLMConfig
 
