@@ -6,7 +6,8 @@ import math
 import datasets
 import pytest
 import torch
-from training import arguments, tiny_model
+from models import tiny_model
+from training import arguments
 
 from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.data.corpora import ZERO_SHOT

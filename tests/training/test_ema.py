@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from models import tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,7 +20,6 @@ from training import (
     launch,
     parameter_gap,
     state,
-    tiny_model,
     trainer,
 )
 

@@ -1,6 +1,7 @@
 """Training on rows with boundary tokens: a run resumes where its stream stood."""
 
-from training import arguments, documents_and_tokenizer, losses, parameter_gap, state, tiny_model
+from models import tiny_model
+from training import arguments, documents_and_tokenizer, losses, parameter_gap, state
 
 from xdlm_hf.data.wrapping import WrappedStream, set_boundary_tokens
 from xdlm_hf.training.trainer import XDLMTrainer

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-# Logits that are read in float32 at a time: what stays in a CPU's cache, 64 MB on a GPU.
+from .checks import work_dtype
+
+# Logits converted to float32 at a time: they fit a CPU's cache, and are 64 MB on a GPU.
 _BLOCK_ELEMENTS = {"cpu": 2**18, "other": 2**24}
 
 
@@ -29,8 +31,7 @@ def uniform(
 
 def masked_logits(logits: Tensor, absorbing_ids: Sequence[int]) -> Tensor:
     """A float32-or-wider copy of the logits with the rows of absorbing tokens at -inf (p_m = 0 when k < 1)."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logits = logits.to(dtype, copy=True)
+    logits = logits.to(work_dtype(logits), copy=True)
     for token_id in absorbing_ids:
         logits[..., token_id] = -torch.inf
     return logits
@@ -51,16 +52,16 @@ def refuse_undefined(undefined: Tensor) -> None:
 def draw_from_weights(weights: Tensor, u: Tensor) -> Tensor:
     """The token at quantile u of each row, by inverting the cumulative sum in float64 on two levels.
 
-    Groups of about sqrt(N) tokens first, then within the group: one cheap sum over the vocabulary, no random numbers
-    of its size, and every token keeps its probability to 1e-7 (float32 noise would starve rare ones).
+    First a group of about sqrt(N) tokens is chosen, then a token of the group. This takes one sum over the vocabulary
+    and one random number per row. Probabilities are exact to 1e-7; float32 Gumbel noise would distort rare tokens.
 
     Args:
         weights: (M, N), not negative, float32 or float64; each row's sum is positive.
         u: (M, 1) float64 in [0, 1).
 
     Returns:
-        Token ids, (M,); never one of weight 0. Any id for a row whose sum is NaN: nothing waits for the device here,
-        see `refuse_undefined`.
+        Token ids, (M,); never one of weight 0. The id is arbitrary for a row whose sum is NaN: that is not checked
+        here, because the check synchronizes with the device (`refuse_undefined`).
     """
     n = weights.shape[-1]
     group = math.isqrt(n - 1) + 1
@@ -72,42 +73,47 @@ def draw_from_weights(weights: Tensor, u: Tensor) -> Tensor:
     columns = chosen * group + torch.arange(group, device=weights.device)
     inside = torch.where(columns < n, weights.gather(-1, columns.clamp_max(n - 1)), 0.0)
     within, _ = _invert(inside.double(), rest)
-    return (chosen * group + within).squeeze(-1).clamp_max(n - 1)  # beyond it where NaN
+    return (chosen * group + within).squeeze(-1).clamp_max(n - 1)  # NaN gives an index out of range
 
 
 def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """First index whose cumulative weight exceeds u of the total, and where in its own weight u falls; (M, 1) each."""
     cdf = weights.cumsum(-1)
-    # Strictly below the total also after rounding, so that an index of weight 0 is never the answer.
+    # Strictly below the total also after rounding, so that an index of weight 0 is never returned.
     target = torch.minimum(u * cdf[:, -1:], torch.nextafter(cdf[:, -1:], torch.zeros_like(u)))
-    index = torch.searchsorted(cdf, target, right=True).clamp_max(weights.shape[-1] - 1)  # beyond it where NaN
+    index = torch.searchsorted(cdf, target, right=True).clamp_max(weights.shape[-1] - 1)  # NaN: out of range
     weight = weights.gather(-1, index)
     return index, ((target - (cdf.gather(-1, index) - weight)) / weight).clamp(0, 1)
 
 
 def chunk_blocks(chunks: Iterable[Tensor], absorbing_ids: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
-    """`_weight_blocks` of logits that come in chunks; the slices count through all of them."""
+    """`_weight_blocks` of logits given in chunks; the slices index the concatenation of all chunks."""
     start = 0
     for chunk in chunks:
         for part, weights in _weight_blocks(chunk, absorbing_ids):
             yield slice(start + part.start, start + part.stop), weights
         start += len(chunk)
-        del chunk  # before the next one is made
+        del chunk  # frees it before the next one is computed
 
 
 def _weight_blocks(logits: Tensor, absorbing_ids: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (part, exp(logit - max)) of logits (M, N), a few rows at a time, absorbing tokens 0."""
+    """Yield (rows, exp(logit - max)) of logits (M, N), a few rows at a time; 0 at absorbing tokens."""
     for part in row_blocks(len(logits), logits):
         block = masked_logits(logits[part], absorbing_ids)
         yield part, block.sub_(block.amax(-1, keepdim=True)).exp_()
 
 
 def row_blocks(m: int, logits: Tensor) -> Iterator[slice]:
-    """Slices of m rows, each of as many rows of `logits` (..., N) as are read at a time."""
+    """Slices of m rows, each of as many rows of `logits` (..., N) as are converted at a time."""
     return row_slices(m, logits.shape[-1], logits.device, _BLOCK_ELEMENTS)
 
 
 def row_slices(m: int, vocab_size: int, device: torch.device, elements: Mapping[str, int]) -> Iterator[slice]:
-    """Slices of m rows of N numbers, each of about `elements["cpu"]` or, on any other device, `elements["other"]`."""
-    rows = max(1, elements["cpu" if device.type == "cpu" else "other"] // vocab_size)
+    """Slices of m rows of N numbers, each of about `per_device(elements, device)` numbers."""
+    rows = max(1, per_device(elements, device) // vocab_size)
     return (slice(start, min(start + rows, m)) for start in range(0, m, rows))
+
+
+def per_device(table: Mapping[str, int], device: torch.device) -> int:
+    """`table["cpu"]`, or `table["other"]` for any other device."""
+    return table["cpu" if device.type == "cpu" else "other"]

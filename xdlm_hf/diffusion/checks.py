@@ -1,4 +1,4 @@
-"""Validation of ids, signal rates and shapes at the public edge of the mathematics.
+"""Validation of ids, signal rates and shapes in the public functions, and the dtype of computations.
 
 Shapes: B batch, L length, N vocabulary.
 """
@@ -7,6 +7,11 @@ from numbers import Integral
 
 import torch
 from torch import Tensor
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 tensors, else float32."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def as_column(alpha: Tensor, ids: Tensor) -> Tensor:
@@ -27,7 +32,7 @@ def as_column(alpha: Tensor, ids: Tensor) -> Tensor:
             f"a signal rate of shape {tuple(alpha.shape)} does not fit ids of shape {tuple(ids.shape)}: "
             f"pass one value per row, ({ids.shape[0]},) or ({ids.shape[0]}, 1)."
         )
-    return (alpha if alpha.dtype == torch.float64 else alpha.float()).expand(ids.shape[0], 1)
+    return alpha.to(work_dtype(alpha)).expand(ids.shape[0], 1)
 
 
 def validate_ids(name: str, ids: Tensor, vocab_size: int) -> None:

@@ -26,20 +26,20 @@ from .objective import TokenTerms
 from .process import NoiseProcess
 from .reverse import ReverseStep
 
-# Least uniform share, as in the released code: with none at all log f_t(p, e) would be undefined at e != x.
+# Smallest uniform share, as in the released code: with 0, log f_t(p, e) would be undefined at e != x.
 _LEAST_SHARE = math.exp(-20)
 
 
 class GIDDProcess(NoiseProcess):
     """Generalized interpolating discrete diffusion with a mixture of masking and uniform noise.
 
-    `loss` is the exact bound: alpha_t R_t(z) / f_t(x, z) times the same braces as in Eq. 15 with this noise.
+    `loss` is the exact bound: alpha_t R_t(z) / f_t(x, z) times the expression in braces of `objective`, with B = 0.
 
     Args:
         vocab_size: N, the rows of the output layer.
         mask_token_id: m.
-        p_uniform: p_u, share of uniform noise at t = 1/2, in [0, 1); no less than e^-20 in effect.
-        gamma: Exponent of the mixture's course in time.
+        p_uniform: p_u, share of uniform noise at t = 1/2, in [0, 1); raised to e^-20 if smaller.
+        gamma: Twice the exponent of t (1 - t) in c_t.
 
     Raises:
         ValueError: If `p_uniform` leaves [0, 1), `gamma` is not positive, the vocabulary has fewer than two rows, or
@@ -70,7 +70,7 @@ class GIDDProcess(NoiseProcess):
     def noise(self, t: Tensor) -> "GIDDNoise":
         t = t.double()
         c = self._c(t)
-        k = torch.where(t + c > 0, c / (t + c), 0.0)  # at t = 0 there is no noise
+        k = torch.where(t + c > 0, c / (t + c), 0.0)  # 0/0 at t = 0, where there is no noise
         return GIDDNoise(self.vocab_size, self.mask_token_id, k)
 
     def terms(self, x_0: Tensor, z_t: Tensor, t: Tensor) -> TokenTerms:

@@ -1,7 +1,7 @@
 """Training losses: the finite-step divergence (Eqs. 12, 13) and its continuous-time limit (Eqs. 14, 15).
 
-`objective` states the formula, `ops.rows` reads the logits, `ops.fused` is the same loss fused with the output layer.
-The network enters through p = softmax(logits), [MASK] row excluded when k < 1, alone.
+`objective` has the formula, `ops.rows` the sums over the vocabulary, `ops.fused` the loss fused with the output layer.
+The losses depend on the network only through p = softmax(logits), [MASK] row excluded when k < 1.
 
 t = 0 is clean, t = 1 is noise, s < t. Losses are in nats per token. N counts every row of the output layer, [MASK] and
 padding rows included. Shapes: B batch, L length, N vocabulary, M tokens.
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import check_shapes, check_step, check_targets
+from .checks import check_shapes, check_step, check_targets, work_dtype
 from .noise import NoiseDistribution, NoiseKernel
 from .objective import TokenTerms, finite_step_terms, limit_terms, token_losses
-from .ops.rows import gradient_scalars, read_logits, row_gradients, set_peaks, work_dtype
+from .ops.rows import gradient_scalars, logit_statistics, row_gradients, set_sparse_part
 
 
 # The public functions run outside torch.compile's graphs, which would unroll their loops over blocks and chunks.
@@ -81,21 +81,21 @@ def dense_loss(logits: Tensor, terms: TokenTerms, noise: NoiseDistribution) -> T
 
 
 class _DiffusionLoss(torch.autograd.Function):
-    """Losses (M,) of logits (M, N). Keeps the logits and six numbers a token; the backward pass reads them again."""
+    """Losses (M,) of logits (M, N). Saves the logits and six numbers per token for the closed-form gradient."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, terms: TokenTerms, noise: NoiseDistribution, with_gradient: bool) -> Tensor:
-        reading = read_logits(logits, terms, noise, with_gradient)
+        statistics = logit_statistics(logits, terms, noise, with_gradient)
         ctx.save_for_backward(logits)
-        ctx.reading, ctx.terms, ctx.noise = reading, terms, noise
-        return token_losses(reading, terms).to(work_dtype(logits))
+        ctx.statistics, ctx.terms, ctx.noise = statistics, terms, noise
+        return token_losses(statistics, terms).to(work_dtype(logits))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses: Tensor):
         (logits,) = ctx.saved_tensors
-        terms = gradient_scalars(ctx.reading, ctx.terms, ctx.noise, grad_losses.double(), logits)
+        terms = gradient_scalars(ctx.statistics, ctx.terms, ctx.noise, grad_losses.double(), logits)
         gradient = torch.empty_like(logits)
         row_gradients(logits, gradient, terms, ctx.noise)
-        set_peaks(gradient, terms)
+        set_sparse_part(gradient, terms)
         return gradient, None, None, None

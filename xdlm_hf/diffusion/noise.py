@@ -21,18 +21,18 @@ from .categorical import uniform
 from .checks import as_column, validate_ids, validate_rates
 
 
-def redrawn_share(alpha_s: Tensor, alpha_t: Tensor) -> Tensor:
+def beta_ts(alpha_s: Tensor, alpha_t: Tensor) -> Tensor:
     """b_ts = 1 - alpha_t / alpha_s, written so that nothing cancels as s -> t; 0 where both are pure noise (Eq. 5)."""
     return torch.where(alpha_s > alpha_t, (alpha_s - alpha_t) / alpha_s.clamp_min(1e-300), 0.0)
 
 
 class NoiseDistribution(ABC):
-    """What noise is drawn from: uniform over ordinary tokens with weight k, special tokens with the rest.
+    """Distribution of noise tokens: uniform with weight k, special tokens with weight 1 - k.
 
     Attributes:
         vocab_size: N.
         mixing_ratio: k, or k of each row, (B, 1) float64.
-        uniform_size: Tokens that the uniform part is spread over; the special ones may be left out.
+        uniform_size: Number of tokens in the uniform part, which may leave out the special ones.
         special_shares: Each special token's share of the weight 1 - k.
         absorbing_ids: Special tokens of positive weight. The network never predicts these (p_m = 0 whenever k < 1):
             clean text does not contain them.
@@ -91,7 +91,7 @@ class NoiseDistribution(ABC):
 
 
 class NoiseKernel(NoiseDistribution):
-    """Row-stochastic kernel K that sends every token to one and the same noise distribution r.
+    """Stochastic matrix K whose rows all equal the noise distribution r, Eq. 7.
 
     Args:
         vocab_size: N, the number of rows of the output layer.

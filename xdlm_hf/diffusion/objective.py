@@ -1,9 +1,9 @@
-"""The divergence and its continuous-time limit as functions of a few numbers per token (Eqs. 12-15).
+"""The finite-step divergence and its continuous-time limit, from a few numbers per token (Eqs. 12-15).
 
 t = 0 is clean, t = 1 is noise, s < t. Losses are in nats per token. Shapes: B batch, L length, N vocabulary, M tokens.
 
-Both losses are one formula. With phi(y) = y - log(1 + y) and rho(y) = phi(y) / y, every term that cancels in the
-printed form is a value of rho, and rho loses nothing near 0 (derivation: docs/equations.md):
+Both losses are one formula. With phi(y) = y - log(1 + y) and rho(y) = phi(y) / y, all terms that cancel in the printed
+form become values of rho, which is accurate near 0 (derivation: docs/equations.md):
 
     w = (x_z - p_z) / f(p, z),   u = beta k / N,   u_0 = beta r(x_0),   B = b_ts r(z_t) / f_t(x, z_t)
     H = log[f(x, x_0) / f(p, x_0)] + sum_{e not special} p_e rho(alpha p_e / u) - rho(alpha / u_0)
@@ -11,8 +11,8 @@ printed form is a value of rho, and rho loses nothing near 0 (derivation: docs/e
     Eqs. 12, 13, everything at s:    KL   = B alpha_s              { w [rho(alpha w) - rho(B alpha w)] + H }
     Eqs. 14, 15, everything at t:    loss = -alpha'_t r(z)/f_t(x,z) { w  rho(alpha w)                   + H }
 
-so the limit is the first line with B = 0 inside the braces. `TokenTerms` holds what the formula needs besides the
-network, `Reading` the six numbers that it needs of p = softmax(logits); all of them are float64.
+so the limit is the first line with B = 0 inside the braces. `TokenTerms` holds the noise terms of each token,
+`LogitStatistics` six numbers computed from p = softmax(logits); all of them are float64.
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from .checks import as_column, check_targets, validate_ids, validate_rates
-from .noise import NoiseKernel, redrawn_share
+from .noise import NoiseKernel, beta_ts
 
-# Below this rho takes its series: 1 - log1p(y)/y has lost half its digits there.
+# Below this, rho is computed by its series: 1 - log1p(y)/y would lose half its digits.
 _SERIES_BELOW = 1e-2
 
 
@@ -40,7 +40,7 @@ class PerToken:
 
 @dataclass(frozen=True)
 class TokenTerms(PerToken):
-    """What the formula needs of each token besides the logits; ids (M,) int64, the rest (M,) float64.
+    """Noise terms of each token; ids (M,) int64, the rest (M,) float64.
 
     f(x, e) = alpha x_e + b(e), with noise b that is one value u for all ordinary tokens.
     """
@@ -60,7 +60,7 @@ def finite_step_terms(x_0: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor
     """Scalars of Eqs. 12, 13: rates at s, scale B alpha_s with B = b_ts r(z_t) / f_t(x, z_t)."""
     alpha_s, alpha_t = alpha_s.double(), alpha_t.double()
     r_z = kernel._rate(z_t, torch.float64)
-    b_ts = redrawn_share(alpha_s, alpha_t)
+    b_ts = beta_ts(alpha_s, alpha_t)
     f_t = _f(alpha_t, (z_t == x_0).double(), (1 - alpha_t) * r_z)
     step = torch.where(b_ts * r_z > 0, b_ts * r_z / f_t, 0.0)
     return _stationary_terms(x_0, z_t, step * alpha_s, step, (1 - b_ts) / f_t, alpha_s, kernel)
@@ -113,8 +113,8 @@ def _rho_series(y: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Reading(PerToken):
-    """What the formula needs of the logits, each (M,) float64; meaningless for tokens without a loss."""
+class LogitStatistics(PerToken):
+    """Statistics of the logits of each token, (M,) float64; undefined for tokens without a loss."""
 
     top: Tensor  # largest logit
     total: Tensor  # sum of exp(logit - top): p = exp(logit - top) / total
@@ -126,7 +126,7 @@ class Reading(PerToken):
 
 @dataclass(frozen=True)
 class _TokenState:
-    """Both predictions at z_t and x_0, each (M,) float64."""
+    """f(x, .) and f(p, .) at z_t and x_0, each (M,) float64."""
 
     log_p_0: Tensor
     f_x_z: Tensor  # f(x, z)
@@ -135,36 +135,36 @@ class _TokenState:
     w: Tensor
 
 
-def token_state(reading: Reading, terms: TokenTerms) -> _TokenState:
+def token_state(statistics: LogitStatistics, terms: TokenTerms) -> _TokenState:
     x_z = (terms.z_t == terms.x_0).double()
-    f_x_z, f_p_z = _f(terms.alpha, x_z, terms.b_z), _f(terms.alpha, reading.p_z, terms.b_z)
-    f_p_0 = _f(terms.alpha, reading.log_p_0.exp(), terms.b_0)
-    w = torch.where(x_z == reading.p_z, 0.0, (x_z - reading.p_z) / f_p_z)
-    return _TokenState(reading.log_p_0, f_x_z, f_p_z, f_p_0, w)
+    f_x_z, f_p_z = _f(terms.alpha, x_z, terms.b_z), _f(terms.alpha, statistics.p_z, terms.b_z)
+    f_p_0 = _f(terms.alpha, statistics.log_p_0.exp(), terms.b_0)
+    w = torch.where(x_z == statistics.p_z, 0.0, (x_z - statistics.p_z) / f_p_z)
+    return _TokenState(statistics.log_p_0, f_x_z, f_p_z, f_p_0, w)
 
 
-def token_losses(reading: Reading, terms: TokenTerms) -> Tensor:
+def token_losses(statistics: LogitStatistics, terms: TokenTerms) -> Tensor:
     """Losses, (M,) float64."""
-    state = token_state(reading, terms)
+    state = token_state(statistics, terms)
     u_0 = terms.b_0
     # log f(x,x_0)/f(p,x_0) = log1p(alpha (1 - p_0) / f(p,x_0)); at u_0 = 0 it is -log p_0, also where p_0 underflows.
     gain = terms.alpha * -torch.expm1(state.log_p_0) / torch.where(u_0 > 0, state.f_p_0, 1.0)
     ratio = torch.where(u_0 > 0, torch.log1p(gain), -state.log_p_0)
     peak = rho(torch.where(u_0 > 0, terms.alpha / u_0, torch.inf))
-    braces = _stay_gap(state, terms) + ratio + reading.rho - peak
+    braces = _stay_term(state, terms) + ratio + statistics.rho - peak
     # A token that cannot change (r(z) = 0: unmasked at k = 0) has no loss, whatever its probability.
     return torch.where(terms.scale > 0, terms.scale * braces, 0.0)
 
 
-def _stay_gap(state: _TokenState, terms: TokenTerms) -> Tensor:
-    """T = w [rho(alpha w) - rho(B alpha w)], (M,): what p gets wrong about staying at z."""
+def _stay_term(state: _TokenState, terms: TokenTerms) -> Tensor:
+    """T = w [rho(alpha w) - rho(B alpha w)], (M,): the term of the divergence for staying at z."""
     y, step_y = terms.alpha * state.w, terms.step * terms.alpha * state.w
-    # 1 + alpha w = f(x,z)/f(p,z); formed from w it would cancel where p is sure of a wrong z. At s = 0 it is 1/p_0 for
+    # 1 + alpha w = f(x,z)/f(p,z); computed from w it would cancel as p(z) -> 1 for z != x_0. At s = 0 it is 1/p_0 for
     # z = x_0, also where p_0 underflows.
     log_ratio = torch.where(state.f_p_z > 0, (state.f_x_z / state.f_p_z).log(), -state.log_p_0)
     gap = state.w * (rho(y, log_ratio) - rho(step_y))
-    # Where p is sure of a wrong z and q all but certainly leaves, both rho diverge together; where p all but excludes a
-    # z that may well be x_0, both tend to 1. There the same T from f_t(p,z)/f_t(x,z).
+    # As p(z) -> 1 for z != x_0 and B -> 1, both rho diverge; as p(z) -> 0 for z = x_0, both tend to 1. In these two
+    # regions T is computed from f_t(p,z)/f_t(x,z).
     stays = terms.stay * state.f_x_z
     log_ratio_t = -(terms.stay * state.f_p_z + terms.step).log()
     other = (torch.where(stays > 0, stays * log_ratio, 0.0) - log_ratio_t) / (terms.alpha * terms.step)

@@ -2,8 +2,8 @@
 
     q(z_t = e | x) = alpha_t x_e + b_t(e),   sum_e b_t(e) = beta_t = 1 - alpha_t
 
-b_t is one value for all ordinary tokens. A process says what its noise is; corruption, loss, posterior and draw are
-written once, for all of them (`objective`, `reverse`).
+b_t is one value for all ordinary tokens. A subclass defines the noise; corruption, loss, posterior and sampling are the
+same for all processes (`objective`, `reverse`).
 
 t = 0 is clean, t = 1 is noise, s < t. Times are (B,) or (B, 1). Shapes: B batch, L length, D width, N vocabulary.
 """
@@ -23,7 +23,7 @@ from .schedules import Schedule
 
 
 class NoiseProcess(ABC):
-    """Interface of a noise process; a subclass says what `alpha`, `noise`, `terms` and `reverse_step` are.
+    """Interface of a noise process; a subclass defines `alpha`, `noise`, `terms` and `reverse_step`.
 
     Attributes:
         vocab_size: N, the rows of the output layer.
@@ -39,15 +39,15 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def noise(self, t: Tensor) -> NoiseDistribution:
-        """b_t / beta_t, what noise at time t, (B, 1), is drawn from."""
+        """b_t / beta_t, the distribution of noise tokens at time t, (B, 1)."""
 
     @abstractmethod
     def terms(self, x_0: Tensor, z_t: Tensor, t: Tensor) -> TokenTerms:
-        """What the loss needs of noise and ids, for the tokens (B, L) in row-major order; validates the ids."""
+        """Noise terms of the loss for the tokens (B, L) in row-major order; validates the ids."""
 
     @abstractmethod
     def reverse_step(self, z_t: Tensor, s: Tensor, t: Tensor) -> ReverseStep:
-        """The noise between the times s <= t, (B, 1), as the posterior of z_t (B, L) needs it."""
+        """Noise terms of the posterior of z_t (B, L) between the times s <= t, (B, 1)."""
 
     def corrupt(self, x_0: Tensor, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw z_t ~ q(z_t | x_0), (B, L): Eqs. 5, 10 at alpha_t.
@@ -86,7 +86,7 @@ class NoiseProcess(ABC):
         token_weights: Tensor | None = None,
         chunk_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`loss` of the logits hidden @ weight.T, which never exist whole: see `fused_linear_diffusion_loss`."""
+        """`loss` of the logits hidden @ weight.T, in chunks of tokens: see `fused_linear_diffusion_loss`."""
         t = self._column(t, x_0)
         terms = self.terms(x_0, z_t, t)
         return fused_loss(hidden, weight, tuple(x_0.shape), terms, self.noise(t), token_weights, chunk_size)

@@ -4,8 +4,8 @@
     q(z_s = e | z_t, x) = f_s(x, e) f_ts(e, z_t) / f_t(x, z_t)                Eq. 11
     f_ts(e, z) = a_ts [e = z] + b_ts r(z),  a_ts = alpha_t / alpha_s,  b_ts = 1 - a_ts
 
-Of the noise, Eq. 11 needs b_t(z_t), b_ts(z_t) and the distribution of noise at s. `ReverseStep` holds these: one
-formula serves every process whose noise is constant over ordinary tokens, f_t(x, e) = alpha_t x_e + b_t(e).
+`ReverseStep` holds the noise terms of Eq. 11: b_t(z_t), b_ts(z_t) and the distribution of noise at s. The formulas hold
+for every process whose noise is constant over ordinary tokens, f_t(x, e) = alpha_t x_e + b_t(e).
 
 t = 0 is clean, t = 1 is noise, s < t. N counts every row of the output layer, [MASK] included.
 Shapes: B batch, L length, N vocabulary.
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .categorical import chunk_blocks, draw_from_weights, refuse_undefined, row_blocks, uniform
-from .checks import check_step
-from .noise import NoiseDistribution, NoiseKernel, redrawn_share
+from .checks import check_step, work_dtype
+from .noise import NoiseDistribution, NoiseKernel, beta_ts
 
 
 def posterior(p_x0: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: NoiseKernel) -> Tensor:
@@ -55,8 +55,8 @@ def sample_posterior(
 ) -> Tensor:
     """Draw z_s exactly from Eq. 11 with x = softmax(logits), without a [B, L, N] posterior.
 
-    Eq. 11 is a mixture of four draws: stay, draw from p, draw uniformly, go to [MASK]. Choosing among them needs p
-    only at z_t, and a bound on it settles most positions: the vocabulary is read only where the draw needs p.
+    Eq. 11 is a mixture of four draws: stay, draw from p, draw uniformly, go to [MASK]. The choice depends on p only at
+    z_t, and a bound on p decides it for most positions; logits are read only at the others.
 
     Args:
         logits: Network output, (B, L, N), float of any dtype; the rows of absorbing tokens are ignored. Not modified.
@@ -81,7 +81,7 @@ def sample_posterior(
 
 @dataclass(frozen=True)
 class ReverseStep:
-    """The noise of one reverse step, all that Eq. 11 needs besides the network; float64."""
+    """Noise terms of Eq. 11 for one reverse step; float64."""
 
     alpha_s: Tensor  # (B, 1)
     alpha_t: Tensor  # (B, 1)
@@ -94,7 +94,7 @@ def stationary_step(z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: Noise
     """The step of a stationary kernel, whose noise is r at every time: b_t = beta_t r and b_ts = (1 - a_ts) r."""
     alpha_s, alpha_t = alpha_s.double(), alpha_t.double()
     r_z = kernel._rate(z_t, torch.float64)
-    b_ts = redrawn_share(alpha_s, alpha_t)
+    b_ts = beta_ts(alpha_s, alpha_t)
     return ReverseStep(alpha_s, alpha_t, (1 - alpha_t) * r_z, b_ts * r_z, kernel)
 
 
@@ -105,7 +105,7 @@ def stationary_step(z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: Noise
 def dense_posterior(p_x0: Tensor, z_t: Tensor, step: ReverseStep) -> Tensor:
     """Eq. 11 as probabilities (B, L, N), of the dtype of `p_x0` but float32 at least; see `posterior`."""
     z_t, noise = z_t.long(), step.noise_s
-    p_x0 = p_x0 if p_x0.dtype == torch.float64 else p_x0.float()
+    p_x0 = p_x0.to(work_dtype(p_x0))
     p_z = p_x0.gather(-1, z_t[..., None]).squeeze(-1).double()
     stay, from_p, from_uniform, to_special = four_way_weights(p_z, step)
 
@@ -133,7 +133,7 @@ def four_way_weights(p_z: Tensor, step: ReverseStep) -> tuple[Tensor, Tensor, Te
     Returns:
         Four (B, L) float64 tensors, in the order above.
     """
-    # Without noise into z_t (an unmasked token at k = 0) it stays for certain, also where p_z and with it f_t vanish.
+    # With b_ts = 0 (an unmasked token at k = 0) a token stays with probability 1, also where f_t(p, z_t) = 0.
     leave = torch.where(step.b_ts > 0, step.b_ts / (step.alpha_t * p_z + step.b_t), 0.0)
     from_p, from_noise = leave * step.alpha_s, leave * (1 - step.alpha_s)
     k = step.noise_s.mixing_ratio
@@ -154,45 +154,44 @@ def draw_posterior(logits: Tensor, z_t: Tensor, step: ReverseStep, generator: to
 
 @dataclass(frozen=True)
 class StepDraw:
-    """A reverse step up to the point where it needs the network; (B, L) each."""
+    """Random choices of a reverse step, drawn before the network is evaluated; (B, L) each."""
 
     z_t: Tensor  # int64
     step: ReverseStep
-    noise: Tensor  # int64, a draw from the noise at s: where "uniformly" or "to a special" leads
+    noise: Tensor  # int64, a draw from the noise at s: the token of "uniformly" and "to a special"
     choice: Tensor  # float64 in [0, 1): below b_ts alpha_s / f_t takes p, below b_ts / f_t leaves z_t
-    most: Tensor  # float64, b_ts / b_t: the largest probability of leaving that any p can give
-    needs_p: Tensor  # bool, where the answer depends on p
+    leave_bound: Tensor  # float64, b_ts / b_t: upper bound over all p of the probability of leaving z_t
+    needs_p: Tensor  # bool, where z_s depends on p
 
 
 def begin_step(z_t: Tensor, step: ReverseStep, generator: torch.Generator | None = None) -> StepDraw:
-    """Draw all that Eq. 11 leaves to chance but the token from p, and see where p matters.
+    """Draw all random numbers of Eq. 11 except the token from p, and mark the positions that depend on p.
 
-    f_t(p, z) >= b_t(z), so z_t is left with probability b_ts / b_t at most, and at an absorbing token, where p is 0,
-    with exactly that. Most positions are thus settled without logits: a choice above the bound stays, and a [MASK] that
-    does not choose p needs none. Nothing is validated, and nothing synchronizes with the device.
+    f_t(p, z) >= b_t(z), so the probability of leaving z_t is at most b_ts / b_t, with equality at an absorbing token,
+    where p is 0. Hence a choice above the bound stays, and a [MASK] that does not choose p needs no logits. Does not
+    validate, and does not synchronize with the device.
     """
-    most = torch.where(step.b_t > 0, step.b_ts / step.b_t, 0.0)
+    leave_bound = torch.where(step.b_t > 0, step.b_ts / step.b_t, 0.0)
     absorbing = torch.zeros_like(z_t, dtype=torch.bool)
     for token_id in step.noise_s.absorbing_ids:
         absorbing |= z_t == token_id
     choice = uniform(z_t.shape, generator, z_t.device)
     noise = step.noise_s.sample_prior(z_t.shape, generator, z_t.device).to(z_t.dtype)
-    needs_p = choice < torch.where(absorbing, most * step.alpha_s, most)
-    return StepDraw(z_t, step, noise, choice, most, needs_p)
+    needs_p = choice < torch.where(absorbing, leave_bound * step.alpha_s, leave_bound)
+    return StepDraw(z_t, step, noise, choice, leave_bound, needs_p)
 
 
 def finish_step(draw: StepDraw, chunks: Iterable[Tensor], generator: torch.Generator | None = None) -> Tensor:
     """z_s, (B, L), from the logits of the M positions in `draw.needs_p`, in row-major order.
 
-    They come in chunks (m, N) of any lengths, so that the head's product need never exist whole; what is drawn does not
-    depend on how they are cut. The token from p is drawn where it is needed: p at z_t may still say that the position
-    stays, or takes noise.
+    The logits come in chunks (m, N), so that those of all positions need not be in memory at once; the chunk sizes do
+    not change the result. Depending on p at z_t, a position in `needs_p` may still stay or take noise.
 
     Raises:
         ValueError: As `refuse_undefined`.
     """
     step, needed = draw.step, draw.needs_p
-    z_s = torch.where(draw.choice < draw.most, draw.noise, draw.z_t)
+    z_s = torch.where(draw.choice < draw.leave_bound, draw.noise, draw.z_t)
     alpha_s, alpha_t = (rate.expand(needed.shape)[needed] for rate in (step.alpha_s, step.alpha_t))
     z_t, noise, choice, b_t, b_ts = (x[needed] for x in (draw.z_t, draw.noise, draw.choice, step.b_t, step.b_ts))
     u = uniform((len(z_t), 1), generator, z_t.device)

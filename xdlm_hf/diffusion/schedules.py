@@ -1,10 +1,10 @@
 """Signal rates alpha_t and their derivatives, returned together.
 
-Time runs from t = 0 (clean) to t = 1 (noise), and s < t throughout the package. A schedule is called with t and answers
-(alpha_t, d alpha_t / dt): the objective (Eq. 15) needs both, and a pair cannot disagree.
+Time runs from t = 0 (clean) to t = 1 (noise), and s < t throughout the package. `schedule(t)` returns (alpha_t,
+d alpha_t / dt), because the objective (Eq. 15) needs both.
 
 alpha_t falls from exactly 1 at t = 0 to exactly 0 at t = 1, in `LogLinearSchedule` to its eps. Results are float32 or
-wider whatever the dtype of t: in bfloat16, 0.9985 is 1.
+wider whatever the dtype of t: bfloat16 would round 0.9985 to 1.
 """
 
 import math
@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+
+from .checks import work_dtype
 
 
 class Schedule(ABC):
@@ -40,7 +42,7 @@ class Schedule(ABC):
 
 def _at_least_float32(x: Tensor | float) -> Tensor:
     x = torch.as_tensor(x)
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(work_dtype(x))
 
 
 class LinearSchedule(Schedule):
@@ -73,8 +75,8 @@ class CosineSchedule(Schedule):
 class LogLinearSchedule(Schedule):
     """alpha_t = 1 - (1 - eps) t, MDLM's "log-linear" schedule, that of the paper's models trained from scratch.
 
-    alpha_1 = eps, not 0: an ancestral chain begins with pure noise all the same, and the bound on the likelihood lacks
-    the KL divergence at t = 1.
+    alpha_1 = eps, not 0. Ancestral sampling still starts from pure noise, and the bound on the likelihood omits the KL
+    divergence at t = 1.
 
     Args:
         eps: alpha_1, in [0, 1); 0 gives `LinearSchedule`.

@@ -1,4 +1,4 @@
-"""Output layer that can hand its input and weight to a reduction, such as the fused loss, instead of making logits.
+"""Output layer that can apply a reduction of its input and weight, such as the fused loss, instead of computing logits.
 
 Shapes: B batch, n positions, D width, N rows of the output layer.
 """
@@ -14,10 +14,10 @@ Reduction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class OutputLayer(nn.Linear):
-    """Linear layer without bias; with `reduction`, returns `reduction(hidden, weight)` and makes no logits.
+    """Linear layer without bias; with `reduction`, returns `reduction(hidden, weight)` instead of logits.
 
-    The reduction runs inside the layer's own forward, because DDP, FSDP and ZeRO-3 gather weights and reduce gradients
-    in hooks on module calls: outside of them ZeRO-3's weight is an empty shard.
+    The reduction runs in the layer's forward, because DDP, FSDP and ZeRO-3 gather weights and reduce gradients in hooks
+    on module calls; outside of the call, ZeRO-3's weight is an empty shard.
     """
 
     def __init__(self, in_features: int, out_features: int, **options):
@@ -25,25 +25,25 @@ class OutputLayer(nn.Linear):
 
     @classmethod
     def around(cls, layer: nn.Module) -> nn.Module:
-        """A plain `nn.Linear` without bias as an output layer that shares its weight; any other module as it is."""
+        """An output layer that shares the weight of a plain `nn.Linear` without bias; any other module unchanged."""
         if type(layer) is not nn.Linear or layer.bias is not None:
             return layer
-        ours = cls(layer.in_features, layer.out_features, device="meta")
-        ours.weight = layer.weight
-        return ours
+        output_layer = cls(layer.in_features, layer.out_features, device="meta")
+        output_layer.weight = layer.weight
+        return output_layer
 
     def forward(self, hidden: Tensor, reduction: Reduction | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, n, N) of hidden states (B, n, D), or the two tensors that `reduction` makes of them."""
+        """Logits (B, n, N) of hidden states (B, n, D), or the two tensors that `reduction` returns."""
         return super().forward(hidden) if reduction is None else reduction(hidden, self.weight)
 
 
 @dataclass
 class ReducedOutput(ModelOutput):
-    """Output of a network whose output layer was given a reduction.
+    """Output of a network whose output layer applied a reduction.
 
     Args:
-        loss (`torch.FloatTensor` of shape `()`): What the reduction sums up; carries the gradient.
-        token_losses (`torch.FloatTensor` of shape `(B, n)`): Its parts by position, detached.
+        loss (`torch.FloatTensor` of shape `()`): The reduced loss; carries the gradient.
+        token_losses (`torch.FloatTensor` of shape `(B, n)`): Loss of each position, detached.
         hidden_states, attentions: As everywhere in Transformers.
     """
 

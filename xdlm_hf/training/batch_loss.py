@@ -1,4 +1,4 @@
-"""The training loss of a noisy batch: fused with the output layer where that is possible, else from logits.
+"""Training loss of a noisy batch, fused with the output layer or from logits.
 
 Shapes: B batch, L length, D width, N rows of the output layer.
 """
@@ -13,10 +13,9 @@ from ..models.output_layer import OutputLayer
 
 
 class FusedLoss:
-    """`process.fused_loss` of one batch, as the reduction that an `OutputLayer` takes.
+    """`process.fused_loss` of one batch, as the `output_reduction` of a model.
 
-    A class and no closure: torch.compile compares functions by identity and would compile the network anew at every
-    step.
+    A class instead of a closure: torch.compile compares functions by identity and would recompile at every step.
 
     Args:
         process: The noise.
@@ -67,16 +66,16 @@ def weighted_loss(
     Args:
         model: The network, wrapped or not.
         process: The noise.
-        batch: `input_ids` and `z_t` (B, L), `t` (B,), `token_weights` (B, L) and perhaps `attention_mask`.
+        batch: `input_ids` and `z_t` (B, L), `t` (B,), `token_weights` (B, L); `attention_mask` (B, L) and `timesteps`
+            (B,) if the network is to have them.
         fused: Whether to fuse the loss with the output layer.
         chunk_size: Tokens per chunk of the fused loss; None for its default.
 
     Returns:
         The sum in nats, which carries the gradient, and the losses (B, L) in nats, detached.
     """
-    network_inputs = {"input_ids": batch["z_t"]}
-    if "attention_mask" in batch:
-        network_inputs["attention_mask"] = batch["attention_mask"]
+    optional = {name: batch[name] for name in ("attention_mask", "timesteps") if name in batch}
+    network_inputs = {"input_ids": batch["z_t"], **optional}
     if fused:
         outputs = model(**network_inputs, output_reduction=FusedLoss(process, batch, chunk_size))
         return outputs.loss, outputs.token_losses

@@ -4,13 +4,13 @@ One optimizer step minimises, over the whole global batch (all processes, all ac
 
     sum of token_weights * loss  /  sum of token_weights        in nats per token,
 
-whatever the way the batch is split. Noise level and noise of a row follow from noise seed and the row's place in the
-run (`row_noise`), so the training trajectory depends neither on the number of processes, nor on accumulation, nor on
-the device, nor on the global random state. One training step:
+however the batch is split. Time and noise of a row are functions of the noise seed and the row's place in the run
+(`row_noise`), so the training trajectory depends neither on the number of processes, nor on accumulation, nor on the
+device, nor on the global random state. One training step:
 
 1. `get_batch_samples` reads its batches on the CPU and adds `sample_index`, `t` and `z_t`
 2. `_prepare_inputs` moves them to the device
-3. `compute_loss` asks `objective.weighted_loss` for the loss, and refuses it where it is not finite
+3. `compute_loss` computes the loss by `batch_loss.weighted_loss`, and raises an error if it is not finite
 
 t = 0 is clean, t = 1 is noise. Shapes: B batch, L length, N vocabulary (rows of the output layer).
 """
@@ -29,9 +29,7 @@ from transformers.trainer_utils import has_length
 from ..data.collator import DiffusionCollator
 from ..data.stream import PackedStream
 from ..data.tokenizer import check_tokenizer
-from ..diffusion.noise import NoiseKernel
-from ..diffusion.process import StationaryProcess
-from ..diffusion.schedules import get_schedule
+from ..diffusion.process import NoiseProcess, StationaryProcess
 from ..generation.protocol import check_trainable
 from .arguments import XDLMTrainingArguments
 from .batch_loss import uses_fused_loss, weighted_loss
@@ -49,10 +47,10 @@ from .row_noise import RowNoise
 _EXACT_COLUMNS = ("token_weights", "t")
 
 
-class _Bookkeeping(TrainerCallback):
-    """Starts the clock when training does, and keeps the logged epoch of a stream right.
+class _ClockAndEpoch(TrainerCallback):
+    """Starts the clock of the metrics with training, and corrects the logged epoch of a stream.
 
-    A stream that resumes where it stood counts its steps from zero in the Trainer.
+    For a resumed stream, the Trainer counts the steps of the epoch from zero.
     """
 
     def __init__(self, metrics: TrainingMetrics, stream: bool):
@@ -60,7 +58,7 @@ class _Bookkeeping(TrainerCallback):
         self.stream = stream
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.metrics.start_anew()
+        self.metrics.reset()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.stream:
@@ -75,14 +73,15 @@ class XDLMTrainer(CheckpointingTrainer):
     It depends on the noise seed and the data, not on batch size or the number of processes. With `ema_decay` it is the
     NELBO of the averaged weights, also during training, and the logged training loss that of the weights themselves.
 
-    Training logs what `metrics` lists. A loss or gradient that is not finite stops the run, with an error that names
-    step, rows and times; weights are checked before each save, so that no checkpoint and no model holds a NaN.
-    Checkpoints are whole or absent, and resuming repeats the uninterrupted run bit for bit; see `checkpoints`.
+    Training logs the figures of `metrics`. A loss or gradient that is not finite stops the run with an error that names
+    step, rows and times. Weights are checked before each save, so that no checkpoint and no model holds a NaN.
+    Checkpoints are atomic, and a resumed run equals the uninterrupted one bit for bit; see `checkpoints`.
 
     Args:
-        model: A `DiffusionModel` or a peft model around it. Its config is given the run's `mixing_ratio` and
-            `noise_schedule`, so that checkpoints know them.
-        args: The run.
+        model: A `DiffusionModel`, or a peft model of it; its noise is `noise_process(mixing_ratio, noise_schedule)`.
+            Both are stored in its config if that is a `StationaryProcess`; others ignore them. With "timesteps" in its
+            `conditioning` it is given `model.timesteps(t)`.
+        args: Arguments of the run.
         data_collator: By default a `DiffusionCollator` with the tokenizer's, else the model's padding id.
         train_dataset: Rows with `input_ids`: a `PackedDataset`, a `PackedStream` (built for this rank, repeating;
             needs `max_steps`), or any dataset of such rows.
@@ -91,10 +90,10 @@ class XDLMTrainer(CheckpointingTrainer):
         callbacks, optimizers: As in `Trainer`.
 
     Raises:
-        ValueError: If k < 1 and the model has no mask token, the tokenizer does not belong to the model, several GPUs
-            are visible to one process, a data-loading option would move rows to other places, trained weights are in 16
-            bits without float32 copies (`precision`), an optimizer other than AdamW is to be in main memory, or the
-            fused loss is asked for where it cannot be used.
+        ValueError: If k < 1 and the model has no mask token, the model needs class labels, the tokenizer does not
+            belong to the model, several GPUs are visible to one process, a data-loading option would move rows to other
+            places, trained weights are in 16 bits without float32 copies (`precision`), an optimizer other than AdamW
+            is to be in main memory, or the fused loss is asked for where it cannot be used.
     """
 
     def __init__(
@@ -111,8 +110,9 @@ class XDLMTrainer(CheckpointingTrainer):
         if not isinstance(args, XDLMTrainingArguments):
             raise ValueError(f"args must be XDLMTrainingArguments, got {type(args).__name__}.")
         check_trainable(model)
-        kernel = model.noise_kernel(args.mixing_ratio)
-        self.process = StationaryProcess(kernel, get_schedule(args.noise_schedule))
+        self.process: NoiseProcess = model.noise_process(args.mixing_ratio, args.noise_schedule)
+        self._absorbing_ids = self.process.noise(torch.ones(1, 1, dtype=torch.float64)).absorbing_ids  # at any time
+        self._timesteps = model.timesteps if "timesteps" in model.conditioning else None
         stratified = args.time_sampling == "stratified"
         self.row_noise = RowNoise(self.process, args.noise_seed, args.t_eps, stratified, args.random_length_probability)
         if processing_class is not None:
@@ -124,10 +124,12 @@ class XDLMTrainer(CheckpointingTrainer):
             check_offload(args)
         self._fused = uses_fused_loss(model, args.fused_loss)
         if data_collator is None:
-            data_collator = _collator(kernel, processing_class, model.config)
+            mask_token_id = self.process.mask_token_id if self._absorbing_ids else None
+            data_collator = _collator(mask_token_id, processing_class, model.config)
         self.metrics = _metrics(model, args)
-        model.config.mixing_ratio = args.mixing_ratio
-        model.config.noise_schedule = args.noise_schedule
+        if isinstance(self.process, StationaryProcess):  # other noise has no k and no schedule to store
+            model.config.mixing_ratio = args.mixing_ratio
+            model.config.noise_schedule = args.noise_schedule
         super().__init__(
             model=model,
             args=args,
@@ -142,7 +144,7 @@ class XDLMTrainer(CheckpointingTrainer):
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the global batch
         self._eval_batches = 0
         self._drawn: list[tuple[list[int], list[float]]] = []  # sample indices and times of the current step's batches
-        self.add_callback(_Bookkeeping(self.metrics, isinstance(train_dataset, PackedStream)))
+        self.add_callback(_ClockAndEpoch(self.metrics, isinstance(train_dataset, PackedStream)))
 
     # ----------------------------------------------------------------------------------------------------------------
     # Data: the batches of a step, with their noise
@@ -218,6 +220,8 @@ class XDLMTrainer(CheckpointingTrainer):
     # Objective
 
     def _weighted_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if self._timesteps is not None:
+            inputs = {**inputs, "timesteps": self._timesteps(inputs["t"])}
         return weighted_loss(model, self.process, inputs, self._fused, self.args.loss_chunk_size)
 
     def compute_loss(
@@ -235,7 +239,7 @@ class XDLMTrainer(CheckpointingTrainer):
         total, losses = self._weighted_loss(model, inputs)
         self._check_finite(inputs, losses)
         x_0, z_t, t, weights = (inputs[name] for name in ("input_ids", "z_t", "t", "token_weights"))
-        self.metrics.add(x_0, z_t, t, weights, losses, self.process.kernel.absorbing_ids)
+        self.metrics.add(x_0, z_t, t, weights, losses, self._absorbing_ids)
         if num_items_in_batch is None:
             loss = total / weights.sum()
         else:
@@ -245,31 +249,28 @@ class XDLMTrainer(CheckpointingTrainer):
     def _check_finite(self, inputs: dict[str, Tensor], losses: Tensor) -> None:
         bad = ~torch.isfinite(losses).all(1)
         if bad.any():
-            rows = _rows(*(inputs[name][bad].tolist() for name in ("sample_index", "t")))
-            self._stop(f"the loss is not finite; its rows have the sample indices {rows}")
+            rows = _list_rows(*(inputs[name][bad].tolist() for name in ("sample_index", "t")))
+            raise NonFiniteError(
+                f"step {self.state.global_step + 1}: the loss is not finite; its rows have the sample indices {rows}."
+                f"{_state_of_weights(self._unwrapped_model(), self.args.output_dir)}"
+            )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float | Tensor:
-        """As in `Trainer`; a norm that is not finite stops the run, except where a loss scaler deals with it."""
+        """As in `Trainer`; a norm that is not finite stops the run, unless a loss scaler (fp16) handles it."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not self.args.fp16 and grad_norm is not None and not math.isfinite(grad_norm):
-            rows = _rows(*(itertools.chain(*parts) for parts in zip(*self._drawn, strict=True)))
-            self._stop(f"the gradient's norm is {float(grad_norm)}; this process' rows had the sample indices {rows}")
+            rows = _list_rows(*(itertools.chain(*parts) for parts in zip(*self._drawn, strict=True)))
+            raise NonFiniteError(
+                f"step {self.state.global_step + 1}: the gradient's norm is {float(grad_norm)}; this process' rows had "
+                f"the sample indices {rows}.{_state_of_weights(self._unwrapped_model(), self.args.output_dir)}"
+            )
         return grad_norm
 
-    def _stop(self, what: str) -> None:
-        weights = non_finite_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
-        why = f" Nor are the weights, since an earlier step ({first_of(weights)})." if weights else ""
-        last = last_checkpoint(self.args.output_dir)
-        raise NonFiniteError(
-            f"step {self.state.global_step + 1}: {what}.{why} No checkpoint was written from it; the last whole one is "
-            f"{last.name if last else 'none'}."
-        )
-
     # ----------------------------------------------------------------------------------------------------------------
-    # Logging
+    # Logging and evaluation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `Trainer`; the logs of training steps are joined by the figures that `metrics` lists."""
+        """As in `Trainer`; logs of training steps also hold the figures of `metrics`."""
         if "loss" in logs:
             logs = {**logs, **self.metrics.report(self._all_sum, self._all_max)}
         super().log(logs, start_time)
@@ -280,9 +281,6 @@ class XDLMTrainer(CheckpointingTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self.metrics.paused():
             super()._save_checkpoint(model, trial)
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # Evaluation
 
     def evaluation_loop(self, dataloader: DataLoader, *args, **kwargs):
         """As in `Trainer`, over data of known length: rows are numbered, for their noise.
@@ -320,7 +318,7 @@ class XDLMTrainer(CheckpointingTrainer):
 
 
 def _metrics(model: nn.Module, args: XDLMTrainingArguments) -> TrainingMetrics:
-    """What the run logs; operations are counted before the weights are spread over processes."""
+    """Metrics of the run; operations are counted before the weights are sharded over processes."""
     fixed = flops_per_token(model, 0)
     per_length = flops_per_token(model, 1) - fixed
     peak = args.peak_tflops or peak_tflops(args.device)
@@ -329,17 +327,25 @@ def _metrics(model: nn.Module, args: XDLMTrainingArguments) -> TrainingMetrics:
     )
 
 
-def _collator(kernel: NoiseKernel, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> DiffusionCollator:
-    """Pads with the tokenizer's, else the model's padding id; refuses [MASK] as text unless no token absorbs (k = 1).
+def _collator(mask_token_id: int | None, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> DiffusionCollator:
+    """A collator with the tokenizer's, else the model's padding id, which refuses the mask id, if any, in the text.
 
-    Any padding id will do where there is none: padding is neither attended to, noised nor scored.
+    Without a padding id, 0 is used: padding is neither attended to, noised nor scored.
     """
     candidates = (getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None))
     pad_token_id = next((token_id for token_id in candidates if token_id is not None), 0)
-    return DiffusionCollator(pad_token_id, kernel.mask_token_id if kernel.absorbing_ids else None)
+    return DiffusionCollator(pad_token_id, mask_token_id)
 
 
-def _rows(indices: Iterable[int], times: Iterable[float]) -> str:
-    """Places and times of rows for a message, of no more than 16."""
+def _list_rows(indices: Iterable[int], times: Iterable[float]) -> str:
+    """Places and times of at most 16 rows, for a message."""
     rows = [f"{index} (t = {t:.6g})" for index, t in zip(indices, times, strict=True)]
     return ", ".join(rows[:16] + (["..."] if len(rows) > 16 else []))
+
+
+def _state_of_weights(model: nn.Module, output_dir: str) -> str:
+    """Sentences for an error: whether the weights are finite, and the last checkpoint."""
+    weights = non_finite_weights(model)
+    why = f" Nor are the weights, since an earlier step ({first_of(weights)})." if weights else ""
+    last = last_checkpoint(output_dir)
+    return f"{why} No checkpoint was written from it; the last whole one is {last.name if last else 'none'}."

@@ -1,5 +1,5 @@
-"""How the losses are computed fast.
+"""Fast evaluation of the losses.
 
-rows         sums over the vocabulary and the closed-form gradient, a few rows at a time
-fused        output layer and loss together, without the logits of whole rows
+rows         sums over the vocabulary and the closed-form gradient, in blocks of rows
+fused        output layer and loss together, in chunks of tokens
 """

@@ -1,4 +1,4 @@
-"""The loss fused with the output layer: the logits of a chunk of tokens at a time, never of all.
+"""The loss fused with the output layer, which computes the logits of one chunk of tokens at a time.
 
 Shapes: B batch, L length, D width, N vocabulary, M tokens with a loss.
 """
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..categorical import per_device
+from ..checks import work_dtype
 from ..noise import NoiseDistribution, NoiseKernel
-from ..objective import Reading, TokenTerms, limit_terms, token_losses
-from .rows import add_peaks, gradient_scalars, per_device, read_logits, row_gradients, set_peaks, work_dtype
+from ..objective import LogitStatistics, TokenTerms, limit_terms, token_losses
+from .rows import add_sparse_part, gradient_scalars, logit_statistics, row_gradients, set_sparse_part
 
 # Tokens whose logits the fused loss holds at a time.
 CHUNK_TOKENS = {"cpu": 192, "other": 1024}
@@ -32,9 +34,9 @@ def fused_linear_diffusion_loss(
 ) -> tuple[Tensor, Tensor]:
     """`diffusion_loss(hidden @ weight.T, ...)` without the logits of more than `chunk_size` tokens at a time.
 
-    The logits of a chunk of tokens are made, read and dropped. In float32 the same pass adds the chunk's share to the
-    gradients. A trained float16 or bfloat16 head would round its gradient at every chunk: there the backward pass
-    makes the logits again, a slice of the vocabulary for all tokens at a time, so that each row is rounded once.
+    In float32 the forward pass also accumulates the gradients, chunk by chunk. The gradient of a float16 or bfloat16
+    weight would be rounded at every chunk; there the backward pass recomputes the logits, of all tokens for one slice
+    of the vocabulary at a time, so that each row of the gradient is rounded once.
 
     Args:
         hidden: Last hidden states, (B, L, D).
@@ -77,7 +79,7 @@ def fused_loss(
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one, or run under autocast.")
     if chunk_size is None:
-        chunk_size = per_device(CHUNK_TOKENS, hidden)
+        chunk_size = per_device(CHUNK_TOKENS, hidden.device)
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be positive.")
     if token_weights is None:
@@ -89,7 +91,7 @@ def fused_loss(
     if not scored.all():  # at k = 0 the masked positions alone go through the output layer
         tokens, token_weights, terms = tokens[scored], token_weights[scored], terms.rows(scored)
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    objective = _Objective(terms, token_weights, noise, chunk_size)
+    objective = _LossArguments(terms, token_weights, noise, chunk_size)
     total, losses = _FusedLinearLoss.apply(tokens, weight, objective, with_gradient)
     per_token = torch.zeros(scored.shape, dtype=losses.dtype, device=losses.device)
     per_token[scored] = losses
@@ -97,8 +99,8 @@ def fused_loss(
 
 
 @dataclass(frozen=True)
-class _Objective:
-    """What the fused loss needs besides hidden states and head."""
+class _LossArguments:
+    """Arguments of the fused loss besides hidden states and weight."""
 
     terms: TokenTerms
     token_weights: Tensor  # (M,) float64
@@ -107,18 +109,18 @@ class _Objective:
 
 
 class _FusedLinearLoss(torch.autograd.Function):
-    """Weighted sum and losses (M,) of hidden (M, D) through the head (N, D)."""
+    """Weighted sum and losses (M,) of hidden states (M, D) and output layer (N, D)."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, objective: _Objective, with_gradient: bool):
-        # Chunks may add up their shares of a gradient that is float32 or wider, and need not where none is added up.
+    def forward(ctx, hidden: Tensor, weight: Tensor, objective: _LossArguments, with_gradient: bool):
+        # A float32 or wider gradient can be accumulated over chunks; that of `hidden` needs no accumulation.
         full_precision = weight.dtype in (torch.float32, torch.float64)
         ctx.by_chunks = full_precision or (weight.dtype == torch.bfloat16 and not ctx.needs_input_grad[1])
         ctx.save_for_backward(hidden, weight)
         ctx.dtype, ctx.objective = hidden.dtype, objective
         needed = ctx.needs_input_grad[:2] if with_gradient and ctx.by_chunks else (False, False)
-        ctx.reading, *ctx.gradients = _by_chunks(hidden, weight, needed, with_gradient, objective)
-        losses = token_losses(ctx.reading, objective.terms)
+        ctx.statistics, *ctx.gradients = _by_token_chunks(hidden, weight, needed, with_gradient, objective)
+        losses = token_losses(ctx.statistics, objective.terms)
         total, per_token = (x.to(work_dtype(hidden)) for x in ((objective.token_weights * losses).sum(), losses))
         ctx.mark_non_differentiable(per_token)
         return total, per_token
@@ -128,57 +130,57 @@ class _FusedLinearLoss(torch.autograd.Function):
     def backward(ctx, grad_total: Tensor, _):
         needed = ctx.needs_input_grad[:2]
         if ctx.by_chunks:
-            # Handed over and not copied, being as large as the head: a second backward pass makes them anew.
+            # Returned without a copy, to save memory; a second backward pass recomputes them.
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:
-                _, *gradients = _by_chunks(*ctx.saved_tensors, needed, True, ctx.objective)
+                _, *gradients = _by_token_chunks(*ctx.saved_tensors, needed, True, ctx.objective)
             gradients = [gradient if gradient is None else gradient.mul_(grad_total) for gradient in gradients]
         else:
-            gradients = _by_slices(*ctx.saved_tensors, needed, grad_total, ctx.reading, ctx.objective)
+            gradients = _by_vocabulary_slices(*ctx.saved_tensors, needed, grad_total, ctx.statistics, ctx.objective)
         return *(gradient if gradient is None else gradient.to(ctx.dtype) for gradient in gradients), None, None
 
 
-def _by_chunks(
-    hidden: Tensor, weight: Tensor, needed: tuple[bool, bool], with_gradient: bool, objective: _Objective
-) -> tuple[Reading, Tensor | None, Tensor | None]:
-    """Reading of the logits hidden @ weight.T, and the gradients needed, from the logits of some tokens at a time."""
+def _by_token_chunks(
+    hidden: Tensor, weight: Tensor, needed: tuple[bool, bool], with_gradient: bool, objective: _LossArguments
+) -> tuple[LogitStatistics, Tensor | None, Tensor | None]:
+    """Statistics of the logits hidden @ weight.T, and the gradients needed, computed in chunks of tokens."""
     tokens, noise = hidden.shape[0], objective.noise
     size = math.ceil(tokens / max(1, math.ceil(tokens / objective.chunk_size)))  # no small chunk is left over
     grad_hidden = torch.empty_like(hidden, dtype=work_dtype(hidden)) if needed[0] else None
     grad_weight = torch.empty_like(weight) if needed[1] else None
-    buffer, readings = hidden.new_empty(size, weight.shape[0]), []
+    buffer, statistics = hidden.new_empty(size, weight.shape[0]), []
     for start in range(0, max(1, tokens), max(1, size)):
         rows = slice(start, start + size)
         chunk, terms = hidden[rows], objective.terms.rows(rows)
         logits = torch.mm(chunk, weight.T, out=buffer[: chunk.shape[0]])
-        readings.append(read_logits(logits, terms, noise, with_gradient))
+        statistics.append(logit_statistics(logits, terms, noise, with_gradient))
         if any(needed):
-            gradient_terms = gradient_scalars(readings[-1], terms, noise, objective.token_weights[rows], logits)
+            gradient_terms = gradient_scalars(statistics[-1], terms, noise, objective.token_weights[rows], logits)
             row_gradients(logits, logits, gradient_terms, noise)
         if grad_hidden is not None:
-            set_peaks(logits, gradient_terms, to_zero=True)
+            set_sparse_part(logits, gradient_terms, to_zero=True)
             grad_hidden[rows] = torch.mm(logits, weight)
-            add_peaks(grad_hidden[rows], weight, gradient_terms)
+            add_sparse_part(grad_hidden[rows], weight, gradient_terms)
         if grad_weight is not None:
-            set_peaks(logits, gradient_terms)
+            set_sparse_part(logits, gradient_terms)
             grad_weight.addmm_(logits.T, chunk, beta=int(start > 0))
-    return Reading.joined(readings), grad_hidden, grad_weight
+    return LogitStatistics.joined(statistics), grad_hidden, grad_weight
 
 
-def _by_slices(
+def _by_vocabulary_slices(
     hidden: Tensor,
     weight: Tensor,
     needed: tuple[bool, bool],
     grad_total: Tensor,
-    reading: Reading,
-    objective: _Objective,
+    statistics: LogitStatistics,
+    objective: _LossArguments,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients needed, from the logits of all tokens for a slice of the vocabulary at a time."""
+    """The gradients needed, computed in slices of the vocabulary, for all tokens at once."""
     token_weights, noise = objective.token_weights * grad_total.double(), objective.noise
-    gradient_terms = gradient_scalars(reading, objective.terms, noise, token_weights, hidden)
+    gradient_terms = gradient_scalars(statistics, objective.terms, noise, token_weights, hidden)
     grad_hidden = torch.zeros_like(hidden, dtype=work_dtype(hidden)) if needed[0] else None
     grad_weight = torch.empty_like(weight) if needed[1] else None
-    # An eighth of a chunk, as it stands beside the gradient of the weight; products like multiples of 64.
+    # An eighth of a chunk's memory, as the gradient of the weight is held too; a multiple of 64 for fast products.
     width = 64 * math.ceil(objective.chunk_size * weight.shape[0] / (8 * 64 * max(1, hidden.shape[0])))
     buffer = hidden.new_empty(min(width, weight.shape[0]) * hidden.shape[0])
     for first in range(0, weight.shape[0], width):
@@ -187,13 +189,13 @@ def _by_slices(
         torch.mm(hidden, part.T, out=logits)
         row_gradients(logits, logits, gradient_terms, noise, first)
         if grad_hidden is not None:
-            set_peaks(logits, gradient_terms, first, to_zero=True)
+            set_sparse_part(logits, gradient_terms, first, to_zero=True)
             grad_hidden += torch.mm(logits, part)
         if grad_weight is not None:
-            set_peaks(logits, gradient_terms, first)
+            set_sparse_part(logits, gradient_terms, first)
             torch.mm(logits.T, hidden, out=grad_weight[first : first + width])
     if grad_hidden is not None:
-        add_peaks(grad_hidden, weight, gradient_terms)
+        add_sparse_part(grad_hidden, weight, gradient_terms)
     return grad_hidden, grad_weight
 
 

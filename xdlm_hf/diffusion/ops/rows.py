@@ -1,8 +1,8 @@
-"""Passes over the vocabulary: the logits are read here, a few rows at a time, and nowhere else.
+"""Sums over the vocabulary and the closed-form gradient of the losses, in blocks of rows.
 
-`read_logits` gives the six numbers per token that the loss needs (`Reading`), `row_gradients` writes the closed-form
-gradient from the same logits. Two scratch buffers are all that exists of size N besides. Tokens without a loss are not
-read. Passes are float32, or float64 for float64 logits, whatever the model's dtype.
+`logit_statistics` computes the six numbers per token that the loss needs, `row_gradients` the gradient from the same
+logits. Besides logits and gradient, only two scratch buffers have a dimension of size N. Tokens without a loss are
+skipped. Computations are float32, or float64 for float64 logits, whatever the model's dtype.
 
 Shapes: N vocabulary, M tokens of one row block.
 """
@@ -13,21 +13,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..categorical import per_device
+from ..checks import work_dtype
 from ..noise import NoiseDistribution
-from ..objective import PerToken, Reading, TokenTerms, rho, token_state
+from ..objective import LogitStatistics, PerToken, TokenTerms, rho, token_state
 
 # Elements of one row block, for each CPU thread: two float32 buffers of that size stay in cache, or fill a GPU.
 BLOCK_ELEMENTS = {"cpu": 2**18, "other": 2**26}
 
 
-def read_logits(logits: Tensor, terms: TokenTerms, noise: NoiseDistribution, with_gradient: bool) -> Reading:
+def logit_statistics(
+    logits: Tensor, terms: TokenTerms, noise: NoiseDistribution, with_gradient: bool
+) -> LogitStatistics:
     """One pass over the logits (M, N) of the tokens that have a loss, a second over those near t = 1.
 
     With exp = exp(logit - top), total its sum and floor = u / alpha: p = exp / total and y = p / floor. As sum p = 1,
 
         sum p rho(y) = 1 - floor sum log(1 + y),    sum p y/(1 + y) = 1 - floor sum y/(1 + y)
 
-    Where y is small throughout, these differences cancel: such rows are summed term by term.
+    Where all y are small, these differences cancel; such rows are summed term by term.
     """
     floor, scored = _floor(terms, logits), terms.scale > 0
     floor_column = floor.to(work_dtype(logits))[:, None]
@@ -43,19 +47,19 @@ def read_logits(logits: Tensor, terms: TokenTerms, noise: NoiseDistribution, wit
     top, total, logs, shares = sums.double().unbind(-1)
     mean_rho, share = 1 - floor * logs, 1 - floor * shares
 
-    faint = scored & (floor * max(64, logits.shape[-1] / 16) > 1)
-    for rows, exp, _ in _row_blocks(logits, faint, noise.absorbing_ids):
+    y_is_small = scored & (floor * max(64, logits.shape[-1] / 16) > 1)
+    for rows, exp, _ in _row_blocks(logits, y_is_small, noise.absorbing_ids):
         y = _exp_from_top(exp, sums[rows, :1]) / (floor_column[rows] * sums[rows, 1:2])
         mean_rho[rows] = (exp * rho(y)).sum(-1).double() / total[rows]
         share[rows] = (exp * (y / (1 + y))).sum(-1).double() / total[rows]
     log_p_0, log_p_z = (_log_p(logits, ids, top + total.log(), noise) for ids in (terms.x_0, terms.z_t))
-    return Reading(top, total, log_p_0, log_p_z.exp(), mean_rho, share)
+    return LogitStatistics(top, total, log_p_0, log_p_z.exp(), mean_rho, share)
 
 
 def _vocabulary_sums(y: Tensor, scratch: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """sum log(1 + y) and sum y/(1 + y), (M, 1) each, of a block of even width; overwrites both buffers.
 
-    One logarithm, of a product, serves two tokens: y <= 1e18 keeps the product within float32.
+    Two tokens share one logarithm, of their product, which stays within float32 because y <= 1e18.
     """
     f, half = torch.add(y, 1.0, out=scratch if with_gradient else y), y.shape[-1] // 2
     shares = y.div_(f).sum(-1, keepdim=True) if with_gradient else y[:, :1]
@@ -64,9 +68,9 @@ def _vocabulary_sums(y: Tensor, scratch: Tensor, with_gradient: bool) -> tuple[T
 
 
 def _exp_from_top(logits: Tensor, top: Tensor, exact_zero: bool = False) -> Tensor:
-    """exp(logits - top) in place, no less than 1e-26, or 0 there.
+    """exp(logits - top) in place; values below 1e-26 become about 1e-26, or 0 with `exact_zero`.
 
-    Sums do not feel the difference. A CPU takes a hundred times as long for numbers that leave float32's normal range.
+    The sums do not change; float32 denormals would be a hundred times slower on a CPU.
     """
     exp = logits.sub_(top).clamp_min_(-60.0).exp_()
     return torch.threshold_(exp, 1e-26, 0.0) if exact_zero else exp
@@ -81,7 +85,7 @@ def _log_p(logits: Tensor, ids: Tensor, log_total: Tensor, noise: NoiseDistribut
 
 @dataclass(frozen=True)
 class _GradientTerms(PerToken):
-    """dloss/dlogit_e = factor exp (exp / (exp + t) - mean), but at z_t and x_0; exp = exp(logit - top)."""
+    """dloss/dlogit_e = factor exp (exp / (exp + t) - mean), except at z_t and x_0; exp = exp(logit - top)."""
 
     top: Tensor  # this and the next three: (M, 1) in the working dtype
     t: Tensor
@@ -97,7 +101,7 @@ class _GradientTerms(PerToken):
 def row_gradients(logits: Tensor, out: Tensor, terms: _GradientTerms, noise: NoiseDistribution, first: int = 0) -> None:
     """Write the gradient of the logits (M, n) of tokens [first, first + n) to `out`, which may be `logits` itself.
 
-    Its entries at z_t and x_0 are for `set_peaks`.
+    `set_sparse_part` then sets its entries at z_t and x_0.
     """
     width = logits.shape[-1]
     if not terms.active.all():
@@ -116,15 +120,15 @@ def row_gradients(logits: Tensor, out: Tensor, terms: _GradientTerms, noise: Noi
             out[rows] = exp[:, :width] if isinstance(rows, slice) else exp[:, :width].to(out.dtype)
 
 
-def set_peaks(out: Tensor, terms: _GradientTerms, first: int = 0, to_zero: bool = False) -> None:
+def set_sparse_part(out: Tensor, terms: _GradientTerms, first: int = 0, to_zero: bool = False) -> None:
     """Set the entries at z_t and x_0 of a gradient that `row_gradients` wrote."""
     for ids, value in ((terms.z_t, terms.at_z), (terms.x_0, terms.at_0)):
         inside = ((ids >= first) & (ids < first + out.shape[-1])).nonzero().squeeze(-1)
-        # Not scatter_, which costs as much as a pass over `out` in bfloat16.
+        # Not scatter_, which takes as long as a pass over `out` in bfloat16.
         out[inside, ids[inside] - first] = 0.0 if to_zero else value[inside].to(out.dtype)
 
 
-def add_peaks(grad_hidden: Tensor, weight: Tensor, terms: _GradientTerms) -> None:
+def add_sparse_part(grad_hidden: Tensor, weight: Tensor, terms: _GradientTerms) -> None:
     """Add what the entries at z_t and x_0 contribute to the gradient of the hidden states, (M, D), float32 or wider."""
     for ids, value in ((terms.z_t, terms.at_z), (terms.x_0, terms.at_0)):
         grad_hidden.addcmul_(value[:, None].to(grad_hidden.dtype), weight[ids].to(grad_hidden.dtype))
@@ -148,7 +152,7 @@ def _row_blocks(
     index = None if active.all() else active.nonzero().squeeze(-1)
     count, width = logits.shape[0] if index is None else len(index), logits.shape[-1]
     threads = torch.get_num_threads() if logits.device.type == "cpu" else 1
-    size = max(1, min(count, threads * per_device(BLOCK_ELEMENTS, logits) // width))
+    size = max(1, min(count, threads * per_device(BLOCK_ELEMENTS, logits.device) // width))
     buffers = torch.empty(2, size, width + width % 2, dtype=work_dtype(logits), device=logits.device)
     for start in range(0, count, size):
         stop = min(start + size, count)
@@ -163,38 +167,30 @@ def _row_blocks(
 
 
 def gradient_scalars(
-    reading: Reading, terms: TokenTerms, noise: NoiseDistribution, token_weights: Tensor, logits: Tensor
+    statistics: LogitStatistics, terms: TokenTerms, noise: NoiseDistribution, token_weights: Tensor, logits: Tensor
 ) -> _GradientTerms:
-    """Gradient of the sum of token_weights * loss in the logits, but for the pass over the vocabulary.
+    """Terms per token of the gradient of sum(token_weights * loss) with respect to the logits.
 
         dloss/dp_e     = scale { y_e/(1 + y_e) + [e = z] S_z + [e = x_0] S_0 },  y_e = alpha p_e / u
         dloss/dlogit_e = p_e (dloss/dp_e - sum_j p_j dloss/dp_j)
 
     up to a constant in the first line, which the second removes. S_0 = -alpha/f(p, x_0), and S_z is dT/dp_z of
-    T = w [rho(alpha w) - rho(B alpha w)]. At z and x_0 the second line is taken in float64.
+    T = w [rho(alpha w) - rho(B alpha w)]. At z and x_0 the second line is computed in float64.
     """
-    state, floor = token_state(reading, terms), _floor(terms, logits)
+    state, floor = token_state(statistics, terms), _floor(terms, logits)
     s_z = -terms.alpha * state.w * terms.stay / (terms.stay * state.f_p_z + terms.step)
-    p_s_z = torch.where(reading.p_z > 0, reading.p_z * s_z, 0.0)
+    p_s_z = torch.where(statistics.p_z > 0, statistics.p_z * s_z, 0.0)
     # alpha p_0 / f(p, x_0) tends to 1, not 0/0, where u_0 = 0 and p_0 underflows.
     u_0, p_0 = terms.b_0, state.log_p_0.exp()
     p_s_0 = -torch.where(u_0 > 0, terms.alpha * p_0 / torch.where(u_0 > 0, state.f_p_0, 1.0), 1.0)
-    mean = reading.share + p_s_z + p_s_0
+    mean = statistics.share + p_s_z + p_s_0
 
     same = terms.z_t == terms.x_0
-    at_z = reading.p_z * (reading.p_z / (reading.p_z + floor) - mean) + p_s_z
+    at_z = statistics.p_z * (statistics.p_z / (statistics.p_z + floor) - mean) + p_s_z
     at_0 = p_0 * (p_0 / (p_0 + floor) - mean) + p_s_0 + torch.where(same, p_s_z, 0.0)
     weight = torch.where(terms.scale > 0, terms.scale * token_weights, 0.0)
     active = weight != 0
-    columns = (reading.top, floor * reading.total, mean, weight / reading.total)
+    columns = (statistics.top, floor * statistics.total, mean, weight / statistics.total)
     columns = (column.to(work_dtype(logits))[:, None] for column in columns)
     at_z, at_0 = torch.where(active & ~same, weight * at_z, 0.0), torch.where(active, weight * at_0, 0.0)
     return _GradientTerms(*columns, terms.z_t, terms.x_0, at_z, at_0, active)
-
-
-def work_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def per_device(table: dict[str, int], x: Tensor) -> int:
-    return table["cpu" if x.device.type == "cpu" else "other"]

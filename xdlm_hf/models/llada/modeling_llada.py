@@ -1,7 +1,7 @@
-"""The LLaDA network, in Transformers' terms and under LLaDA's own parameter names.
+"""The LLaDA network as a Transformers model, with the parameter names of the public checkpoints.
 
-The module tree carries the names of the public checkpoints (`model.transformer.blocks.0.q_proj.weight`, ...), so files
-load and save without conversion, and LoRA adapters trained with other LLaDA tools fit. One block is
+With these names (`model.transformer.blocks.0.q_proj.weight`, ...) files load and save without conversion, and LoRA
+adapters trained with other LLaDA tools fit. One block is
 
     x = x + attn_out(attention(rope(q), rope(k), v))       of h = attn_norm(x), bidirectional, no biases
     x = x + ff_out(silu(ff_proj(h)) * up_proj(h))          of h = ff_norm(x)
@@ -53,8 +53,8 @@ class LLaDARMSNorm(nn.Module):
 def rotary_angles(position_ids: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding, float32.
 
-    Computed on every call: a buffer would be garbage after `from_pretrained` (models are built on the meta device) and
-    wrong after `.to(bfloat16)`, by 7 rad at position 4096.
+    Computed on every call: a buffer would be uninitialised after `from_pretrained`, which builds models on the meta
+    device, and rounded by `.to(bfloat16)`, by 7 rad at position 4096.
 
     Args:
         position_ids: Positions, (B, L) or (1, L).
@@ -71,7 +71,7 @@ def rotary_angles(position_ids: Tensor, width: int, theta: float) -> tuple[Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + W/2}) of queries or keys (B, H, L, W) by their angles, in float32 or wider."""
+    """Rotate the pairs (x_i, x_{i + W/2}) of queries or keys (B, H, L, W) by their angles, in float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     first, second = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
@@ -104,9 +104,9 @@ def eager_attention_forward(
 
 
 class LLaDAAttention(nn.Module):
-    """Bidirectional attention over ready queries, keys and values.
+    """Bidirectional attention over projected queries, keys and values.
 
-    It holds no parameters, because the format keeps the projections directly in the block.
+    It has no parameters, because the checkpoint format has the projections directly in the block.
     """
 
     def __init__(self, config: LLaDAConfig, layer_idx: int):
@@ -127,7 +127,8 @@ class LLaDAAttention(nn.Module):
         past_key_values: CanvasCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
-        """Queries (B, H, L, W), keys and values (B, n_kv_heads, L, W) to (B, L, D) and, in eager, the weights."""
+        """Result (B, L, D), and with eager attention the weights, of queries (B, H, L, W), keys and values
+        (B, n_kv_heads, L, W)."""
         query, key = (rotate(x, *position_embeddings) for x in (query, key))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -173,7 +174,7 @@ class LLaDABlock(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """Residual stream (B, L, D) in and out."""
+        """Residual stream (B, L, D) after the block."""
         h = self.attn_norm(hidden_states)
         query, key, value = (
             project(h).unflatten(-1, (heads, self.head_width)).transpose(1, 2)
@@ -190,7 +191,7 @@ class LLaDABlock(GradientCheckpointingLayer):
 
 
 class LLaDAPreTrainedModel(StrictLoading, PreTrainedModel):
-    """What both LLaDA classes share: loading that refuses damaged or foreign files, embeddings, capabilities."""
+    """Base of both LLaDA classes: strict loading, embeddings, supported features of Transformers."""
 
     config: LLaDAConfig
     base_model_prefix = "model"
@@ -219,17 +220,17 @@ class LLaDAPreTrainedModel(StrictLoading, PreTrainedModel):
         self.base_model.transformer.wte = value
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Transformers' method; the format's second size field, `embedding_size`, follows.
+        """Transformers' method; also updates `embedding_size`.
 
         Raises:
-            ValueError: If the rows kept would not hold the mask token.
+            ValueError: If the mask token's row would be removed.
         """
         rows, mask = kwargs.get("new_num_tokens", args[0] if args else None), self.config.mask_token_id
         if rows is not None and mask is not None and rows <= mask:
-            raise ValueError(f"{rows} rows would cut off mask_token_id={mask}; keep at least {mask + 1}.")
+            raise ValueError(f"{rows} rows would remove mask_token_id={mask}; keep at least {mask + 1}.")
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.config.embedding_size = self.config.vocab_size
-        if self.get_output_embeddings() is not None:  # Transformers' is a new nn.Linear
+        if self.get_output_embeddings() is not None:  # Transformers replaced it by a new nn.Linear
             self.set_output_embeddings(OutputLayer.around(self.get_output_embeddings()))
         return embeddings
 
@@ -237,7 +238,7 @@ class LLaDAPreTrainedModel(StrictLoading, PreTrainedModel):
 class LLaDAModel(LLaDAPreTrainedModel):
     """Embedding, blocks and final norm: token ids (B, L) to hidden states (B, L, D), no output layer."""
 
-    # A whole checkpoint loads into the backbone alone; its output layer has no place here.
+    # The output layer of a checkpoint is ignored when it is loaded into the backbone.
     _keys_to_ignore_on_load_unexpected = [r"^(model\.)?transformer\.ff_out\.weight$"]
 
     def __init__(self, config: LLaDAConfig):
@@ -277,26 +278,26 @@ class LLaDAModel(LLaDAPreTrainedModel):
         attention_mask = self._prepare_mask(attention_mask, inputs_embeds, past_key_values)
         hidden_states = nn.functional.dropout(inputs_embeds, self.config.embedding_dropout, self.training)
         for block in self.transformer.blocks:
-            # The residual stream goes first and by position: reentrant checkpointing and output capture need it so.
+            # The residual stream is the first positional argument: reentrant checkpointing and output capture need it.
             hidden_states = block(hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.transformer.ln_f(hidden_states))
 
     def _prepare_mask(self, attention_mask: Any, inputs_embeds: Tensor, cache: CanvasCache | None) -> Any:
-        """The mask that the chosen attention implementation wants, or None when nothing is padded."""
+        """The mask in the form that the attention implementation takes, or None without padding."""
         if cache is not None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            # Some columns ask, all of them answer; what is asked does not depend on who asks.
+            # All positions are keys; only some are queries. The mask is the same for every query.
             attention_mask = attention_mask[:, None, None, :]
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
             return self._prepare_bias(attention_mask, inputs_embeds)
         if isinstance(attention_mask, Tensor) and attention_mask.shape != inputs_embeds.shape[:2]:
             raise ValueError(
-                f"attention_mask of shape {tuple(attention_mask.shape)} does not fit an input of "
-                f"{tuple(inputs_embeds.shape[:2])} tokens: pass (B, L), 1 for text and 0 for padding, or (B, 1, L, L)."
+                f"attention_mask of shape {tuple(attention_mask.shape)} does not fit an input of shape "
+                f"{tuple(inputs_embeds.shape[:2])}; pass (B, L), 1 for text and 0 for padding, or (B, 1, L, L)."
             )
         return create_bidirectional_mask(config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
 
     def _prepare_bias(self, attention_mask: Tensor, inputs_embeds: Tensor) -> Tensor:
-        """A ready (B, 1, L, L) mask as numbers to add to the scores: eager and flex would add True as 1."""
+        """A (B, 1, L, L) mask as a bias of the attention scores: eager and flex would add True as 1."""
         if "flash" in self.config._attn_implementation:
             raise ValueError(
                 f"attn_implementation={self.config._attn_implementation!r} takes no 4-D attention_mask; "
@@ -311,18 +312,18 @@ class LLaDAModel(LLaDAPreTrainedModel):
 class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
     """LLaDA with its output layer: token ids (B, L), noisy or masked, to logits of the clean tokens (B, L, N).
 
-    `noise_process()` is the noise the checkpoint was trained with, and has the objective; `generate()` samples.
+    `noise_process()` is the noise that the checkpoint was trained with, and computes the loss; `generate()` samples.
     """
 
     _tied_weights_keys = {"model.transformer.ff_out.weight": "model.transformer.wte.weight"}
     supports_canvas_cache = True
-    # The block's projections; a bare `ff_out` would also match the output layer, which must stay a plain matrix.
+    # The block's projections; a bare `ff_out` would also match the output layer, which must not get an adapter.
     lora_targets = r".*blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)
         self.model = LLaDAModel(config)
-        # The format keeps the output layer beside the embedding, under the name of the blocks' down projection.
+        # In the format the output layer is beside the embedding, under the name of the blocks' down projection.
         self.model.transformer.ff_out = OutputLayer(config.d_model, config.embedding_size)
         self.post_init()
 
@@ -357,23 +358,23 @@ class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
                 Keys and values of all T columns; `input_ids` and `position_ids` are then those of the columns set by
                 its `at`, and `attention_mask` is still `(B, T)`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Where to run the output layer: the last n positions, 0 for all; a LongTensor of columns, logits
-                `(B, n, N)`; or a bool mask `(B, L)`, logits `(number selected, N)` in row order.
+                Positions of the output layer: the last n, 0 for all; a LongTensor of columns, logits `(B, n, N)`; or a
+                bool mask `(B, L)`, logits `(number selected, N)` in row-major order.
             output_reduction (`Callable`, *optional*):
-                Takes the output layer's input `(B, n, D)` and weight `(N, D)` and returns a loss and its parts by
-                position, such as the fused loss; no logits are made.
-            output_hidden_states, output_attentions (`bool`, *optional*): As everywhere in Transformers.
+                Function of the output layer's input `(B, n, D)` and weight `(N, D)` that returns a loss and the losses
+                of the positions, such as the fused loss; it replaces the logits.
+            output_hidden_states, output_attentions (`bool`, *optional*): As in other Transformers models.
 
         Returns:
             [`~transformers.modeling_outputs.MaskedLMOutput`] with `logits`, in the model's dtype, and no loss; with
             `output_reduction` a [`ReducedOutput`].
 
         Raises:
-            ValueError: If the inputs do not fit together, an argument is unknown, or the output layer was replaced by
-                one that takes no reduction.
+            ValueError: If the inputs do not fit together, an argument is unknown, or `output_reduction` is given
+                but the output layer was replaced.
         """
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep={logits_to_keep} is negative; it counts positions from the end.")
+            raise ValueError(f"logits_to_keep={logits_to_keep} must not be negative; it counts positions from the end.")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -387,28 +388,28 @@ class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
         if output_reduction is None:
             return MaskedLMOutput(None, head(kept), *captured)
         if not isinstance(head, OutputLayer):
-            raise ValueError(f"output_reduction needs an OutputLayer, and the output layer is {head}: leave it out.")
+            raise ValueError(f"output_reduction needs an OutputLayer, but the output layer is {head}; leave it out.")
         return ReducedOutput(*head(kept, reduction=output_reduction), *captured)
 
 
 def _refuse_unknown_arguments(kwargs: dict[str, Any]) -> None:
-    """Transformers models swallow any keyword; a misspelt mask or an ignored `labels` is a silent wrong result."""
+    """Raise ValueError for unknown arguments: a misspelt mask or unused `labels` would silently give wrong results."""
     for name, value in kwargs.items():
         if name == "labels" and value is not None:
             raise ValueError(
-                "labels are not used: the diffusion loss needs the noise level too. "
+                "labels are not supported, because the diffusion loss also needs the noise level. "
                 "Train with XDLMTrainer, or call xdlm_hf.diffusion_loss on the logits."
             )
-        # use_cache=False, past_key_values=None and the like ask for nothing.
+        # use_cache=False, past_key_values=None and the like have no effect.
         if name not in TransformersKwargs.__annotations__ and value is not None and value is not False:
-            raise ValueError(f"unknown argument {name!r}: LLaDA's forward does not take it; remove it.")
+            raise ValueError(f"LLaDA's forward has no argument {name!r}; remove it.")
 
 
 def _check_cache(cache: Any, config: LLaDAConfig) -> None:
     if not isinstance(cache, CanvasCache):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}, which only grows at its end, and denoising changes any "
-            "position: pass an xdlm_hf.generation.cache.CanvasCache, or generate with use_cache='prefix' or 'dual'."
+            f"past_key_values is a {type(cache).__name__}, which only grows, but denoising changes any position; pass "
+            "an xdlm_hf.generation.cache.CanvasCache, or generate with use_cache='prefix' or 'dual'."
         )
     check_cache_attention(config._attn_implementation)
 
