@@ -1,15 +1,15 @@
-"""`xdlm-gen-ppl`: how a model writes in few and in many steps, by the perplexity that a judge gives its samples.
+"""`xdlm-gen-ppl`: generative perplexity of a model for several numbers of sampling steps.
 
     xdlm-gen-ppl --model outputs/owt-xdlm --tokenizer gpt2 --corpus openwebtext --steps 8 16 32 --samples 5000
     xdlm-gen-ppl --model outputs/small --judge ngram:train.txt --corpus text8 --corpus_files text8.txt --steps 4 8 16
 
 For each number of steps, samples are drawn without a prompt, decoded with their special tokens, and scored by the judge
 (`text_judges`): PPL = exp(all nats / all scored tokens), its standard error over samples, and the mean entropy of the
-token frequencies within a sample, in nats. A perplexity means little without the entropy, and neither without those of
-real text: with `--corpus` the same number of held-out rows is scored beside them, and published values are given.
+token frequencies within a sample, in nats. Compare perplexities only together with the entropy, and both with those of
+real text: with `--corpus` the same number of held-out rows is scored, too, and published values are reported.
 
-Sampling is exact by default. `--reference_compat` draws as the released code did for the published values: on its grid
-of times, with float32 noise (UDLM: float64) and one pass more than `--steps` says. A report says which one it used.
+Sampling is exact by default. `--reference_compat` uses the released sampler of the published values: its grid of times,
+float32 noise (UDLM: float64) and one more pass than `--steps`. The report states which one was used.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from xdlm_hf.evaluation.text_models import (
 )
 
 EXACT = "exact"
-RELEASED = "reference_compat: the released grid and noise (float32, UDLM float64), one pass more than steps"
+RELEASED = "reference_compat: the released grid and noise (float32, UDLM float64), one more pass than steps"
 JUDGE = "gpt2-large"
 
 
@@ -57,14 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_model_options(parser)
     add = parser.add_argument
-    add("--steps", type=int, nargs="+", default=[8, 16, 32, 64, 128], help="sampling steps, one cell for each")
+    add("--steps", type=int, nargs="+", default=[8, 16, 32, 64, 128], help="numbers of sampling steps, one cell each")
     add("--samples", type=int, default=5000, help="samples for each number of steps")
     add("--judge", default=JUDGE, help=f"folder or Hub name of a causal model, or {NGRAM}FILE; default: {JUDGE}")
     add("--ngram_order", type=int, default=6, help="longest n-gram of an n-gram judge")
-    add("--corpus", choices=CORPORA, help="what the model was trained on: held-out text and published values beside")
+    add("--corpus", choices=CORPORA, help="training corpus: its held-out text and published values")
     add("--corpus_files", nargs="+", help="local files with the corpus' held-out text")
     add("--text_column", help="column of the text in those files")
-    add("--reference_compat", action="store_true", help="draw as the released code did")
+    add("--reference_compat", action="store_true", help="use the released sampler")
     add("--generate", type=json.loads, default={}, help='further options of generate() as JSON, {"sampler": ...}')
     add("--seed", type=int, default=0, help="of the samples")
     add("--batch_size", type=int, default=16, help="samples drawn together")
@@ -79,14 +79,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The report of a run. What can be refused is refused before a sample is drawn.
+    """The report of a run. Options and inputs are checked before a sample is drawn.
 
     Args:
         options: As parsed from the command line.
 
     Raises:
-        ValueError: If a number is not positive, a file or model cannot be read, a tokenizer does not fit, the judge is
-            not there or is a diffusion model, or options of generation do not go together.
+        ValueError: If a number is not positive, a file or model cannot be read, a tokenizer does not fit, the judge
+            is missing or a diffusion model, or options of generation contradict each other.
     """
     check_options(options)
     judge = load_judge(options)
@@ -116,24 +116,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuse impossible numbers, and files in folders that are not there.
+    """Check numbers and paths.
 
     Raises:
-        ValueError: Naming the option.
+        ValueError: If one is invalid, naming the option.
     """
     check_positive(options, "samples", "steps", "length", "batch_size", "judge_batch_size", "ngram_order")
     if not isinstance(options.generate, dict):
         raise ValueError(f"--generate {options.generate!r} must be a JSON object of options of generate().")
     for name in ("corpus_files", "text_column"):
         if getattr(options, name) is not None and options.corpus is None:
-            raise ValueError(f"--{name} is for held-out text: name its --corpus too.")
+            raise ValueError(f"--{name} is for held-out text; pass --corpus, too.")
     for path in (options.output, options.save_texts):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}.")
 
 
 def load_judge(options: argparse.Namespace) -> Judge:
-    """The judge, which is read once.
+    """The judge.
 
     Raises:
         ValueError: If it cannot be read.
@@ -143,14 +143,14 @@ def load_judge(options: argparse.Namespace) -> Judge:
     file = options.judge.removeprefix(NGRAM)
     if options.corpus is None:
         documents = load_documents(data_files=[file])
-    else:  # detokenized like the text that the model was trained on, and of text8 only the part for training
+    else:  # detokenized like the training text; of text8 only the training part
         splits = find_corpus(options.corpus)[0].splits
         documents = load_corpus(options.corpus, "train" if "train" in splits else None, data_files=[file])
     return NgramJudge((row["text"] for row in documents), options.ngram_order, file)
 
 
 def held_out_rows(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
-    """As many rows of held-out text as there are samples, cut like the rows of training, (R, L)."""
+    """Rows of held-out text, at most as many as samples, cut like training rows: (R, L)."""
     rows = corpus_rows(
         options.corpus,
         tokenizer,
@@ -201,7 +201,7 @@ def judged(
 
 
 def _write(options: argparse.Namespace, report: dict[str, Any], steps: int, texts: Sequence[str]) -> None:
-    """After every cell, so that what was measured is there if the run ends early."""
+    """Write report and texts; called after every cell, to keep the results of a run that ends early."""
     if options.output is not None:
         options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.save_texts is not None:

@@ -1,19 +1,19 @@
-"""`xdlm-perplexity`: perplexity of a diffusion language model on the paper's validation and zero-shot sets.
+"""`xdlm-perplexity`: perplexities of a diffusion language model on the paper's validation and zero-shot sets.
 
     xdlm-perplexity --model outputs/owt-xdlm --tokenizer gpt2 --dataset openwebtext zero-shot --output report.json
     xdlm-perplexity --model outputs/small --dataset wikitext lambada --local wikitext=wiki.txt lambada=lambada.jsonl
 
-For each set two values, exp(nats per token) with a standard error over rows:
+It reports two values for each set, exp(nats per token) with a standard error over rows:
 
-    bound       the NELBO over t in (0, 1], under noise whose alpha falls from 1 to 0, at `--nelbo_samples` stratified
-                times a row: a bound on the likelihood of text in these rows
-    released    as the released code evaluates: one time a row in (1e-3, 1], stratified over a batch, under the
-                log-linear schedule with eps = 1e-3. It leaves out 0.1 % of the noise at either end, and so reads a
-                little lower, and has the larger error
+    bound       the NELBO over t in (0, 1], with alpha from 1 to 0, at `--nelbo_samples` stratified times per row: a
+                bound on the likelihood of the rows
+    released    the released evaluation: one time per row in (1e-3, 1], stratified over a batch, with the log-linear
+                schedule of eps = 1e-3. It omits 0.1 % of the noise at both ends, so it is slightly lower, and it has a
+                larger error
 
 `--released` also cuts rows as the released evaluation does (`xdlm_hf.data.wrapping`): without EOS between documents,
-with the rest of every 1,000 documents dropped, and with [CLS] for BERT's EOS. Published values are of such rows.
-"zero-shot" stands for the seven sets of Table 8, and gives their average.
+without the remaining tokens of every 1,000 documents, and with [CLS] as BERT's EOS. Published values are of such rows.
+"zero-shot" selects the seven sets of Table 8 and adds their average.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from xdlm_hf.training.batch_loss import uses_fused_loss, weighted_loss
 from xdlm_hf.training.nelbo import evaluation_noise, nelbo_of_sums
 from xdlm_hf.training.row_noise import TRAIN_ROW, TRAIN_STEP, corrupt_rows, generator_of
 
-EPS = 1e-3  # of the released times; the schedule's own is the same
+EPS = 1e-3  # of the released times; that of the schedule is equal
 SHUFFLE_SEED = 1
 ALL_ZERO_SHOT = "zero-shot"
 
@@ -68,12 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     add = parser.add_argument
     add("--dataset", nargs="+", required=True, choices=[*CORPORA, ALL_ZERO_SHOT], help="sets to score")
-    add("--local", nargs="+", default=[], metavar="SET=FILE", help="local files in the place of sets")
-    add("--text_column", help="column of the text in local files; default: each set's own")
-    add("--part", help="part of every set; default: the one that the paper scores")
-    add("--max_rows", type=int, help="score so many rows of each set; default: all")
+    add("--local", nargs="+", default=[], metavar="SET=FILE", help="local files to read instead of sets")
+    add("--text_column", help="column of the text in local files; default: that of the set")
+    add("--part", help="part of every set; default: the one scored in the paper")
+    add("--max_rows", type=int, help="maximum number of rows per set; default: all")
     add("--released", action="store_true", help="cut rows as the released evaluation does")
-    add("--nelbo_samples", type=int, default=4, help="times per row of the bound")
+    add("--nelbo_samples", type=int, default=4, help="times per row, for the bound")
     add("--batch_size", type=int, default=16, help="rows per forward pass, and strata of the released times")
     add("--seed", type=int, default=0, help="of times and noise")
     add("--output", type=Path, help="JSON file for the report")
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The report of a run. What can be refused is refused before a row is scored.
+    """The report of a run. All inputs are checked before a row is scored.
 
     Args:
         options: As parsed from the command line.
@@ -113,7 +113,7 @@ def check_options(options: argparse.Namespace) -> tuple[list[str], dict[str, lis
     """Names of the sets to score, and local files by set.
 
     Raises:
-        ValueError: If options do not go together, or are out of range.
+        ValueError: If options contradict each other, or are out of range.
     """
     check_positive(options, "length", "max_rows", "nelbo_samples", "batch_size")
     files = local_files(options.local)
@@ -122,7 +122,7 @@ def check_options(options: argparse.Namespace) -> tuple[list[str], dict[str, lis
     if unused:
         raise ValueError(f"--local {unused[0]}=...: {unused[0]} is not among the sets to score ({', '.join(names)}).")
     if options.text_column is not None and not files:
-        raise ValueError(f"--text_column {options.text_column} is for local files: name them by --local.")
+        raise ValueError(f"--text_column {options.text_column} is for local files; pass them by --local.")
     for name in names:
         find_corpus(name, options.part)
     if options.output is not None and not options.output.parent.is_dir():
@@ -132,10 +132,10 @@ def check_options(options: argparse.Namespace) -> tuple[list[str], dict[str, lis
 
 
 def local_files(pairs: Sequence[str]) -> dict[str, list[str]]:
-    """Files by set, of `SET=FILE`; a set may have several.
+    """Files by set, from `SET=FILE`; a set may have several.
 
     Raises:
-        ValueError: If a pair is none, or its set is not known.
+        ValueError: If a pair has another form, or its set is unknown.
     """
     files: dict[str, list[str]] = {}
     for pair in pairs:
@@ -171,7 +171,7 @@ def score(
     rows: WrappedDataset,
     row: str,
 ) -> dict[str, Any]:
-    """Both values of one set, what its rows are, and the published value."""
+    """Both values of one set, counts and checksum of its rows, and the published value."""
     scorer = Scorer(model, tokenizer, options)
     found = {"bound": scorer.bound(rows), "released": scorer.released(rows)}
     for figures in found.values():
@@ -183,12 +183,12 @@ def score(
 
 
 class Scorer:
-    """Scores rows of a set by a model.
+    """Scores rows of a set with a model.
 
     Args:
         model: A `DiffusionModel` in evaluation mode.
         tokenizer: Of the rows.
-        options: The run's: `mixing_ratio`, `nelbo_samples`, `batch_size`, `seed`.
+        options: With `mixing_ratio`, `nelbo_samples`, `batch_size` and `seed`.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace):
@@ -199,7 +199,7 @@ class Scorer:
         self.collate = DiffusionCollator(pad)
 
     def bound(self, rows: WrappedDataset) -> dict[str, float]:
-        """The NELBO over (0, 1], as `XDLMTrainer` evaluates it, under noise that leaves nothing out."""
+        """The NELBO over (0, 1] as `XDLMTrainer` evaluates it, with the linear schedule (alpha from 1 to 0)."""
         process, samples = self._process("linear"), self.options.nelbo_samples
         nats, tokens = np.zeros(len(rows)), np.zeros(len(rows))
         for indices, batch in self._batches(rows, range(len(rows)), f"{samples} times a row"):
@@ -212,7 +212,7 @@ class Scorer:
         return _figures(nats, tokens)
 
     def released(self, rows: WrappedDataset) -> dict[str, float]:
-        """One time a row in (eps, 1], stratified over a batch of rows in random order."""
+        """The released evaluation: one time per row in (eps, 1], stratified over a batch of rows in random order."""
         process, seed = self._process("loglinear"), self.options.seed
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SHUFFLE_SEED)).tolist()
         nats, tokens = np.zeros(len(rows)), np.zeros(len(rows))
@@ -227,7 +227,7 @@ class Scorer:
         return _figures(nats, tokens)
 
     def _process(self, schedule: str) -> NoiseProcess:
-        """The model's noise under another schedule; noise that has none is as it is."""
+        """The model's noise with another schedule, or GIDD's unchanged."""
         return self.model.noise_process(self.options.mixing_ratio, schedule)
 
     def _batches(
@@ -248,7 +248,7 @@ class Scorer:
         return (batch["token_weights"] * losses).sum(1, dtype=torch.float64).cpu().numpy()
 
     def _own_times(self, process: NoiseProcess, t: Tensor) -> Tensor:
-        """Times at which the noise that the model was trained with has the signal rate of `process` at t."""
+        """Times at which the noise of training has the signal rate of `process` at t."""
         if not isinstance(process, StationaryProcess):
             return t
         return self.own.schedule.inverse(process.alpha(t)).clamp(0, 1)

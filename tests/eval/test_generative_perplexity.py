@@ -207,7 +207,7 @@ BAD = [
     (["--judge", "{root}/none"], "judge='{root}/none' cannot be read"),
     (["--judge", "ngram:{root}/none.txt"], "matches no file"),
     (["--length", "65"], "--length 65 exceeds the model's limit of 64"),
-    (["--corpus_files", "a.txt"], "--corpus_files is for held-out text: name its --corpus too"),
+    (["--corpus_files", "a.txt"], "--corpus_files is for held-out text; pass --corpus, too"),
     (["--output", "{root}/none/report.json"], "there is no folder"),
     (["--tokenizer", "text8"], "the tokenizer's mask token|output layer"),
     (["--corpus", "lm1b", "--corpus_files", "{root}/none.txt"], "matches no file"),

@@ -166,7 +166,7 @@ BAD = [
     (["--dataset", "lm1b", "--local", "ptb=a.txt"], "ptb is not among the sets to score"),
     (["--dataset", "lm1b", "--local", "c4=a.txt"], "corpus 'c4' is not known"),
     (["--dataset", "lm1b", "--part", "validation"], "'lm1b' has no part 'validation'"),
-    (["--dataset", "lm1b", "--text_column", "text"], "is for local files: name them by --local"),
+    (["--dataset", "lm1b", "--text_column", "text"], "is for local files; pass them by --local"),
     (["--dataset", "lm1b", "--local", "lm1b=/none.txt"], "matches no file"),
     (["--dataset", "lm1b", "--output", "/none/report.json"], "there is no folder"),
     (["--dataset", "lm1b", "--length", "65"], "exceeds the model's limit of 64"),

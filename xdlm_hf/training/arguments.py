@@ -149,8 +149,8 @@ class XDLMTrainingArguments(TrainingArguments):
             raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1); the paper's runs use 0.9999.")
         if self.ema_decay is not None and self.load_best_model_at_end:
             raise ValueError(
-                f"load_best_model_at_end=True loads weights, and ema_decay={self.ema_decay} evaluates their average: "
-                "leave one of the two out."
+                f"load_best_model_at_end=True loads weights, and ema_decay={self.ema_decay} evaluates their average; "
+                "leave out one of the two."
             )
         if self.enable_jit_checkpoint:
             raise ValueError(

@@ -154,7 +154,7 @@ class CheckpointingTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`; under FSDP too one whole safetensors model, unlike in checkpoints.
 
-        With `ema_decay` the model is the average of the weights, and its config says so.
+        With `ema_decay` the model is the average of the weights, and its config records the decay.
 
         Raises:
             OSError: If it cannot be written; the folder and the checkpoints are not changed.

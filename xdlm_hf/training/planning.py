@@ -121,7 +121,7 @@ class Run:
         fused_loss: Whether head and loss are computed together.
         chunk_size: Tokens per chunk of the fused loss; None for its own default on a GPU.
         device: "other" for a GPU, or "cpu"; chunk size and buffers of the fused loss depend on it.
-        average: Whether an average of the weights is kept (`ema_decay`).
+        average: Whether the run keeps an average of the weights (`ema_decay`).
 
     Raises:
         ValueError: If rows, length or GPUs are not positive.
@@ -187,7 +187,7 @@ class Memory(NamedTuple):
 def memory(run: Run, layout: Layout) -> Memory:
     """Memory of a run in a layout."""
     parameters, gradients, optimizer, buffers, host = state_bytes(run, layout)
-    if run.average:  # in float32, and a copy of the weights while it stands in their place
+    if run.average:  # in float32, and a copy of the weights while it replaces them
         buffers += (4 + (run.precision(layout)[0] if layout.stage else 4)) * run.counts.trainable
     passes = activation_bytes(run, layout), loss_bytes(run, layout)
     return Memory(parameters, gradients, optimizer, *passes, step_bytes(run, layout), buffers, host)
