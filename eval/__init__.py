@@ -1,29 +1,35 @@
-"""Scoring with lm-evaluation-harness: the model adapter, the command line, the tasks and the sandbox.
+"""Scoring: lm-evaluation-harness (model adapter, command line, tasks, sandbox), and perplexities of text models.
 
-cli                   `xdlm-eval`: lm-eval's command line with checks before the model is loaded
-arguments             arguments of the model, checked without its weights
-adapter               the lm-eval model `xdlm`
-checkpoint            model, tokenizer and padding
-batches               sizes of batches
-generation_requests   generated answers
-likelihood_requests   likelihood bounds in batches
-likelihood            Monte Carlo estimate of the bound (Eq. 15)
-distributed           collective operations between processes
-protocols             rules for prompts, stops, extraction and equality
-opencompass           OpenCompass's rules
-rows                  rows of the tasks from local files or the Hub
-tasks                 task files of the benchmarks
-equality              equality of LaTeX answers, with a time limit
-sandbox               runs programs that a model wrote
-judge                 the processes inside the sandbox
-confinement           restrictions that these processes put on themselves
-values                values as plain data, between these processes
-evalplus              EvalPlus's comparison of outputs
-oracle                the lm-eval model `xdlm-oracle`, which gives the benchmarks' own answers
-manifest              commits, hashes and hardware, for the results
-table16               reproduces the paper's Table 16, cell by cell
-published             the published scores of Table 16
-rescore               scores stored answers by another protocol
+cli                    `xdlm-eval`: lm-eval's command line with checks before the model is loaded
+arguments              arguments of the model, checked without its weights
+adapter                the lm-eval model `xdlm`
+checkpoint             model, tokenizer and padding
+batches                sizes of batches
+generation_requests    generated answers
+likelihood_requests    likelihood bounds in batches
+likelihood             Monte Carlo estimate of the bound (Eq. 15)
+distributed            collective operations between processes
+protocols              rules for prompts, stops, extraction and equality
+opencompass            OpenCompass's rules
+rows                   rows of the tasks from local files or the Hub
+tasks                  task files of the benchmarks
+equality               equality of LaTeX answers, with a time limit
+sandbox                runs programs that a model wrote
+judge                  the processes inside the sandbox
+confinement            restrictions that these processes put on themselves
+values                 values as plain data, between these processes
+evalplus               EvalPlus's comparison of outputs
+oracle                 the lm-eval model `xdlm-oracle`, which gives the benchmarks' own answers
+manifest               commits, hashes and hardware, for the results
+table16                reproduces the paper's Table 16, cell by cell
+published              the published scores of Table 16
+rescore                scores stored answers by another protocol
+perplexity             `xdlm-perplexity`: validation and zero-shot sets
+generative_perplexity  `xdlm-gen-ppl`: samples in few and many steps, scored by a judge
+text_models            options and loading of the two, and what reports say of a model
+text_judges            causal and n-gram models that score texts
+ngram                  a Witten-Bell n-gram model
+published_text         the published text results
 
 This folder is installed as `xdlm_hf.evaluation` (`package_dir` in setup.cfg), so that adapter and task files stay
 together and no package named `eval` reaches site-packages. Modules here import each other by the installed name: a
