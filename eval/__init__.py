@@ -1,6 +1,4 @@
-"""Scoring with lm-evaluation-harness, and perplexities of text models.
-
-With lm-evaluation-harness: the model adapter, the command line, the tasks and the sandbox.
+"""Scoring: lm-evaluation-harness (model adapter, command line, tasks, sandbox), and perplexities of text models.
 
 cli                    `xdlm-eval`: lm-eval's command line with checks before the model is loaded
 arguments              arguments of the model, checked without its weights
@@ -26,15 +24,12 @@ manifest               commits, hashes and hardware, for the results
 table16                reproduces the paper's Table 16, cell by cell
 published              the published scores of Table 16
 rescore                scores stored answers by another protocol
-
-Perplexities:
-
-text_models            options, loading and description of a model for the two commands below
-perplexity             `xdlm-perplexity`: bounds on validation and zero-shot sets
-generative_perplexity  `xdlm-gen-ppl`: samples of a model, scored by a judge
+perplexity             `xdlm-perplexity`: validation and zero-shot sets
+generative_perplexity  `xdlm-gen-ppl`: samples for several numbers of steps, scored by a judge
+text_models            options, loading and description of a model for these two commands
 text_judges            judges of generated text: causal or n-gram language models
 ngram                  n-gram model with Witten-Bell smoothing
-published_text         the published text results (Tables 7 to 11 and 18)
+published_text         the published text results
 
 This folder is installed as `xdlm_hf.evaluation` (`package_dir` in setup.cfg), so that adapter and task files stay
 together and no package named `eval` reaches site-packages. Modules here import each other by the installed name: a
