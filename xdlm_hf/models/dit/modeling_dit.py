@@ -305,6 +305,10 @@ class DiTForDiffusionLM(XDLMGenerationMixin, DiTPreTrainedModel):
     def conditioning(self) -> tuple[str, ...]:
         return ("timesteps",) if self.config.time_conditioning else ()
 
+    @property
+    def stationary_noise(self) -> bool:
+        return self.config.noise_process == "stationary"
+
     def noise_process(
         self, mixing_ratio: float | None = None, noise_schedule: str | None = None, mask_token_id: int | None = None
     ) -> NoiseProcess:
