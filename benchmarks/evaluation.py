@@ -1,11 +1,11 @@
-"""Speed of the evaluation: what the adapter adds to the model's time, and how fast programs are scored.
+"""Speed of the evaluation: the adapter's share of the time, and the scoring of programs.
 
     python benchmarks/evaluation.py [--model outputs/demo/xdlm] [--data FOLDER]
 
-Bounds: under 3 % of the wall time at 32 steps on the demo model is the adapter's, that is, outside of `generate`; all
-500 MBPP solutions are scored in under 60 s on 2 cores. What `generate` spends outside of the network, the sampler's
-work, is no part of that bound and shown beside it. Needs the demo's model (`make demo`) and local files of GSM8K and
-MBPP; what is missing is left out and named.
+Bounds: less than 3 % of the wall time is spent outside of `generate`, at 32 steps on the demo model; all 500 MBPP
+solutions are scored in under 60 s on 2 cores. The sampler's time, inside `generate` and outside of the network, is
+reported beside the first bound. Needs the demo's model (`make demo`) and local files of GSM8K and MBPP; measurements
+without their files are skipped with a message.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Stopwatch:
 
 
 def adapter(model: Path, data: Path, rows: int, batch_size: int) -> None:
-    """Shares of `generate_until`'s wall time outside `generate`, and outside the forward passes."""
+    """Prints the shares of `generate_until`'s wall time outside of `generate` and outside of the forward passes."""
     lm = XDLMEvalModel(str(model), steps=32, max_new_tokens=128, batch_size=batch_size, device="cpu")
     docs = gsm8k.load(data=str(data))["test"].select(range(rows))
     requests = [
@@ -84,7 +84,7 @@ def adapter(model: Path, data: Path, rows: int, batch_size: int) -> None:
 
 
 def scoring(data: Path) -> None:
-    """Seconds to run the 500 MBPP solutions with their assertions, from answer text to verdict."""
+    """Prints the seconds to score the 500 MBPP solutions, from answer text to verdict."""
     os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the benchmark's own solutions
     docs = list(mbpp.load(data=str(data), protocol="lenient")["test"])
     sandbox.announce()

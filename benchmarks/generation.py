@@ -19,7 +19,7 @@ from measure import interleaved_seconds, machine, peak_bytes
 from torch import Tensor
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, NoiseKernel, StationaryProcess, posterior, sample_posterior
-from xdlm_hf.diffusion.reverse import begin_step, finish_step
+from xdlm_hf.diffusion.reverse import begin_step, finish_step, stationary_step
 from xdlm_hf.diffusion.schedules import LinearSchedule
 from xdlm_hf.generation.confidence import ConfidenceSampler, ConfidenceSettings
 from xdlm_hf.generation.network import chunk_slices
@@ -81,11 +81,11 @@ def dense_ancestral(logits: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tenso
 def lazy_head_step(
     hidden: Tensor, head: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: NoiseKernel
 ) -> Tensor:
-    """What `generate(sampler="ancestral")` does after the blocks: the head only where p decides."""
-    draw = begin_step(z_t, alpha_s[:, None], alpha_t[:, None], kernel)
+    """The ancestral step of `generate`: runs the output layer only where z_s depends on p."""
+    draw = begin_step(z_t, stationary_step(z_t, alpha_s[:, None], alpha_t[:, None], kernel))
     kept = hidden[draw.needs_p]
     slices = chunk_slices(len(kept), len(head), kept.device)
-    return finish_step(draw, (kept[part] @ head.T for part in slices), kernel)
+    return finish_step(draw, (kept[part] @ head.T for part in slices))
 
 
 def table(title: str, candidates: dict[str, Callable[[], object]], given: int, goal: str, repeats: int) -> None:

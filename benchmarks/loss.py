@@ -1,11 +1,11 @@
-"""Output layer and loss against the same formula as plain autograd: peak memory and time, as ratios.
+"""Peak memory and time of output layer and loss, as ratios to the same formula under plain autograd.
 
     python benchmarks/loss.py                  both shapes, on the GPU when there is one (2 minutes on 2 cores)
-    python benchmarks/loss.py --threads 1 --cpu-time       on a machine that others use too
+    python benchmarks/loss.py --threads 1 --cpu-time       on a shared machine
 
-The baseline is Eq. 14 as it reads (softmax, gathers, mean of logs) in float32 under autograd. `cross-entropy` is the
-output layer with plain cross-entropy over all tokens: what masked diffusion would cost at most. Memory leaves out the
-gradients of head and hidden states, which every way of training must hold. Targets in brackets.
+The baseline is Eq. 14 as printed (softmax, gathers, mean of logs) in float32 under autograd. `cross-entropy` is the
+output layer with plain cross-entropy over all tokens, an upper bound for the cost of masked diffusion. Memory excludes
+the gradients of head and hidden states, which every implementation must hold. Targets are in brackets.
 """
 
 import argparse
@@ -25,7 +25,7 @@ K = 0.1
 
 
 def dense_loss(logits: Tensor, x_0: Tensor, z_t: Tensor, alpha_t: Tensor, kernel: NoiseKernel) -> Tensor:
-    """Eqs. 14, 15 for alpha'_t = -1 with every tensor of vocabulary size written out, in float32 or wider."""
+    """Eqs. 14, 15 for alpha'_t = -1 with dense tensors of vocabulary size, in float32 or wider."""
     n, m, k = kernel.vocab_size, kernel.mask_token_id, kernel.mixing_ratio
     logits = logits if logits.dtype == torch.float64 else logits.float()
     alpha = alpha_t[:, None].to(logits.dtype)
@@ -47,7 +47,7 @@ def dense_loss(logits: Tensor, x_0: Tensor, z_t: Tensor, alpha_t: Tensor, kernel
 
 
 class Case:
-    """Inputs of one shape, and the candidates of each comparison."""
+    """Inputs of one shape, and the implementations to compare."""
 
     def __init__(self, tokens: int, n: int, width: int, dtype: torch.dtype, device: str):
         generator = torch.Generator().manual_seed(0)
@@ -83,7 +83,7 @@ class Case:
         return (diffusion_loss(part, x_0, z_t, self.alpha, self.slope, self.kernel) - dense).abs().max().item()
 
     def comparisons(self) -> list[tuple[str, dict[str, Callable[[], object]], int]]:
-        """(what, candidates, bytes of the gradients that all must hold); the first candidate is the baseline."""
+        """(title, candidates, bytes of the gradients to exclude) of each table; the first candidate is the baseline."""
 
         def train(total: Callable[[], Tensor]) -> Callable[[], object]:
             return lambda: torch.autograd.grad(total(), (self.hidden, self.weight))
@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="rounds of every comparison; the median counts")
     parser.add_argument("--threads", type=int, help="CPU threads; default as PyTorch finds")
-    parser.add_argument("--cpu-time", action="store_true", help="time of this process on the CPU, not of the clock")
+    parser.add_argument("--cpu-time", action="store_true", help="measure this process's CPU time, not wall time")
     parser.add_argument("--shape", type=int, choices=range(len(SHAPES)), help="only this one")
     options = parser.parse_args()
     if options.threads is not None:

@@ -1,10 +1,10 @@
-"""The reference curve of docs/training.md: a small model trained from random weights, and every figure that is logged.
+"""Reference curves of docs/training.md: all metrics logged while a small model trains from random weights.
 
     python benchmarks/loss_curve.py [--steps 2000] [--picture docs/loss_curve.png] [--output_dir outputs/loss_curve]
 
 About three minutes on one core: 0.2 million parameters, bytes as tokens (262 with the special ones), k = 0.1, Python's
-documentation in rows of 64 tokens, 16 rows a step. Small, but it learns to use context, as a model must for its loss to
-depend on the time as a large model's does.
+documentation in rows of 64 tokens, 16 rows a step. The model learns to use context, so its loss depends on t as a large
+model's does.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def train(output_dir: Path, steps: int) -> XDLMTrainer:
-    """A small model at k = 0.1 that has learned to use context; held-out rows as evaluation data."""
+    """Trains a small model at k = 0.1, with held-out rows as evaluation data."""
     documents, held_out = hold_out(python_reference_documents(), 0.05)
     tokenizer = train_tokenizer((document["text"] for document in documents), VOCABULARY)
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def train(output_dir: Path, steps: int) -> XDLMTrainer:
 
 
 def draw(history: list[dict], path: Path) -> None:
-    """Loss, its parts and the gradient, one panel each."""
+    """Plots loss, its parts and the gradient norm, one panel each."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -106,7 +106,7 @@ def draw(history: list[dict], path: Path) -> None:
 
 
 def table(history: list[dict]) -> None:
-    """Means over ten logs at a few steps, as Markdown."""
+    """Prints means over ten logs at a few steps, as Markdown."""
     names = ["nelbo", "loss_masked", "loss_uniform", "loss_clean", "loss_t_0_25", "loss_t_75_100", "grad_norm"]
     print("| steps | " + " | ".join(names) + " |\n| --- |" + " ---: |" * len(names))
     parts = len(history) // WINDOW

@@ -1,7 +1,7 @@
-"""Side-by-side measurement: time by interleaved medians, memory by the allocator's own record.
+"""Measurement of alternatives: median times of interleaved runs, and peak memory by the allocator's record.
 
-Every candidate of a comparison runs in the same process, in turn, so that a slow minute of the machine slows all alike;
-what is reported are ratios.
+All candidates of a comparison run in turn in one process, so that a slow minute of the machine affects all of them;
+ratios are reported.
 """
 
 import platform
@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 def interleaved_seconds(
     candidates: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """Median seconds of each candidate over `repeats` rounds; every round runs all of them, after one warm-up round."""
+    """Median seconds of each candidate over `repeats` rounds of all candidates, after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for round_number in range(repeats + 1):
         for name, run in candidates.items():
@@ -30,7 +30,7 @@ def interleaved_seconds(
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Most bytes that `run` had allocated at one time, over what was allocated before it."""
+    """Peak of the memory allocated during `run`, in bytes, beyond what was allocated before."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -1,12 +1,11 @@
-"""One small model trained alike at k = 0, 0.1 and 1: what it understands, and what it writes in 8 and 32 steps.
+"""A small model trained at k = 0, 0.1 and 1: held-out NELBO, and quality of samples in 8 and 32 steps.
 
     python benchmarks/mixing_ratio.py [--output_dir outputs/mixing_ratio] [--steps 1500]
 
 Each model starts from the same random weights and sees the same rows in the same order, with the demo's recipe and text
-(recipes/demo.py). Understanding is the NELBO of held-out text. Writing is judged as in the paper, by perplexity and
-entropy of ancestral samples; the judge is a trigram model (Witten-Bell, from nltk) of the training text, for want of a
-large language model on a machine without a hub. A low perplexity is good only as far as the entropy stays near the
-text's own, which the last row gives.
+(recipes/demo.py). As in the paper, samples are scored by perplexity and entropy; perplexity is that of a trigram model
+(Witten-Bell, from nltk) of the training text, because no large language model is available offline. A low perplexity is
+good only if the entropy stays near that of the text, which the last row gives.
 """
 
 import argparse
@@ -67,7 +66,7 @@ def train(folder: Path, k: float, steps: int) -> None:
 
 
 class Trigrams:
-    """Witten-Bell trigram model of token ids; judges rows of ids, (B, L)."""
+    """Witten-Bell trigram model of token ids, which scores rows of ids, (B, L)."""
 
     def __init__(self, rows: PackedDataset):
         sequences = [[str(i) for i in row["input_ids"].tolist()] for row in tqdm(rows, desc="judge: reading")]

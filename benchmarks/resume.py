@@ -1,9 +1,8 @@
-"""How long a stream takes to go on after a crash: by its state in the checkpoint, and by re-reading everything seen.
+"""Time to resume a data stream: from its state in the checkpoint, and by reading all earlier rows again.
 
-It reads the rows of `--steps` optimizer steps from local JSONL files, as training does (tokenizer, shuffling,
-packing), and then starts again from there both ways, each in a fresh object: with the state, and as Transformers'
-Trainer does, which takes all earlier batches once more and throws them away. Reported are the seconds until the next
-row is there, and that it is the same row. Training itself is left out: it costs the same either way.
+The script reads the rows of `--steps` optimizer steps from local JSONL files as training does (tokenizer, shuffling,
+packing), and then resumes in a fresh object in two ways: from the state, and as Transformers' Trainer does, by reading
+and dropping all earlier batches. It reports the seconds until the next row, and whether both give the same row.
 
     python benchmarks/resume.py [--steps 500] [--rows_per_step 64] [--length 512]
 """
@@ -63,7 +62,7 @@ def main() -> None:
 
 
 def write(texts: list[str], folder: Path, tokens: int) -> None:
-    """JSONL files with more text than is read: paragraphs, numbered so that no two documents are alike."""
+    """Writes JSONL files with more text than is read: paragraphs, numbered so that all documents differ."""
     paragraphs = [part for text in texts for part in text.split("\n\n") if len(part) > 200]
     characters, number = 0, itertools.count()
     files = [open(folder / f"{index}.jsonl", "w", encoding="utf-8") for index in range(FILES)]

@@ -1,18 +1,17 @@
-"""How much stratified times lower the variance of the training loss, at equal cost, on a trained model.
+"""Variance of the training loss with stratified times, relative to independent times, on a trained model.
 
-One optimizer step's loss is an estimate of the NELBO from G rows with one time each. With independent times its
-variance is that of one row's loss over G; with stratified times, one row in each of G equal intervals, only the
-variance within the intervals is left:
+The loss of an optimizer step estimates the NELBO from G rows with one time each. With independent times its variance is
+that of one row's loss over G; with stratified times, one row in each of G equal intervals, only the variance within the
+intervals remains:
 
     ratio = variance within intervals / (variance within + variance between their means)
 
-Both parts are estimated from the same draws of rows, times and noise, made by the trainer as in training: a comparison
-of two sample variances would drown in the rare large losses near t = 0. The error is a jackknife's over 20 groups of
-steps.
+Both parts are estimated from the same draws of rows, times and noise, made by the trainer as in training; two separate
+sample variances would be dominated by rare large losses near t = 0. The error is a jackknife over 20 groups of steps.
 
     python benchmarks/time_sampling.py [--model outputs/loss_curve] [--steps 400]
 
-The default model is that of benchmarks/loss_curve.py, which must have run.
+The default model is that of benchmarks/loss_curve.py, which must be run first.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Arguments of the lm-eval model `xdlm`, and all that can be refused before its weights are loaded."""
+"""Arguments of the lm-eval model `xdlm`, and the checks that need no weights."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Self
 
 import torch
+from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from xdlm_hf.data.tokenizer import check_tokenizer
@@ -20,11 +21,10 @@ from xdlm_hf.models.registry import model_class
 DEFAULT_MAX_NEW_TOKENS = 256
 
 
-# Arguments that are passed on to `generate`.
+# Arguments that are passed on to `generate`: rows of its table of options.
 GENERATION = section_names("length", "sampling", "speed", "refinement", "audit")
 
-
-# What may come from the Hub: the argument of its revision, and a file that every such repository has.
+# For each argument that may name a repository: the argument of its revision, and a file that it must have.
 _REVISIONS = {"pretrained": "revision", "tokenizer": "tokenizer_revision", "peft": "peft_revision"}
 _FILES = {"pretrained": "config.json", "tokenizer": "tokenizer_config.json", "peft": "adapter_config.json"}
 
@@ -38,36 +38,34 @@ _GenerationArguments = make_dataclass(
 class Arguments(_GenerationArguments):
     """Arguments of `XDLMEvalModel`, checked without loading anything.
 
-    What the run asks for wins over what the task asks for, and that over the checkpoint's generation_config.json: a
-    sampler argument left at None is not set here. Where run and task disagree, a warning says so once.
+    A setting of `generate` given here wins over the task's, and the task's over the checkpoint's
+    generation_config.json; None means "not given". Where run and task disagree, a warning says so once.
 
     Args:
         pretrained: Folder or Hub name of a checkpoint, or a loaded model.
         tokenizer: Folder, Hub name or tokenizer; by default the one saved with `pretrained`.
-        peft: Folder or Hub name of a LoRA adapter to put on the model; brings the k it was trained with.
+        peft: Folder or Hub name of a LoRA adapter; sets the model's k to the one it was trained with.
         revision, tokenizer_revision, peft_revision: Branch, tag or commit of each of the three on the Hub; by default
-            its default branch. A tokenizer that is not named is the one of `revision`.
+            its default branch. A tokenizer that is not named is read at `revision`.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16"; a loaded model keeps its own.
-        device: Device of the model; lm-eval's default is "cuda:0", and without a GPU that means the CPU.
-        batch_size: Rows per forward pass, or "auto": as many as fit, found by halving. No result depends on it but by
-            the rounding of the device's arithmetic, unless `batch_all` is set.
-        max_batch_size: What "auto" tries first; 8 on a CPU, 64 elsewhere.
+        device: Device of the model, by default "cuda"; without a GPU every CUDA device means the CPU.
+        batch_size: Rows per forward pass, or "auto": as many as fit, found by halving. Unless `batch_all` is set,
+            results depend on it only through the rounding of the device's arithmetic.
+        max_batch_size: Where "auto" starts; by default 8 on a CPU and 64 elsewhere.
         max_length: Longest prompt and answer together, in tokens; by default the model's limit.
             Longer prompts lose their beginning, with one warning.
         steps: Denoising steps, that is forward passes per batch.
         max_new_tokens: Length of an answer; 256 if neither the run nor the task says.
-        mixing_ratio: The run's k, by default the checkpoint's: of the sampler, and of the noise that likelihoods are
-            bounded under.
+        mixing_ratio: k of the sampler and of the noise of likelihood bounds; by default the checkpoint's.
         block_length, sampler, temperature and the rest of `GENERATION`: As in `XDLMGenerationConfig`.
         mc_samples: Draws per likelihood, each one row of a forward pass.
         check_greedy: Whether likelihoods also say if greedy decoding gives the continuation, which takes one forward
             pass per token of it (LAMBADA's accuracy needs that).
-        batch_all: Whether also those answers share batches that then depend on them, which is faster: answers that
-            are drawn, and all of `reference_compat`, whose sampler edits padding too. By default each of these has
-            forward passes of its own, and noise seeded with `seed`, its prompt and how often the request came before.
-        item_log: JSONL file to which every answer's seconds and forward passes are added, for the kit.
-        seed: Seed of everything that is drawn; by default the one of torch's global generator, which lm-eval sets to
-            its --seed.
+        batch_all: Whether to batch also those answers that then depend on their batch, which is faster: drawn
+            answers, and all answers of `reference_compat`, whose sampler edits padding. By default each of these is
+            made alone, with noise seeded by `seed`, its prompt and the number of earlier repetitions of the request.
+        item_log: JSONL file to which seconds and forward passes of every answer are appended, for eval.table16.
+        seed: Seed of all draws; by default that of torch's global generator, which lm-eval sets to its --seed.
 
     Raises:
         ValueError: On an impossible value.
@@ -107,7 +105,9 @@ class Arguments(_GenerationArguments):
             if getattr(self, revision) is not None:
                 setattr(self, revision, str(getattr(self, revision)))  # lm-eval reads a commit of digits as a number
                 if not isinstance(getattr(self, name), str):
-                    raise ValueError(f"{revision}={getattr(self, revision)!r} is for a {name} that is named")
+                    raise ValueError(
+                        f"{revision}={getattr(self, revision)!r} needs {name}, the name of a repository on the Hub"
+                    )
         self.device = _choose_device(self.device)
 
     @classmethod
@@ -129,8 +129,13 @@ class Arguments(_GenerationArguments):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those for `generate` that the run asks for."""
+        """The arguments for `generate` that are given."""
         return {name: getattr(self, name) for name in GENERATION if getattr(self, name) is not None}
+
+    @property
+    def seed_of_draws(self) -> int:
+        """`seed`, or torch's own: lm-eval does not pass its --seed to a model, but seeds torch with it."""
+        return torch.initial_seed() if self.seed is None else self.seed
 
     @property
     def sources(self) -> dict[str, str]:
@@ -138,7 +143,7 @@ class Arguments(_GenerationArguments):
         return {name: getattr(self, name) for name in _REVISIONS if isinstance(getattr(self, name), str)}
 
     def pinned(self) -> Self:
-        """The same with the commits that its Hub names stand for now as their revisions; folders have none.
+        """A copy whose revisions are the current commits of its Hub names; folders have none.
 
         Raises:
             ValueError: If a repository or its revision cannot be read, or a folder is to have a revision.
@@ -146,7 +151,7 @@ class Arguments(_GenerationArguments):
         return dataclasses.replace(self, **{_REVISIONS[name]: self._commit(name) for name in self.sources})
 
     def shas(self) -> dict[str, str]:
-        """`model_sha`, `tokenizer_sha` and `peft_sha` of what is named, pinned: see `manifest.content_sha`."""
+        """`model_sha`, `tokenizer_sha` and `peft_sha` of the sources named; needs `pinned` arguments."""
         return {
             f"{'model' if name == 'pretrained' else name}_sha": content_sha(source, getattr(self, _REVISIONS[name]))
             for name, source in self.sources.items()
@@ -163,11 +168,14 @@ class Arguments(_GenerationArguments):
 
 
 def check_checkpoint(arguments: Arguments, lengths: Mapping[str, int] | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer, once all that can be refused without the model's weights is refused.
+    """Checks a checkpoint without reading its weights.
 
     Args:
-        arguments: `pinned`.
+        arguments: The result of `Arguments.pinned`.
         lengths: Length of the answers of each task, in tokens, where that is known.
+
+    Returns:
+        Its tokenizer.
 
     Raises:
         ValueError: If checkpoint, tokenizer or adapter cannot be read, or they do not fit each other or the lengths.
@@ -213,9 +221,18 @@ def at(revision: str | None) -> dict[str, str]:
 
 
 def _unreadable(name: str, source: str, revision: str | None, error: Exception) -> ValueError:
+    """An error that names the argument, with the first line of the original message."""
     named = f"{name}={source!r}" + ("" if revision is None else f" at revision {revision!r}")
     reason = str(error).strip().partition("\n")[0]
     return ValueError(f"{named} cannot be read, name a folder or a Hub name: {reason}")
+
+
+def task_settings(generation_kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Settings of `generate` that a task asks for, `max_new_tokens` always among them, and its stop strings."""
+    settings = dict(normalize_gen_kwargs(dict(generation_kwargs), DEFAULT_MAX_NEW_TOKENS))
+    stops, settings["max_new_tokens"] = settings.pop("until"), settings.pop("max_gen_toks")
+    settings.pop("do_sample")  # lm-eval has turned it into a temperature
+    return settings, stops
 
 
 def check_room(max_length: int, max_new_tokens: int, where: str = "") -> None:
@@ -227,9 +244,9 @@ def check_room(max_length: int, max_new_tokens: int, where: str = "") -> None:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuses settings of `generate` that are wrong by themselves; without `max_new_tokens`, steps are not checked.
+    """Refuses settings of `generate` that are wrong whatever the model; other model arguments are ignored.
 
-    Other model arguments may be among them, and are left alone.
+    Steps and blocks are checked only where `max_new_tokens` is given.
 
     Raises:
         ValueError: As `XDLMGenerationConfig`, or if steps, blocks and length do not fit each other.
@@ -246,12 +263,12 @@ def _choose_device(device: str | torch.device | None) -> torch.device:
     try:
         wanted = torch.device(device or "cuda")
     except RuntimeError as error:
-        raise ValueError(f"device={device!r} is not known: use cpu, cuda or cuda:0, say") from error
+        raise ValueError(f"device={device!r} is not known to PyTorch: use cpu, cuda or cuda:0, for example") from error
     return torch.device("cpu") if wanted.type == "cuda" and not torch.cuda.is_available() else wanted
 
 
 def _positive(name: str, value: int | str) -> int:
     if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
-        also = ' or "auto"' if name == "batch_size" else ""
-        raise ValueError(f"{name}={value!r} must be a positive integer{also}")
+        kinds = 'a positive integer or "auto"' if name == "batch_size" else "a positive integer"
+        raise ValueError(f"{name}={value!r} must be {kinds}")
     return int(value)

@@ -1,6 +1,6 @@
-"""What a process inside the sandbox gives up for good: files, privileges, resources, system calls.
+"""Restrictions that a sandboxed process puts on itself: resources, files, privileges, system calls.
 
-Imported by judge.py alone, before anything of an answer is there. Only the standard library is used.
+judge.py imports this module before it receives any part of an answer. Only the standard library is used.
 """
 
 import ctypes
@@ -10,14 +10,14 @@ import signal
 import struct
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
-DEVICES = {"/dev/null": 0b110, "/dev/urandom": 0b100}  # and the Landlock rights to them: write a file, read a file
-# Limits allow one thread. These are the settings of OpenBLAS, MKL and OpenMP, on which NumPy may build.
+DEVICES = {"/dev/null": 0b110, "/dev/urandom": 0b100}  # with their Landlock rights: read 0b100, write 0b010
+# The limits allow one thread; these variables tell OpenBLAS, MKL and OpenMP, on which NumPy may be built.
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 MS_NOSUID_NODEV, MS_BIND, MS_REC, MNT_DETACH = 0b110, 4096, 16384, 2
 
 
 def confine(config, layers, extra_uid=0):
-    """Gives up, for good, everything this process needs no more; notes in `layers` what worked."""
+    """Restricts this process irreversibly; adds the name of each layer that took effect to `layers`."""
     for name, value in config["rlimits"].items():
         limit = getattr(resource, name)
         hard = resource.getrlimit(limit)[1]
@@ -25,7 +25,7 @@ def confine(config, layers, extra_uid=0):
         resource.setrlimit(limit, (value, value))
     layers.append("limits")
     for name in THREADS:
-        _LIBC.setenv(name.encode(), b"1", 1)  # for libraries alone: `os.environ` does not show it
+        _LIBC.setenv(name.encode(), b"1", 1)  # seen by C libraries, not in `os.environ`
     os.umask(0o077)
     no_new_privileges = _LIBC.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
     if no_new_privileges and restrict_files(config):
@@ -40,8 +40,8 @@ def confine(config, layers, extra_uid=0):
 
 
 def drop_privileges(config, layers, extra_uid):
-    """To an unprivileged user where the caller is root; else all capabilities (of a user namespace) are given up."""
-    # Python under /root: another user can read it in a root folder of its own, but not where it is.
+    """Changes to an unprivileged user if the caller is root, else drops all capabilities; True if that worked."""
+    # A Python below /root is readable for another user only in a root folder of its own.
     if config["uid"] and ("root" in layers or not config["hidden"]):
         try:
             os.setgroups([])
@@ -55,7 +55,7 @@ def drop_privileges(config, layers, extra_uid):
 
 
 def restrict_files(config):
-    """Landlock: read below `readable`, everything inside the working folder, nothing else."""
+    """Landlock: reading below `readable`, everything inside the working folder, nothing else; True if it holds."""
     create, add, enforce = 444, 445, 446
     version = _LIBC.syscall(create, None, 0, 1)
     if version < 1:
@@ -86,7 +86,7 @@ def restrict_files(config):
 
 
 def install_filter(program):
-    """The seccomp filter that sandbox.py compiled."""
+    """Installs the seccomp filter that sandbox.py compiled; True if that worked."""
     buffer = ctypes.create_string_buffer(program, len(program))
 
     class Program(ctypes.Structure):
@@ -97,7 +97,7 @@ def install_filter(program):
 
 
 def enter_root(config, layers):
-    """Goes to the working folder: where there are namespaces, inside a root folder that shows little else."""
+    """Changes to the working folder; with namespaces, inside a root folder with little else in it."""
     if config["namespaces"]:
         layers.append("namespaces")
         try:
@@ -110,13 +110,12 @@ def enter_root(config, layers):
 
 
 def make_root(folder, shown, disk):
-    """Makes a root folder that holds what is `shown`, read-only, and an empty `folder` of limited size.
+    """Enters a new root folder with the paths `shown`, read-only, and an empty `folder` of limited size.
 
-    Every path keeps its name. What is not shown does not exist there: neither content nor name, mode or owner of it can
-    be asked for.
+    Paths keep their names. Other files do not exist there: not even their names, modes or owners can be read.
 
     Raises:
-        OSError: If the kernel refuses one of the steps; what was mounted by then concerns this process alone.
+        OSError: If the kernel refuses one of the steps; mounts made before that are visible to this process only.
     """
     os.umask(0o022)
     mount("tmpfs", folder, "tmpfs", MS_NOSUID_NODEV, "size=1m,mode=0755")
@@ -130,11 +129,11 @@ def make_root(folder, shown, disk):
         mount(path, target, None, MS_BIND | MS_REC)
     os.makedirs(folder + folder, exist_ok=True)
     read_only = struct.pack("<4Q", 1, 0, 0, 0)  # struct mount_attr: MOUNT_ATTR_RDONLY
-    succeeded(_LIBC.syscall(442, -100, folder.encode(), 0x8000, read_only, len(read_only)))  # mount_setattr, recursive
+    check_call(_LIBC.syscall(442, -100, folder.encode(), 0x8000, read_only, len(read_only)))  # mount_setattr, recursive
     mount("tmpfs", folder + folder, "tmpfs", MS_NOSUID_NODEV, work_options(disk))
     os.chdir(folder)
-    succeeded(_LIBC.pivot_root(b".", b"."))
-    succeeded(_LIBC.umount2(b".", MNT_DETACH))  # the old root, which lies over the new one
+    check_call(_LIBC.pivot_root(b".", b"."))
+    check_call(_LIBC.umount2(b".", MNT_DETACH))  # the old root, mounted over the new one
     os.chdir("/")
 
 
@@ -144,10 +143,10 @@ def work_options(disk):
 
 def mount(source, target, kind, flags, options=None, check=True):
     result = _LIBC.mount(*(text and text.encode() for text in (source, target, kind)), flags, (options or "").encode())
-    return succeeded(result) if check else result == 0
+    return check_call(result) if check else result == 0
 
 
-def succeeded(result):
-    """Raises OSError for a call of the C library that has failed."""
+def check_call(result):
+    """Raises OSError if a call of the C library failed."""
     if result != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -1,13 +1,13 @@
-"""Whether two LaTeX answers are equal, in a process that can be stopped, by one of two rules.
+"""Equality of two LaTeX answers by one of two rules, computed in a process with limits of time and memory.
 
 - `equivalent`: the same text or, by sympy, symbolically equal. lm-eval's own comparison is not used, for two reasons.
-  It lets sympy read as much of an answer as it understands, so that "0,5" is read as 0 and equals "0,1"; here every
-  part of a list is compared, and all of it must be understood. And it limits the time with an alarm, which cannot
-  interrupt one long operation on integers (`9^{9^{9}}`), and the memory not at all.
+  It lets sympy parse a prefix of the answer, so that "0,5" is read as 0 and equals "0,1"; here every part of a list is
+  compared and must be parsed whole. And it limits the time with an alarm, which cannot interrupt one long operation on
+  integers (`9^{9^{9}}`), and does not limit the memory.
 - `verified`: math-verify's extraction and comparison with the settings of OpenCompass's `MATHVerifyEvaluator`.
 
-Each rule has a process of its own, started when first needed and replaced when it does not answer. No answer raises:
-one that cannot be read, takes too long or too much memory is not equal.
+Each rule has a worker process, started when first needed and replaced when it does not reply. No answer raises: one
+that cannot be parsed, or exceeds the limits, is not equal.
 """
 
 import atexit
@@ -33,17 +33,17 @@ _workers: dict[str, subprocess.Popen] = {}
 
 
 def equivalent(answer: str, gold: str, seconds: float = SECONDS) -> bool:
-    """Whether two normalised answers are the same text or, within the time, symbolically equal."""
+    """Whether two normalised answers are the same text or found symbolically equal within the time."""
     return answer == gold or _ask("symbolic", answer, gold, seconds) is True
 
 
 def verified(text: str, gold: str, seconds: float = VERIFY_SECONDS) -> bool:
-    """Whether math-verify finds, within the time, the gold answer (LaTeX without dollars) in an answer's whole text."""
+    """Whether math-verify finds the gold answer (LaTeX without dollar signs) in an answer's text within the time."""
     return _ask("verify", text, gold, seconds) is True
 
 
 def _ask(rule: str, answer: str, gold: str, seconds: float) -> bool | None:
-    """What the rule's process replies, or None when it does not."""
+    """Reply of the rule's worker, or None if there is none within the time."""
     worker = _workers.get(rule)
     if worker is None or worker.poll() is not None:
         stop(rule)
@@ -61,19 +61,19 @@ def _ask(rule: str, answer: str, gold: str, seconds: float) -> bool | None:
 
 
 def stop(*rules: str) -> None:
-    """Ends the processes of these rules (default: of all) that there are."""
+    """Ends the workers of these rules, by default all."""
     for rule in rules or tuple(_workers):
         worker = _workers.pop(rule, None)
         if worker is not None:
             worker.kill()
             worker.wait()
-            with contextlib.suppress(BrokenPipeError):  # what was written last may still be in the buffer
+            with contextlib.suppress(BrokenPipeError):  # closing writes what is still in the buffer
                 worker.stdin.close()
             worker.stdout.close()
 
 
 def _start(rule: str) -> subprocess.Popen:
-    # By path and not as a module: xdlm_hf itself would import torch.
+    # Started by path, because importing the package would load torch.
     worker = subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve()), rule],
         stdin=subprocess.PIPE,
@@ -83,12 +83,12 @@ def _start(rule: str) -> subprocess.Popen:
     )
     if _read_line(worker, _START_SECONDS) != "ready":
         worker.kill()
-        raise RuntimeError("the process that compares answers does not start: is the extra `eval` installed?")
+        raise RuntimeError("The process that compares LaTeX answers did not start: is the extra `eval` installed?")
     return worker
 
 
 def _read_line(worker: subprocess.Popen, seconds: float) -> str | None:
-    """One line of the worker's, or None when none comes in time."""
+    """One line from the worker, or None if none arrives in time."""
     with selectors.DefaultSelector() as selector:
         selector.register(worker.stdout, selectors.EVENT_READ)
         if not selector.select(seconds):
@@ -112,7 +112,7 @@ def split_list(text: str) -> list[str]:
 
 
 def symbolically_equal(answer: str, gold: str) -> bool:
-    """Whether every part is the same text or has a difference that sympy simplifies to 0."""
+    """Whether every part is the same text, or sympy simplifies the difference to 0."""
     if answer == gold:
         return True
     ours, theirs = split_list(answer), split_list(gold)
@@ -134,17 +134,17 @@ def _difference_is_zero(answer: str, gold: str) -> bool:
 
 
 def math_verify_equal(text: str, gold: str) -> bool:
-    """OpenCompass's `MATHVerifyEvaluator`; the prediction stands first in `verify`, as it does there."""
+    """Comparison of OpenCompass's `MATHVerifyEvaluator`, which passes the prediction to `verify` first."""
     from math_verify import verify
 
     return verify(*extract(text, gold))
 
 
 def extract(text: str, gold: str) -> tuple[list, list]:
-    """What math-verify takes of an answer and of the gold: its value and its text, or nothing.
+    """math-verify's extraction from an answer and from the gold: value and text of each, or an empty list.
 
-    Source: opencompass/evaluator/math_evaluator.py of the authors' repository. Its option `equations=True` is left out:
-    since math-verify 0.9 the parser does that by itself and warns of the option.
+    Source: opencompass/evaluator/math_evaluator.py of the authors' repository. Its option `equations=True` is left out,
+    because it is the default since math-verify 0.9, which warns of it.
     """
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
@@ -169,18 +169,18 @@ RULES: dict[str, tuple[Callable[[str, str], bool], tuple[str, str]]] = {
 
 
 def main(rule: str) -> None:
-    """The worker: a JSON pair on each line in, true or false on each line out."""
-    # PR_SET_PDEATHSIG: a killed harness leaves no comparison behind.
+    """The worker: reads a JSON pair from each line, writes true or false."""
+    # PR_SET_PDEATHSIG: the worker ends with the harness, also when that is killed.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
     equal, example = RULES[rule]
-    if not equal(*example):  # also loads the parser, before the memory is limited
-        raise SystemExit(f"{rule}: {example} must be equal")
+    if not equal(*example):  # this also loads the parser before the memory is limited
+        raise SystemExit(f"the rule {rule!r} does not work: {example} must be equal")
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     print("ready", flush=True)
     for line in sys.stdin:
         try:
             result = bool(equal(*json.loads(line)))
-        except Exception:  # sympy raises almost anything on text that is no formula: unreadable is not equal
+        except Exception:  # sympy raises errors of many kinds on text that is no formula: not equal
             result = False
         print(json.dumps(result), flush=True)
 

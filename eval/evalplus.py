@@ -1,8 +1,8 @@
-"""EvalPlus's test of an answer: it and the canonical solution get the same inputs, and their outputs must agree.
+"""EvalPlus's test: answer and canonical solution are called with the same inputs, and their outputs must agree.
 
-Runs inside the sandbox, in the judge's process, which imports it before it gives up reading other files. The rules of
-comparison and the types of MBPP+'s inputs, which JSON does not keep, are those of EvalPlus 0.3.1 (Liu et al.,
-arXiv 2305.01210). Only the standard library is imported at the start, NumPy for numbers that are not equal.
+It runs inside the sandbox, in the judge's process, which imports it before it restricts its access to files. The rules
+of comparison, and the types of MBPP+'s inputs that JSON does not keep, are those of EvalPlus 0.3.1 (Liu et al.,
+arXiv 2305.01210). Only the standard library is imported; NumPy is imported when unequal numbers are compared.
 """
 
 import copy
@@ -14,7 +14,7 @@ SAME_SET = frozenset(
     "similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum intersection_array "
     "find_dissimilar Diff".split()
 )
-# Functions of which MBPP asks only whether they find something; what they return is free.
+# Functions that may return anything but None where they find something.
 FOUND = frozenset("check_str text_match_three text_starta_endb".split())
 FLOAT_ATOL = 1e-6  # where the expected output is made of floats and the row asks for no tolerance
 RTOL = 1e-7
@@ -29,7 +29,7 @@ def check_answer(answer, row):
 
     Raises:
         AssertionError: If an output is wrong, naming its input.
-        RuntimeError: If the canonical solution itself fails, or an input has not the form that its task takes.
+        RuntimeError: If the canonical solution itself fails, or an input has the wrong form.
         BaseException: Whatever the answer raises.
     """
     row = json.loads(row)
@@ -52,7 +52,7 @@ def check_answer(answer, row):
 
 
 def accepted(benchmark, function, arguments, output, expected, atol):
-    """Whether an output is right: as Python's `==` has it, within the tolerance, or by a rule of the function's own."""
+    """Whether an output is right: equal by `==`, within the tolerance, or by a special rule of its function."""
     if benchmark == "HumanEval" and function == "find_zero":
         return abs(sum(c * math.pow(output, i) for i, c in enumerate(arguments[0]))) <= atol
     if benchmark == "Mbpp" and function in FOUND:
@@ -68,7 +68,7 @@ def accepted(benchmark, function, arguments, output, expected, atol):
 
 
 def other_reading(function, arguments, output, atol):
-    """Whether an output is right by a second reading of MBPP's text, which EvalPlus accepts."""
+    """Whether an output is right by a second interpretation of MBPP's text, which EvalPlus accepts."""
     if function == "are_equivalent":
         return True
     if function == "sum_div":
@@ -91,7 +91,7 @@ def close(output, expected, atol):
         return False
     try:
         return bool(importlib.import_module("numpy").allclose(output, expected, rtol=RTOL, atol=atol))
-    except (TypeError, ValueError):  # no numbers, or of another shape
+    except (TypeError, ValueError):  # not numbers, or other shapes
         return False
 
 
@@ -109,7 +109,7 @@ def typed(number, given):
 
 
 def _tuples(value):
-    """Tuples for all lists, in all depths."""
+    """Nested tuples from nested lists."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 

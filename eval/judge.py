@@ -1,12 +1,11 @@
-"""The two processes inside the sandbox: one runs an answer, the other judges it. Started by sandbox.py.
+"""The two processes inside the sandbox, started by sandbox.py: one runs an answer, the other evaluates its tests.
 
-The answer's process is asked over a pipe: call this function, with these values. The judge evaluates the benchmark's
-assertions on the values that come back, rebuilt from plain data (values.py), and never runs a line of the answer:
-nothing the answer does to its own interpreter (builtins, `os._exit`, `__eq__`, frames, descriptors) reaches the
-comparison. The answer is forked off before the judge reads the assertions, and the descriptor of the verdict is closed
-in it.
+The judge sends calls of the answer's functions over a pipe. It evaluates the benchmark's assertions on the values that
+come back, rebuilt from plain data (values.py), and never runs a line of the answer: nothing the answer does to its own
+interpreter (builtins, `os._exit`, `__eq__`, frames, descriptors) changes the comparison. The answer's process is forked
+before the judge reads the assertions, and its copy of the verdict's descriptor is closed.
 
-Only the standard library is used: the interpreter starts with `-I -S`, and in a few milliseconds.
+Only the standard library is used, so that the interpreter starts in milliseconds (`-I -S`).
 """
 
 import ast
@@ -21,11 +20,11 @@ from xdlm_hf.evaluation import evalplus  # noqa: F401 (tests import it when no m
 from xdlm_hf.evaluation.confinement import confine, enter_root
 from xdlm_hf.evaluation.values import Decoder, Encoder, Remote, exception_class, snapshots
 
-MAX_FRAME = 16 * 2**20  # bytes of one message between answer and judge; an answer that says more than that has failed
+MAX_FRAME = 16 * 2**20  # bytes of one message between answer and judge; a longer one is a failure
 
 
 class Closed(Exception):
-    """The other end of a pipe is gone, or speaks nonsense."""
+    """The other end of a pipe is closed, or announced a message that is too long."""
 
 
 def send(fd, message):
@@ -57,7 +56,7 @@ def receive(fd, most=MAX_FRAME):
 
 
 class Server:
-    """Runs the answer's program, then calls its functions as asked, until the judge hangs up."""
+    """Runs the answer's program, then the calls that the judge sends, until it closes the pipe."""
 
     def __init__(self, fd_in, fd_out):
         self.fd_in, self.fd_out = fd_in, fd_out
@@ -66,7 +65,7 @@ class Server:
         self.objects, self._refs = [self.module], {}
 
     def keep(self, value):
-        """The number of an object, under which the judge may ask for it later."""
+        """The number by which the judge refers to an object."""
         if id(value) not in self._refs:
             self.objects.append(value)  # which also keeps the id from being used again
             self._refs[id(value)] = len(self.objects) - 1
@@ -75,7 +74,7 @@ class Server:
     def run(self, program):
         try:
             exec(compile(program, "<answer>", "exec"), self.module.__dict__)
-        except BaseException as error:  # whatever an answer raises, SystemExit included, is its failure
+        except BaseException as error:  # also SystemExit: the answer has failed
             self._reply(False, error)
             return
         self._reply(True, None)
@@ -101,13 +100,13 @@ class Server:
         self._reply(*result, shared, before)
 
     def _reply(self, ok, value, shared=(), before=()):
-        """Sends a value, or the exception raised for it, and what the call changed in the containers given to it."""
+        """Sends a value or an exception, and the new content of the containers that the call changed."""
         try:
             encoder = Encoder(self.keep, shared)
             content = encoder(value)
             now = snapshots(shared, self.keep)
             changed = [[i, *encoder.contents(shared[i])] for i in range(len(shared)) if now[i] != before[i]]
-        except BaseException as error:  # of a value without end, or of a method that encoding it calls
+        except BaseException as error:  # raised by a method of the value, or by infinite recursion
             plain = type(error) if type(error).__module__ == "builtins" else Exception
             ok, content, changed = False, Encoder(self.keep)(plain(str(error)[:1000])), []
         send(self.fd_out, [ok, content, changed])
@@ -118,7 +117,7 @@ class Server:
 
 
 class Failure(BaseException):
-    """The answer's process broke off, or cannot be asked. No `except Exception` of a test may take it for its own."""
+    """The answer's process ended or cannot be called. A BaseException, so that tests do not catch it by accident."""
 
 
 class Link:
@@ -134,10 +133,11 @@ class Link:
         raise self.failure
 
     def reply(self, shared=()):
-        """The next value the answer's process sends; an exception of the answer is raised.
+        """The next value from the answer's process.
 
         Raises:
             Failure: If there is no such value.
+            BaseException: The exception that the answer raised instead.
         """
         try:
             ok, content, changed = receive(self.fd_in)
@@ -145,7 +145,7 @@ class Link:
             value = decoder(content)
             for state in changed:
                 decoder.refill(*state)
-        except Exception:  # the message is the answer's to write: whatever rebuilding it raises
+        except Exception:  # the answer may have written anything into the pipe
             self.fail("the answer's process broke off")
         if ok is True:
             return value
@@ -187,11 +187,11 @@ def judge(job, link):
             exec(compile(test, "<test>", "exec"), namespace)
     except AssertionError as error:
         result = "wrong", str(error)
-    except BaseException as error:  # the answer's, or of an operation on a value of the wrong type, such as None > 0
+    except BaseException as error:  # from the answer, or from an operation on its value, such as None > 0
         result = "failed", describe(error)
     else:
         result = "pass", ""
-    # A test that excepts everything must not hide that there was no answer.
+    # A test that catches every exception must not hide that the answer's process failed.
     return ("failed", str(link.failure)) if link.failure else result
 
 
@@ -205,7 +205,7 @@ def describe(error):
 
 
 def become_answer(config, layers, fds, verdict_fd):
-    """In the forked child: only the two pipe ends stay, then the limits."""
+    """In the forked child: closes all descriptors but its two pipe ends, then restricts the process."""
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
@@ -226,12 +226,12 @@ def main():
     sys.path.append(config["packages"])
     (answer_in, judge_out), (judge_in, answer_out) = os.pipe(), os.pipe()
     verdict = os.dup(1)
-    os.dup2(2, 1)  # what a test or a canonical solution prints goes nowhere
+    os.dup2(2, 1)  # output of tests and canonical solutions is discarded
     parent = os.getpid()
     if os.fork() == 0:
         try:
             ours = become_answer(config, layers, (answer_in, answer_out), verdict)
-            if os.getppid() != parent:  # ended before its death could be signalled
+            if os.getppid() != parent:  # the judge ended before the parent-death signal was set
                 os._exit(0)
             send(ours[1], layers)
             Server(*ours).run(config.pop("program"))
@@ -240,17 +240,16 @@ def main():
     os.close(answer_in)
     os.close(answer_out)
     confine(config, layers)
-    held = receive(judge_in)  # sent before the program's first line
-    job = receive(0, sys.maxsize)  # only now: the answer's process must not have seen it
+    held = receive(judge_in)  # layers of the answer's process, sent before it runs any line of the program
+    job = receive(0, sys.maxsize)  # after the fork, so that the answer's process does not have the tests
     result, why = judge(job, Link(judge_in, judge_out))
     send(verdict, {"verdict": result, "why": why[:300], "layers": [layer for layer in layers if layer in held]})
-    # The answer must not outlive this process where no namespace ends it; seccomp forbids `kill`, its parent's death
-    # signal does it.
+    # Where no namespace ends the answer's process with this one, its parent-death signal does.
     os._exit(0)
 
 
 def top_level_names(source):
-    """Names that a module defines; used by tasks to know what a test may call."""
+    """Names that a module defines at its top level."""
     names = set()
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

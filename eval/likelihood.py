@@ -1,17 +1,17 @@
-"""Log-likelihoods as the evidence lower bound (Eq. 15) under the model's own noise or another k, given a context.
+"""Monte Carlo estimates of the evidence lower bound (Eq. 15) of a continuation, given its context.
 
     log p(y | x) >= -E_t E_{z_t} sum_i loss_i,   z_t = (x, y noised at t),   t ~ U(0, 1)
 
 The context x is never noised. The expectation is estimated with `mc_samples` draws per request, one t in each of as
-many equal slices of (0, 1). Drawn plainly, it would have infinite variance: the loss grows as 1 / t while noise gets
-rare. So the case that no token is redrawn, of probability alpha_t^n, is taken exactly (one more forward pass; at k = 0
-its loss is 0), and the draws are from the other case, weighted with 1 - alpha_t^n.
+many equal slices of (0, 1). The plain estimate has infinite variance, because the loss grows as 1 / t while the
+probability of any noise goes to 0. So the case that no token is redrawn, of probability alpha_t^n, is computed exactly
+(one more forward pass; at k = 0 its loss is 0), and the draws are conditional on the other case, with weight
+1 - alpha_t^n.
 
-At k = 0 and the linear schedule it is what the LLaDA repository estimates by masking l of the n tokens, l uniform in
-1..n, with weight n / l: both are sum_l (1 / l) E[sum of -log p over l masked tokens].
+At k = 0 and the linear schedule, the LLaDA repository estimates the same expectation by masking l of the n tokens, l
+uniform in 1..n, with weight n / l: both are sum_l (1 / l) E[sum of -log p over l masked tokens].
 
-Every request has a noise generator of its own, seeded with its own tokens: an estimate depends neither on the batch nor
-on the process it was made in.
+The noise of each request is seeded by its own tokens, so an estimate depends neither on the batch nor on the process.
 
 Shapes: B rows (draws of requests), T context and continuation, n continuation, N rows of the output layer.
 """
@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from xdlm_hf.diffusion.process import NoiseProcess
-from xdlm_hf.generation.protocol import check_conditioning, check_padding, forward_arguments, input_device, logits_at
+from xdlm_hf.generation.layout import padded
+from xdlm_hf.generation.protocol import check_conditioning, input_device, logits_at, padding_inputs
 
 
 class Estimate(float):
@@ -44,7 +45,7 @@ class Estimate(float):
 
 
 def seeded_generator(*parts: Any) -> torch.Generator:
-    """A generator, on the CPU, that depends on `parts` alone: on plain values, by what they look like printed."""
+    """A CPU generator seeded by the printed form of `parts`, which must be plain values."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -79,29 +80,29 @@ def log_likelihoods(
     pad_token_id: int = 0,
     mixing_ratio: float | None = None,
 ) -> Iterator[Estimate]:
-    """Estimates for `pairs`, in their order, as they are done.
+    """Estimates for `pairs`, in their order, each as soon as it is complete.
 
     Args:
         model: A `DiffusionModel`; its config names the schedule.
-        pairs: What to score; sort them by length, so that little is padded.
+        pairs: Requests, sorted by length to save padding.
         mc_samples: Draws of t and noise per pair, each one row of a forward pass.
         batch_size: Rows per forward pass; the estimates do not depend on it.
         seed: Seed of the noise.
         pad_token_id: Any id; it is hidden by the attention mask.
-        mixing_ratio: k of the noise; by default the model's own. For any k it is a bound, on the likelihood under the
-            generative process that the network and this k define (the ancestral sampler's).
+        mixing_ratio: k of the noise; by default the model's own. For any k it is a bound on the likelihood under the
+            generative process that the network and this k define, which the ancestral sampler draws from.
 
     Raises:
         ValueError: If mc_samples is not positive, k < 1 and the model has no mask token, or the model needs inputs that
-            are not there.
+            a likelihood does not have.
     """
     if mc_samples < 1:
         raise ValueError(f"mc_samples={mc_samples} must be positive: it is the number of draws per likelihood")
     check_conditioning(model, ("timesteps",), "a likelihood")
     process = model.noise_process(mixing_ratio)
     waiting: list[_Draw] = []
-    losses: list[float] = []  # of the draws that are done
-    clean: list[float] = []  # of the same with nothing redrawn, ahead of them
+    losses: list[float] = []  # of the draws already computed
+    clean: list[float] = []  # of all draws so far, with no token redrawn
     for last, pair in enumerate(pairs, 1 - len(pairs)):
         draws = _draw(pair, mc_samples, process, seed)
         clean += _clean_losses(model, draws, process, batch_size)
@@ -115,7 +116,7 @@ def log_likelihoods(
 
 
 def _draw(pair: Pair, mc_samples: int, process: NoiseProcess, seed: int) -> list[_Draw]:
-    """`mc_samples` versions of the continuation with at least one token redrawn, t stratified."""
+    """`mc_samples` noisy continuations with at least one token redrawn, t stratified."""
     n, generator = len(pair.continuation), pair.generator(seed)
 
     def uniform(*shape: int) -> Tensor:
@@ -125,7 +126,7 @@ def _draw(pair: Pair, mc_samples: int, process: NoiseProcess, seed: int) -> list
     alpha_t = process.alpha(t)
     log_alpha = alpha_t.log()
     weight = -torch.expm1(n * log_alpha)
-    # The first redrawn token, given that there is one: a truncated geometric distribution.
+    # The first redrawn token, given that one is redrawn: a truncated geometric distribution.
     first = (torch.log1p(-uniform(mc_samples) * weight) / log_alpha).long().clamp(0, max(n - 1, 0))[:, None]
     columns = torch.arange(n)
     redrawn = (columns == first) | ((columns > first) & (uniform(mc_samples, n) >= alpha_t[:, None]))
@@ -135,9 +136,9 @@ def _draw(pair: Pair, mc_samples: int, process: NoiseProcess, seed: int) -> list
 
 
 def _clean_losses(model: Any, draws: Sequence[_Draw], process: NoiseProcess, batch_size: int) -> list[float]:
-    """Loss at the t of every draw with nothing redrawn, times the probability of that.
+    """Loss of the clean continuation at the t of every draw, times the probability alpha_t^n that none is redrawn.
 
-    One forward pass for all; a network that takes times has one for each.
+    One forward pass for all draws, or one for each if the network takes times.
     """
     pair, device = draws[0].pair, input_device(model)
     times = _times(draws, device)
@@ -162,46 +163,32 @@ def _times(draws: Sequence[_Draw], device: torch.device) -> Tensor:
 
 
 def _conditioning(model: Any, t: Tensor) -> dict[str, Tensor]:
-    """What the network takes besides ids, at the times t (B,)."""
+    """Inputs of the network besides ids, at the times t (B,)."""
     return {"timesteps": model.timesteps(t)} if "timesteps" in model.conditioning else {}
 
 
 def _losses(model: Any, draws: Sequence[_Draw], process: NoiseProcess, pad_token_id: int) -> list[float]:
     """Loss of every draw in nats, summed over its continuation; the rows are padded on the left."""
-    lengths = [len(draw.pair.context) + len(draw.pair.continuation) for draw in draws]
-    width, n = max(lengths), max(len(draw.pair.continuation) for draw in draws)
+    n = max(len(draw.pair.continuation) for draw in draws)
     if n == 0:
         return [0.0] * len(draws)
     device = input_device(model)
-    ids = torch.full((len(draws), width), pad_token_id, dtype=torch.long)
-    clean = ids.clone()
-    columns = torch.arange(width)
-    scored = torch.zeros_like(ids, dtype=torch.bool)
-    for row, draw in enumerate(draws):
-        start = width - lengths[row]
-        end = start + len(draw.pair.context)
-        ids[row, start:end] = torch.tensor(draw.pair.context, dtype=torch.long)
-        ids[row, end:] = draw.z_t
-        clean[row, end:] = torch.tensor(draw.pair.continuation, dtype=torch.long)
-        scored[row, end:] = True
-    attention_mask = (columns >= width - torch.tensor(lengths)[:, None]).long()
+    noisy = [[*draw.pair.context, *draw.z_t.tolist()] for draw in draws]
+    ids, attention_mask = padded(noisy, pad_token_id)
+    clean, scored = padded([draw.pair.continuation for draw in draws], pad_token_id)
     t = _times(draws, device)
     inputs = {"input_ids": ids.to(device), **_conditioning(model, t)}
-    if not attention_mask.all():
-        check_padding(model, attention_mask)
-        inputs["attention_mask"] = attention_mask.to(device)
-        if "position_ids" in forward_arguments(type(model)):
-            inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0).to(device)
+    inputs |= padding_inputs(model, attention_mask.to(device))
     logits = logits_at(model, inputs, n)
-    per_token = process.loss(logits, clean[:, -n:].to(device), ids[:, -n:].to(device), t)
-    losses = (per_token.double() * scored[:, -n:].to(device)).sum(-1).tolist()
+    per_token = process.loss(logits, clean.to(device), ids[:, -n:].to(device), t)
+    losses = (per_token.double() * scored.to(device)).sum(-1).tolist()
     return [loss * draw.weight for loss, draw in zip(losses, draws, strict=True)]
 
 
 def _estimate(losses: Sequence[float]) -> Estimate:
     """Minus the mean, and its standard error from the differences of neighbouring slices of t.
 
-    Neighbours differ by their noise and by little else; the plain deviation would count the slope over t as well.
+    The plain standard deviation would also count how the expected loss changes with t, which stratification removes.
     """
     count = len(losses)
     squares = sum((after - before) ** 2 for before, after in zip(losses, losses[1:], strict=False))

@@ -1,7 +1,7 @@
-"""What a score was made with: commit or content hash of every checkpoint, rows, hardware, layers of the sandbox.
+"""Provenance of a score: commits or content hashes of checkpoints, hardware, layers of the sandbox.
 
-A Hub name and a branch say too little: both may stand for other weights tomorrow. So a run reads one commit, found out
-before anything is loaded, and results name it as `model_sha`; for a folder that is a hash of its files.
+A branch on the Hub can change. So a run resolves it to a commit before anything is loaded, and results name the commit
+as `model_sha`; for a local folder it is a hash of its files.
 """
 
 import functools
@@ -16,25 +16,25 @@ from transformers.utils.hub import extract_commit_hash
 
 from xdlm_hf.evaluation.sandbox import layers, require_consent
 
-# What decides answers: weights, configs, tokenizers, chat templates, and an adapter's noise. Not README or optimizer.
+# Files that answers depend on: weights, configs, tokenizers, chat templates, an adapter's noise.
 _HASHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 def hub_commit(source: str, revision: str | None, file: str) -> str | None:
-    """Commit that a Hub name stands for now, or in the cache when the Hub cannot be reached; None for a local folder.
+    """Current commit of a repository on the Hub, or the cached one if the Hub cannot be reached; None for a folder.
 
     Args:
         source: Folder or Hub name.
         revision: Branch, tag or commit; None for the default branch.
-        file: A file that every such repository has, which is fetched.
+        file: A file of the repository, which is fetched.
 
     Raises:
-        ValueError: If a revision is asked of a folder.
+        ValueError: If a folder is given with a revision.
         OSError: If there is no such repository, revision or file.
     """
     if os.path.isdir(source):
         if revision is not None:
-            raise ValueError(f"{source!r} is a local folder, which has no revisions: leave {revision!r} out")
+            raise ValueError(f"{source!r} is a local folder, which has no revisions: leave out {revision!r}")
         return None
     return extract_commit_hash(cached_file(source, file, revision=revision), None)
 
@@ -52,13 +52,13 @@ def content_sha(source: str, commit: str | None) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _file_sha256(path: Path, size: int, modified: int) -> str:
-    """Cached by size and time of change too: a run asks for it when it is checked, started and written down."""
+    """SHA-256 of a file, cached by path, size and modification time, because a run needs it several times."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Where the model ran, as far as rounding depends on it."""
+    """Device, processor and library versions, on which rounding depends."""
     cuda = device.type == "cuda"
     return {
         "device": str(device),
@@ -76,12 +76,12 @@ def _processor() -> str:
 
 
 def sandbox_layers() -> list[str] | None:
-    """Layers that confine programs here; None unless HF_ALLOW_CODE_EVAL=1, without which none is run."""
+    """Layers of the sandbox on this machine; None unless HF_ALLOW_CODE_EVAL=1, without which no program is run."""
     try:
         require_consent()
     except ValueError:
         return None
     try:
         return list(layers())
-    except ValueError as error:  # it works not at all, which must not cost a run its scores
+    except ValueError as error:  # the sandbox does not work; scores of other tasks are kept
         return [f"none: {error}"]

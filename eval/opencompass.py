@@ -1,9 +1,9 @@
-r"""Extraction and comparison as OpenCompass did them for the paper's Table 16, quirks included.
+r"""OpenCompass's extraction and comparison of answers, as used for the paper's Table 16.
 
 The source is OpenCompass 0.4.2 as vendored in the authors' repository (Apache-2.0), which differs from the released
 OpenCompass: configurations `gsm8k_gen_base`, `math_gen_a58d9d` with `MATHVerifyEvaluator`, `bbh_gen_ee62e9`,
-`humaneval_gen_base` and `mbpp_gen_830460`. Only the rules are taken over, the code is this package's own. MATH is
-compared in equality.py. Everything here is total: any text gives a result.
+`humaneval_gen_base` and `mbpp_gen_830460`. Its rules are reproduced exactly, in this package's own code. MATH is
+compared in equality.py. No function here raises, whatever the text.
 """
 
 import re
@@ -52,7 +52,7 @@ def gsm8k_number(text: str) -> str:
 
 
 def gsm8k_gold(answer: str) -> str:
-    """What follows the first "#### " of a row's answer, without commas."""
+    """The text after the first "#### " of a row's answer, without commas."""
     return answer.partition("#### ")[2].replace(",", "")
 
 
@@ -94,7 +94,7 @@ def humaneval_body(text: str) -> str:
 
 
 def mbpp_program(text: str) -> str:
-    """The program in an answer, by the first of twenty patterns that matches; one that takes too long does not."""
+    """The program in an answer, by the first of twenty patterns that matches within its time."""
     for pattern in _MBPP_PATTERNS:
         try:
             found = regex.search(pattern, text, regex.DOTALL, timeout=_PATTERN_SECONDS)
@@ -106,7 +106,7 @@ def mbpp_program(text: str) -> str:
     text = text.partition("```")[0]
     try:
         text = regex.split(r"'?\s*\[?DONE\]?", text, maxsplit=1, timeout=_PATTERN_SECONDS)[0]
-    except TimeoutError:  # kept whole
+    except TimeoutError:  # the text is kept whole
         pass
     text = text.replace("\\_", "_").strip()
     return text.removeprefix("'").removesuffix("'")

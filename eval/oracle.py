@@ -1,9 +1,9 @@
-"""The lm-eval model `xdlm-oracle`: answers with the benchmark's own solutions, to prove that scoring is right.
+"""The lm-eval model `xdlm-oracle`: gives the benchmark's own solutions as answers, to test the scoring.
 
     xdlm-eval --model xdlm-oracle --tasks xdlm_table16 --confirm_run_unsafe_code
 
-must score 1 on every task under `--metadata protocol=lenient`, and `--model_args corrupt=True` 0. Under `opencompass`
-some right answers are counted wrong (docs/evaluation.md lists how many).
+must score 1 on every task under `--metadata protocol=lenient`, and 0 with `--model_args corrupt=True`. Under
+`opencompass` some right answers are counted wrong (docs/evaluation.md lists how many).
 """
 
 import re
@@ -17,13 +17,13 @@ from xdlm_hf.evaluation.opencompass import BBH_FREE_FORM
 
 
 def gold(task: str, doc: dict[str, Any]) -> str:
-    """The right answer to a row, in the form the task's shots show, and the beginning of what a model writes next."""
+    """The right answer to a row in the form of the task's shots, and the start of a continuation to be cut off."""
     if task == "xdlm_gsm8k":
         number = doc["answer"].partition("#### ")[2].replace(",", "")
         return f"\n{doc['answer']}\nThe answer is {number}\n\nQuestion: What is 9 + 9?"
     if task in ("xdlm_math", "xdlm_math500"):
         solution = doc["solution"]
-        if doc["protocol"] == "opencompass":  # a box in the original solution may end in what math-verify cannot read
+        if doc["protocol"] == "opencompass":  # math-verify cannot read the end of some original solutions
             solution = f"The final answer is ${doc['answer']}$. I hope it is correct."
         return f"{solution}\n\nProblem:\nWhat is $9 + 9$?"
     if task.startswith("xdlm_bbh"):
@@ -35,7 +35,7 @@ def gold(task: str, doc: dict[str, Any]) -> str:
         return f" '{doc['code']}' \n[DONE] \n\n You are an expert"
     if task == "xdlm_last_word":
         return f" {doc['word']}"
-    raise ValueError(f"xdlm-oracle knows no solutions of the task {task!r}: it answers this package's own tasks")
+    raise ValueError(f"xdlm-oracle has no solutions of the task {task!r}: it answers this package's own tasks")
 
 
 def corrupted(task: str, doc: dict[str, Any]) -> str:
@@ -60,7 +60,7 @@ def corrupted(task: str, doc: dict[str, Any]) -> str:
 
 @register_model("xdlm-oracle")
 class OracleModel(LM):
-    """Gold answers, or wrong ones with `corrupt=True`; lm-eval's batch size and device mean nothing to it."""
+    """Gold answers, or wrong ones with `corrupt=True`; lm-eval's batch size and device are ignored."""
 
     def __init__(self, corrupt: bool = False, batch_size: Any = None, max_batch_size: Any = None, device: Any = None):
         super().__init__()
@@ -76,6 +76,6 @@ class OracleModel(LM):
         return answers
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        raise ValueError("xdlm-oracle answers in words only: choose tasks with output_type generate_until")
+        raise ValueError("xdlm-oracle has no likelihoods: choose tasks with output_type generate_until")
 
     loglikelihood_rolling = loglikelihood

@@ -1,25 +1,24 @@
-"""Protocols: how a benchmark asks, where an answer ends, what is taken of it, and what counts as equal.
+"""Evaluation protocols: prompts, stop strings, extraction of the result, and comparison with the gold answer.
 
-`opencompass` is how the scores of the paper's Table 16 were made (OpenCompass 0.4.2 as vendored by the authors; the
-rules are in opencompass.py). `lenient` is this package's own: it accepts every form in which an answer states its
-result, so a score depends less on the answer's style. A run chooses with `--metadata protocol=NAME`; the tasks'
-default is the first.
+`opencompass` is the protocol of the paper's Table 16 (OpenCompass 0.4.2 as vendored by the authors; its rules are in
+opencompass.py). `lenient` is this package's own: it accepts more forms of a result, so that a score depends less on the
+answer's style. `--metadata protocol=NAME` chooses; the tasks' default is `opencompass`.
 
-Answers reach a protocol raw: the whole generation, nothing cut, every end-of-text token written as `END_OF_TEXT`.
+A protocol gets raw answers: the whole generation, with `END_OF_TEXT` for every end-of-text token.
 """
 
 from collections.abc import Mapping, Sequence
 
 PROTOCOLS = ("opencompass", "lenient")
 END_OF_TEXT = "<|endoftext|>"
-"""How an end-of-text token stands in a raw answer, whatever the tokenizer calls it."""
+"""What stands for an end-of-text token in a raw answer, whatever its name in the tokenizer."""
 
 
 def check_protocol(name: str) -> str:
-    """`name`, if it is a protocol.
+    """Returns `name`.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If there is no such protocol.
     """
     if name not in PROTOCOLS:
         raise ValueError(f"protocol={name!r} is not known: choose one of {', '.join(PROTOCOLS)}")
@@ -27,10 +26,10 @@ def check_protocol(name: str) -> str:
 
 
 def visible_text(raw: str, protocol: str, stops: Mapping[str, Sequence[str]]) -> str:
-    """What a protocol sees of a raw answer: `stops` gives its stop words, at the first of which the answer ends.
+    """The part of a raw answer that is scored: up to the first of the protocol's `stops`.
 
-    `lenient` ends an answer at its end-of-text token. `opencompass` drops these tokens and joins what stands around
-    them, as decoding with `skip_special_tokens=True` does.
+    `lenient` also ends an answer at its first end-of-text token. `opencompass` removes these tokens and keeps the text
+    after them, as decoding with `skip_special_tokens=True` does.
     """
     text = raw.replace(END_OF_TEXT, "") if protocol == "opencompass" else raw.partition(END_OF_TEXT)[0]
     for stop in stops[protocol]:

@@ -1,4 +1,4 @@
-"""The paper's Table 16, and a Markdown table that puts our scores beside it."""
+"""The scores of the paper's Table 16, and a Markdown table of measured scores beside them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -61,7 +61,7 @@ def markdown_table(manifests: Sequence[dict[str, Any]]) -> str:
     for manifest in sorted(manifests, key=lambda m: (m["steps"], m["row"], m["reference_compat"])):
         ours = scores_of(manifest)
         published = PUBLISHED.get((manifest["row"], manifest["steps"]), {})
-        # A manifest without a protocol is of a version that had no choice of them.
+        # A manifest without a protocol was written by a version that had only one.
         protocol = manifest.get("protocol", "no protocol named")
         notes = [protocol] * (protocol != "opencompass") + ["reference_compat"] * manifest["reference_compat"]
         row = manifest["row"] + (f" ({', '.join(notes)})" if notes else "")

@@ -1,11 +1,11 @@
-"""Scores the answers of an earlier run again by another protocol, without a model:
+"""Scores stored answers by another protocol, without a model:
 
     python -m eval.rescore outputs/table16 --protocol lenient --confirm_run_unsafe_code
     python -m eval.rescore scores --protocol lenient      # the --output_path of xdlm-eval --log_samples
 
-Extraction, comparison and, for MBPP, the tests run are the new protocol's; the prompts were the earlier one's, and for
-MATH and HumanEval the two differ. Rows must be those of the earlier run (`--data` as there). Each folder of answers
-gets a file rescored_PROTOCOL.json with scores and items.
+Extraction, comparison and MBPP's setup code are those of the new protocol; the prompts remain those of the run, which
+for MATH and HumanEval differ. Rows must be those of the run (the same `--data`). Each folder of answers gets a file
+rescored_PROTOCOL.json with scores and items.
 """
 
 import argparse
@@ -44,7 +44,7 @@ class Recording:
 
 
 class RecordedModel(LM):
-    """Answers requests with what is recorded; a repeated request gets its answers one after the other."""
+    """Answers requests with the recorded answers; repetitions of a request get its answers in order."""
 
     def __init__(self, recording: Recording):
         super().__init__()
@@ -60,7 +60,7 @@ class RecordedModel(LM):
         return texts
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        raise ValueError("rescore knows answers alone: choose tasks with output_type generate_until")
+        raise ValueError("rescore has no likelihoods: choose tasks with output_type generate_until")
 
     loglikelihood_rolling = loglikelihood
 
@@ -103,7 +103,7 @@ def of_manifest(path: Path) -> Recording:
     """Answers of one cell of eval.table16."""
     manifest = json.loads(path.read_text(encoding="utf-8"))
     if "protocol" not in manifest:
-        raise ValueError(f"{path} holds no raw answers: an earlier version cut them when they were made; run it again")
+        raise ValueError(f"{path} holds no raw answers, because an earlier version cut them: run it again")
     recording = Recording(path.parent, manifest["protocol"])
     for task, items in manifest["items"].items():
         for item in items:
@@ -121,14 +121,14 @@ def of_samples(folder: Path, paths: list[Path]) -> Recording:
             sample = json.loads(line)
             asked = sample["arguments"]["gen_args_0"].get("arg_1")
             if not isinstance(asked, dict) or asked.get("until") != [] or asked.get("eos_token_id") != []:
-                raise ValueError(f"{path} holds no raw answers: its task cut them when they were made; run it again")
+                raise ValueError(f"{path} holds no raw answers, because its task cut them: run it again")
             recording.protocol = sample["doc"].get("protocol", "")
             recording.add(task, sample["doc_id"], sample["resps"][0], sample["doc_hash"])
     return recording
 
 
 def check_rows(recording: Recording, data: str | None) -> None:
-    """Refuses rows that are not those the answers were given to.
+    """Refuses rows other than those that were answered.
 
     Raises:
         ValueError: Naming the first row that differs.
@@ -139,12 +139,12 @@ def check_rows(recording: Recording, data: str | None) -> None:
         for doc_id, expected in hashes.items():
             if doc_id >= len(docs) or doc_hash(docs[doc_id]) != expected:
                 raise ValueError(
-                    f"row {doc_id} of {name} is not the one that {recording.source} was made with: pass its --data"
+                    f"row {doc_id} of {name} differs from the one answered in {recording.source}: pass the same --data"
                 )
 
 
 def doc_hash(doc: dict[str, Any]) -> str:
-    """As lm-eval computes it for its samples."""
+    """Hash of a row, as lm-eval computes it for its samples."""
     return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))
 
 
@@ -180,7 +180,7 @@ def rescore(recording: Recording, protocol: str, data: str | None, confirmed: bo
 
 
 def evaluations(recording: Recording) -> Iterator[tuple[list[str], int]]:
-    """(tasks, number of first rows) to score together: the subtasks of BBH as a group where all are there.
+    """(tasks, number of first rows) to score together: BBH as a group if all of its subtasks were answered.
 
     Raises:
         ValueError: If other rows than the first ones were answered.
@@ -188,7 +188,7 @@ def evaluations(recording: Recording) -> Iterator[tuple[list[str], int]]:
     counts = {task: len(answers) for task, answers in recording.answers.items()}
     for task, answers in recording.answers.items():
         if set(answers) != set(range(counts[task])):
-            raise ValueError(f"{recording.source}: {task} must hold answers to its first rows, without a gap")
+            raise ValueError(f"{recording.source}: {task} must hold answers to its first rows without gaps")
     subtasks = {path.stem for path in TASKS.glob("xdlm_bbh_*.yaml")}
     if subtasks <= counts.keys():
         yield ["xdlm_bbh"], max(counts.pop(task) for task in sorted(subtasks))

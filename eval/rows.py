@@ -1,8 +1,8 @@
-"""Rows of the tasks, from local files or the Hub: one setting says which, and every row is checked.
+"""Rows of the tasks, read from local files or the Hub and checked one by one.
 
-The setting is `--metadata data=PATH`, or the environment variable XDLM_DATA: a folder in which each benchmark has its
-own (gsm8k/, math/, bbh/, humaneval/, mbpp/), or, for a single task, its JSONL file. Without it, or with `data=hub`,
-rows come from the Hub; `data=hub@REVISION` names a branch, tag or commit of the dataset.
+`--metadata data=PATH`, or the environment variable XDLM_DATA, names a folder with a subfolder for each benchmark
+(gsm8k/, math/, bbh/, humaneval/, mbpp/), or the JSONL file of a single task. Without it, or with `data=hub`, rows come
+from the Hub; `data=hub@REVISION` names a branch, tag or commit of the dataset.
 """
 
 import functools
@@ -20,15 +20,15 @@ from xdlm_hf.training.revisions import pin_revision, revision_to_read
 HUB = "hub"
 
 READ: dict[str, dict[str, str | None]] = {}
-"""What tasks have read in this process, for the results: `sha256` of each local file; of each dataset of the Hub that
-of its rows, and its `commit`, None where the Hub could not be asked."""
+"""What tasks have read in this process: `sha256` of each local file, or of the rows of each dataset on the Hub with its
+`commit`, None if the Hub could not be reached."""
 
-# One commit per dataset and process: the 27 subtasks of one are checked and then read, and a branch may move meanwhile.
+# Cached, so that all subtasks of a dataset, and the check before the run, read the same commit of a branch.
 _pinned = functools.cache(pin_revision)
 
 
 def local_path(data: str | None, inside: str) -> Path | None:
-    """Where a task's local file is: `data`, else XDLM_DATA; the path itself, or `inside` when it is a folder."""
+    """A task's local file: the path in `data` or XDLM_DATA, or `inside` that folder; None for the Hub."""
     setting = data or os.environ.get("XDLM_DATA")
     if not setting or setting.partition("@")[0] == HUB:
         return None
@@ -43,18 +43,19 @@ def load_rows(
     parse_row: Callable[[dict[str, Any], str], dict],
     read: Callable[[Path], Iterable[tuple[str, dict]]] | None = None,
 ) -> list[dict]:
-    """Every row through `parse_row(row, where)`, `where` being what its ValueError should open with.
+    """The rows of a task.
 
     Args:
-        data: The setting, or None.
-        inside: The file's place in a folder of local files.
+        data: The metadata `data`, or None.
+        inside: The file's path in a folder of local files.
         hub: Name, configuration and split of the dataset to read without local files.
-        parse_row: Checks a row and keeps what the task needs of it.
-        read: Reads a local file that is no JSONL, as (where, row) pairs.
+        parse_row: Called with each row and its location, which begins the message of its errors; returns the fields
+            that the task needs.
+        read: Reads a local file that is not JSONL, as (location, row) pairs.
 
     Raises:
-        ValueError: If the file is missing, cannot be decoded or holds no rows, a line is no JSON object, or the Hub or
-            the revision asked for cannot be read.
+        ValueError: If the file is missing, cannot be decoded or holds no rows, a line is not a JSON object, or the Hub
+            or the revision cannot be read.
     """
     path = local_path(data, inside)
     if path is None:
@@ -71,10 +72,10 @@ def load_rows(
 
 
 def hub_rows(name: str, config: str | None, split: str, revision: str | None = None) -> list[tuple[str, dict]]:
-    """(where, row) of a dataset on the Hub.
+    """(location, row) pairs of a dataset on the Hub.
 
     Raises:
-        ValueError: If it has no such revision, or cannot be reached, saying how to use local files.
+        ValueError: If it has no such revision or cannot be reached.
     """
     pinned = _pinned(name, revision)
     try:
@@ -92,7 +93,7 @@ def hub_rows(name: str, config: str | None, split: str, revision: str | None = N
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, noted in `READ`.
+    """The text of a file, whose hash is added to `READ`.
 
     Raises:
         ValueError: If it cannot be read, or is not UTF-8, naming the line.
@@ -111,7 +112,7 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[tuple[str, dict]]:
-    """(where, row) of a JSONL file."""
+    """(location, row) pairs of a JSONL file."""
     # Not splitlines(), which also splits at separators that JSON allows within a text.
     lines = ((f"{path}, line {n}", line) for n, line in enumerate(read_text(path).split("\n"), 1))
     return [(where, _object(line, where)) for where, line in lines if line.strip()]
@@ -135,10 +136,10 @@ def _object(line: str, where: str) -> dict[str, Any]:
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: holds half a surrogate pair, which is no text: {error}") from error
+        raise ValueError(f"{where}: holds half a surrogate pair, which is not valid text: {error}") from error
     return row
 
 
 def as_test_split(rows: list[dict]) -> datasets.DatasetDict:
-    """What lm-eval wants of a `custom_dataset`."""
+    """Rows in the form that lm-eval expects of a `custom_dataset`."""
     return datasets.DatasetDict(test=datasets.Dataset.from_list(rows))

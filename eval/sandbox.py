@@ -1,15 +1,15 @@
-"""Runs code that a model wrote, without letting it near the machine, and says whether it passes its tests.
+"""Sandbox: runs programs that a model wrote, isolated from the machine, and tests them.
 
-What confines it, the strongest that the system allows (`layers()` tells which hold here):
+Isolation has several layers, as far as the system allows them (`layers()` names those that hold here):
 
-- `unshare` (util-linux): namespaces of its own for network, processes, mounts and IPC; the process namespace dies as a
-  whole. Without root, inside a user namespace. There, a root folder of its own, in which nothing else exists.
-- Landlock: only Python's own files and NumPy's can be read, only the private folder written.
-- seccomp (pyseccomp, libseccomp): the system calls that a program of one thread needs, and no other.
-- resource limits: processor time, memory, file size, processes, open files; a wall-clock limit ends the whole group.
-- an unprivileged user where the caller is root; an empty environment; a private folder, itself of limited size.
+- `unshare` (util-linux): namespaces for network, processes, mounts and IPC, with a root folder that holds only what
+  Python needs; without root, inside a user namespace.
+- Landlock: only the files of Python and NumPy can be read, only the private folder written.
+- seccomp (pyseccomp, libseccomp): only the system calls that a single-threaded program needs.
+- resource limits: processor time, memory, file size, processes, open files; a wall-clock limit for the whole group.
+- an unprivileged user where the caller is root; an empty environment; a private folder of limited size.
 
-Verdicts cannot be forged by the code: judge.py says how.
+A program cannot forge its verdict: see judge.py.
 """
 
 import atexit
@@ -37,21 +37,21 @@ from pathlib import Path
 from xdlm_hf.evaluation.values import printable
 
 logger = logging.getLogger(__name__)
-_removals: list[subprocess.Popen] = []  # of folders, still under way: kept, so that Python can collect their status
+_removals: list[subprocess.Popen] = []  # unfinished removals of folders, kept so that Python can reap them
 
 VERDICTS = ("pass", "wrong", "failed", "timeout")
 LAYERS = ("limits", "dies with its parent", "files", "unprivileged", "system calls", "namespaces", "disk", "root")
-# Without the first, the second does not matter: what each missing layer leaves open, for the warning at the start.
+# Warnings about missing layers.
 _OPEN_WITHOUT = {
     "files": "code can read files that the user can read (no Landlock)",
-    "unprivileged": "code runs as this very user",
+    "unprivileged": "code runs as this user, with its privileges",
     "system calls": "code can call any system call (no seccomp: install pyseccomp and libseccomp2)",
     "namespaces": "no network or process namespace (unshare does not work here)",
     "disk": "code can fill the disk of the temporary folder within its time",
-    "root": "names, sizes and times of files elsewhere can be asked for, though no file be read",
+    "root": "names, sizes and times of files elsewhere can be read, but not their content",
 }
-# Every other system call is refused, those that a later kernel adds included. All are older than the oldest libseccomp
-# in use. Of these, Landlock confines those that open, make, rename and delete files.
+# All other system calls are refused, also those of later kernels. Every supported libseccomp knows these names.
+# Landlock restricts those that open, create, rename and delete files.
 _ALLOWED = """
 read readv pread64 preadv preadv2 write writev pwrite64 pwritev pwritev2 lseek close close_range
 open openat stat lstat fstat newfstatat statx access faccessat faccessat2 getdents getdents64 getcwd chdir fchdir
@@ -65,7 +65,7 @@ futex set_robust_list set_tid_address rseq arch_prctl sched_yield sched_getaffin
 getpid getppid gettid getuid geteuid getgid getegid getresuid getresgid getgroups getpgrp getpgid getsid
 getrlimit uname sysinfo getrandom exit exit_group
 """.split()
-# Allowed with these values of this argument alone, of which the kernel reads 32 bits.
+# System calls that are allowed only with these values of one argument, compared as 32 bits.
 _ALLOWED_VALUES = {
     # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ: no owners, signals, locks or leases.
     ("fcntl", 1): (0, 1, 2, 3, 4, 1030, 1032),
@@ -74,14 +74,12 @@ _ALLOWED_VALUES = {
     ("prctl", 0): (15, 16),  # PR_SET_NAME, PR_GET_NAME: not PR_SET_PDEATHSIG, by which the answer ends with its judge
     ("prlimit64", 0): (0,),  # limits of the caller, of no other process
 }
-_REFUSAL = (
-    errno.EPERM
-)  # not a kill: programs that try something and go on without it, such as NumPy, stay what they are
-_UNPRIVILEGED_USER = 64_900  # and the next one: an id that no account has
-_FOLDER = "xdlm-sandboxes-"  # start of the names of the folders of harnesses
+_REFUSAL = errno.EPERM  # instead of a kill, because libraries such as NumPy try calls and do without them
+_UNPRIVILEGED_USER = 64_900  # of the judge; the answer has the next id; no account has either
+_FOLDER = "xdlm-sandboxes-"  # prefix of the folder that each evaluating process has
 _MODULES = ("confinement", "evalplus", "judge", "values")  # of this package, which the sandboxed processes import
 _START = "import sys; sys.path.insert(0, {!r}); from xdlm_hf.evaluation.judge import main; main()"
-# The second attempt is for folders that an answer has locked itself out of.
+# The second attempt is for folders from which an answer removed its own permissions.
 _REMOVE = ("sh", "-c", 'rm -rf -- "$1" || { chmod -R u+rwx -- "$1"; rm -rf -- "$1"; }', "sh")
 
 
@@ -109,10 +107,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Job:
-    """An answer and what it is tested with.
+    """An answer with its tests.
 
-    `program` is the model's; all else must come from the benchmark and runs beside it, out of its reach: `preamble` is
-    run first, then every test, with `names` standing for what the program defines.
+    Args:
+        program: The answer.
+        tests: Statements of the benchmark, run one by one in another process than the program.
+        names: Names defined by the program that the tests use.
+        preamble: Code of the benchmark, run before the tests.
     """
 
     program: str
@@ -123,7 +124,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`result` is one of VERDICTS; `why` is for reading; `layers` are those that confined the judge."""
+    """`result` is one of VERDICTS; `why` explains it; `layers` held for both the judge and the answer."""
 
     result: str
     why: str = ""
@@ -153,7 +154,7 @@ def run(job: Job, limits: Limits | None = None, prefix: Sequence[str] | None = N
     Args:
         job: Program and tests.
         limits: What it may use.
-        prefix: Command that makes the namespaces; by default what `namespace_prefix` found, () for none.
+        prefix: Command that creates the namespaces, () for none; by default that of `namespace_prefix`.
 
     Raises:
         ValueError: Without the consent of `require_consent`.
@@ -192,10 +193,7 @@ def _run(job: Job, limits: Limits, prefix: tuple[str, ...]) -> Verdict:
 
 
 def _remove(folder: str, seconds: float) -> bool:
-    """Deletes the folder whatever an answer left in it; False if that goes on after so many seconds, in the background.
-
-    With namespaces the answer's files are in memory and gone already.
-    """
+    """Deletes a folder with its content; False if that takes longer than `seconds` and goes on in the background."""
     try:
         os.rmdir(folder)
         return True
@@ -212,7 +210,7 @@ def _remove(folder: str, seconds: float) -> bool:
 
 
 def _supervise(command: list[str], folder: str, messages: list[dict], seconds: float) -> Verdict:
-    """Starts the judge, gives it its messages, waits, and ends the whole group whatever happened."""
+    """Starts the judge, sends it the messages, waits for its verdict, and kills the whole process group."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -255,17 +253,17 @@ def _reachable(path: str) -> bool:
 
 @functools.cache
 def _base() -> Path:
-    """The folder of this process, which holds those of its answers and what the sandboxed processes read of us.
+    """The folder of this process, with the folders of its answers and copies of the modules that the sandbox imports.
 
-    It is locked as long as this process lives, and its folders' content is copied to where the unprivileged user can
-    read it, which a checkout under /root is not.
+    The copies are readable for the unprivileged user, unlike a checkout below /root. The folder is locked as long as
+    this process lives.
     """
     _remove_left()
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # another process may have found it before it was locked
+        if folder.exists():  # another process may have removed it before it was locked
             break
         os.close(lock)
     atexit.register(_remove_own, folder, os.getpid())
@@ -282,12 +280,12 @@ def _base() -> Path:
 
 
 def _remove_own(folder: Path, pid: int) -> None:
-    if os.getpid() == pid:  # and not a process forked off from it
+    if os.getpid() == pid:  # not in a forked child
         subprocess.run([*_REMOVE, folder], capture_output=True, check=False)
 
 
 def _remove_left() -> None:
-    """Deletes the folders of processes of this user that were killed: nobody holds their lock."""
+    """Deletes folders without a lock, whose processes of this user were killed."""
     for path in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -315,7 +313,7 @@ def _packages() -> list[str]:
 
 @functools.cache
 def _readable() -> list[str]:
-    """What the sandboxed processes can read: Python's standard library, shared libraries, time zones, NumPy."""
+    """Paths that the sandboxed processes can read: Python's library, shared libraries, time zones, NumPy."""
     paths = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sysconfig.get_config_var("LIBDIR")}
     paths = {str(path) for path in paths if path} | {"/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"}
     paths |= {"/usr/share/zoneinfo", str(_base() / "packages"), *_packages()}
@@ -324,9 +322,9 @@ def _readable() -> list[str]:
 
 @functools.cache
 def system_call_filter() -> str:
-    """The seccomp program in hex, or "" where it cannot be made, with a warning that says why.
+    """The seccomp program in hex, or "" with a warning if it cannot be compiled.
 
-    It allows by number, after a look at the architecture: calls by the 32-bit entry or the x32 numbers are refused too.
+    It allows calls by number and checks the architecture first, so that x32 and 32-bit calls are refused.
     """
     try:
         import pyseccomp
@@ -364,7 +362,7 @@ def _number(name: str) -> int | None:
     number = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name)
     if number == -1:
         raise ValueError(f"libseccomp does not know the system call {name!r}")
-    return number if number >= 0 else None  # negative: another processor's
+    return number if number >= 0 else None  # negative: a call of another processor
 
 
 @functools.cache
@@ -374,7 +372,7 @@ def namespace_prefix() -> tuple[str, ...]:
     if unshare is None or setpriv is None:
         return ()
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    # setpriv, so that unshare, and with it all within, dies when the harness is killed.
+    # setpriv ends unshare, and with it the namespaces, when this process is killed.
     command = (setpriv, "--pdeathsig", "KILL", unshare, *user, "--net", "--ipc", "--pid", "--fork")
     command += ("--kill-child", "--mount")
     works = subprocess.run([*command, sys.executable, "-I", "-S", "-c", ""], capture_output=True, check=False)
@@ -383,20 +381,20 @@ def namespace_prefix() -> tuple[str, ...]:
 
 @functools.cache
 def layers() -> tuple[str, ...]:
-    """The layers that hold on this machine, as a harmless job saw them.
+    """The layers that hold on this machine, found by running a harmless job.
 
     Raises:
-        ValueError: If not even that job passes: the sandbox does not work here.
+        ValueError: If that job does not pass, which means that the sandbox does not work here.
     """
     verdict = _run(Job("def one():\n    return 1\n", ["assert one() == 1"], ["one"]), Limits(), namespace_prefix())
     if verdict.result != "pass":
-        raise ValueError(f"the sandbox does not work on this machine: a harmless program is {verdict}")
+        raise ValueError(f"the sandbox does not work on this machine: a harmless program gave {verdict}")
     return verdict.layers
 
 
 @functools.cache
 def announce() -> None:
-    """Says once what confines the code, and warns of what is missing."""
+    """Logs once which layers hold, and warns of each that is missing."""
     held = layers()
     logger.info("code written by the model is confined by: %s", ", ".join(held))
     for layer in LAYERS:

@@ -1,14 +1,13 @@
-"""Re-runs cells of the paper's Table 16, from the repository's root:
+"""Reproduces cells of the paper's Table 16; from the repository's root:
 
     python -m eval.table16 --row llada-xdlm --checkpoint PATH --steps 32 --tasks gsm8k,mbpp --limit 20
     accelerate launch -m eval.table16 --row llada --steps 32,64,128,256 --confirm_run_unsafe_code
 
-A run that was killed goes on where it stopped: every finished answer is in lm-eval's response cache. Each row and
-number of steps has a folder with manifest.json (versions, commit, date, seeds, all settings, hashes of model and data,
-device, layers of the sandbox, every answer, uncut, with its score, seconds and forward passes), to which other tasks
-can be added later; table16.md puts all of them beside the published figures. `python -m eval.rescore` scores a folder
-again by another protocol. Under a launcher of several processes, each takes its share. Protocols, cost and what is
-known not to match: docs/evaluation.md.
+A killed run resumes where it stopped, because every finished answer is in lm-eval's response cache. Each row and number
+of steps has a folder with manifest.json (versions, commit, date, seeds, all settings, hashes of model and data, device,
+layers of the sandbox, every raw answer with its score, seconds and forward passes), to which other tasks can be added
+later; table16.md shows all of them beside the published scores. `python -m eval.rescore` scores a folder by another
+protocol. Several processes share the rows. docs/evaluation.md describes protocols, cost and known differences.
 """
 
 import argparse
@@ -27,6 +26,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
+from xdlm_hf.atomic import write_whole
 from xdlm_hf.evaluation import TASKS
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
 from xdlm_hf.evaluation.arguments import Arguments
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         steps, tasks = check_options(options)
         for count in steps:
-            check_folder(cell_folder(options, count), claims(options, count))
+            check_folder(cell_folder(options, count), shared_settings(options, count))
     except ValueError as error:
         raise SystemExit(f"table16: {error}") from error
     for count in steps:
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def check_options(options: argparse.Namespace) -> tuple[list[int], list[str]]:
-    """Steps and names of tasks; refuses what would fail after the model is loaded.
+    """Numbers of steps and names of tasks, checked before the model is loaded.
 
     Raises:
         ValueError: For an unknown task, steps that do not fit, a row without checkpoint, and as `cli.check_run`.
@@ -116,20 +116,20 @@ def check_options(options: argparse.Namespace) -> tuple[list[int], list[str]]:
 
 
 def pin(options: argparse.Namespace, steps: int) -> None:
-    """Replaces revisions by the commits they name now: all cells and the folders' check are about the same weights."""
+    """Replaces revisions by their current commits, so that all cells use the same weights."""
     pinned = Arguments.of(model_settings(options, steps)).pinned()
     options.revision, options.peft_revision = pinned.revision, pinned.peft_revision
 
 
 def run_cell(options: argparse.Namespace, steps: int, tasks: list[str]) -> None:
-    """One row at one number of steps: from cache or model to manifest and table."""
+    """Runs one row at one number of steps, and writes manifest and table."""
     settings, folder = model_settings(options, steps), cell_folder(options, steps)
     rank = int(os.environ.get("RANK", "0"))
-    claimed = claims(options, steps)
+    shared = shared_settings(options, steps)
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        write(folder / "settings.json", claimed)
-    take_over_answers(folder, rank)
+        write(folder / "settings.json", shared)
+    copy_cached_answers(folder, rank)
     item_log = folder / f"items_rank{rank}.jsonl"
     lm = XDLMEvalModel(**settings, **adapter_settings(options), item_log=str(item_log))
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=_metadata(options))
@@ -148,7 +148,7 @@ def run_cell(options: argparse.Namespace, steps: int, tasks: list[str]) -> None:
     lm.barrier()
     if results is None:  # not the first process
         return
-    manifest = make_manifest(options, steps, claimed, results, item_costs(folder))
+    manifest = make_manifest(options, steps, shared, results, item_costs(folder))
     write(folder / "manifest.json", with_earlier_tasks(manifest, folder / "manifest.json"))
     manifests = [json.loads(path.read_text("utf-8")) for path in sorted(options.output_dir.glob("*/manifest.json"))]
     table = markdown_table(manifests)
@@ -157,7 +157,7 @@ def run_cell(options: argparse.Namespace, steps: int, tasks: list[str]) -> None:
 
 
 def model_settings(options: argparse.Namespace, steps: int) -> dict[str, Any]:
-    """Arguments of the adapter that decide what is answered."""
+    """Arguments of the adapter on which answers depend."""
     checkpoint, sampler = ROWS[options.row]
     settings = {
         "pretrained": options.checkpoint or checkpoint,
@@ -176,7 +176,7 @@ def model_settings(options: argparse.Namespace, steps: int) -> dict[str, Any]:
 
 
 def adapter_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of the adapter that decide how fast it is answered."""
+    """Arguments of the adapter on which only speed depends."""
     return {"batch_size": options.batch_size, "device": options.device}
 
 
@@ -185,8 +185,8 @@ def cell_folder(options: argparse.Namespace, steps: int) -> Path:
     return options.output_dir / f"{options.row}-{steps}{suffix}"
 
 
-def claims(options: argparse.Namespace, steps: int) -> dict[str, Any]:
-    """What all answers of one folder have in common: settings, files of the model, and the protocol that asked."""
+def shared_settings(options: argparse.Namespace, steps: int) -> dict[str, Any]:
+    """What all answers of a folder must share: settings, hashes of the model, and the protocol."""
     return {**with_shas(model_settings(options, steps)), "protocol": options.protocol}
 
 
@@ -196,14 +196,14 @@ def with_shas(settings: dict[str, Any]) -> dict[str, Any]:
     return {**named, **Arguments.of(settings).shas()}
 
 
-def take_over_answers(folder: Path, rank: int) -> None:
-    """Copies to this process's response cache what others hold, for a run that goes on with fewer or more processes."""
+def copy_cached_answers(folder: Path, rank: int) -> None:
+    """Copies the response caches of other processes to this one's, for a run resumed with another number of them."""
     own, others = f"{ANSWERS}_rank{rank}.db", sorted(folder.glob(f"{ANSWERS}_rank*.db"))
     for path in others:
         if path.name == own:
             continue
         with contextlib.closing(sqlite3.connect(folder / own)) as cache:
-            cache.execute("CREATE TABLE IF NOT EXISTS unnamed (key TEXT PRIMARY KEY, value BLOB)")  # as sqlitedict does
+            cache.execute("CREATE TABLE IF NOT EXISTS unnamed (key TEXT PRIMARY KEY, value BLOB)")  # sqlitedict's table
             cache.execute("ATTACH ? AS other", (str(path),))
             if cache.execute("SELECT 1 FROM other.sqlite_master WHERE name = 'unnamed'").fetchone():
                 cache.execute("INSERT OR IGNORE INTO unnamed SELECT key, value FROM other.unnamed")
@@ -214,7 +214,7 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Refuses a folder that holds answers made with other settings.
 
     Raises:
-        ValueError: Naming what is different, with both values.
+        ValueError: Naming each setting that differs, with both values.
     """
     path = folder / "settings.json"
     if not path.exists():
@@ -229,12 +229,10 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    """Write JSON, whole or not at all."""
     text = json.dumps(content, indent=1, default=handle_non_serializable, ensure_ascii=False)
     # A half surrogate in an answer becomes its JSON escape.
-    partial.write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
-    partial.replace(path)
+    write_whole(path, (text + "\n").encode("utf-8", "backslashreplace"))
 
 
 def item_costs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -244,7 +242,7 @@ def item_costs(folder: Path) -> dict[str, dict[str, Any]]:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:  # the line in which a run was killed
+            except json.JSONDecodeError:  # the run was killed while it wrote this line
                 continue
             costs[entry.pop("prompt_hash")] = entry
     return costs
@@ -253,7 +251,7 @@ def item_costs(folder: Path) -> dict[str, dict[str, Any]]:
 def make_manifest(
     options: argparse.Namespace, steps: int, settings: dict[str, Any], results: dict[str, Any], costs: dict[str, dict]
 ) -> dict[str, Any]:
-    """All that is needed to say what was run and to check it item by item."""
+    """Settings, provenance, scores and single answers of one cell."""
     ordered = {task: sorted(group, key=lambda s: s["doc_id"]) for task, group in results["samples"].items()}
     run = {
         "limit": options.limit,
@@ -261,7 +259,7 @@ def make_manifest(
         "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "commit": _commit(),
         "date": datetime.fromtimestamp(results["date"], UTC).isoformat(timespec="seconds"),
-        # Without the passes of this run, which may have made only the last of the answers.
+        # Without num_forward_passes, which lacks the answers that came from the cache.
         "model": {name: value for name, value in results["config"].items() if name != "num_forward_passes"},
     }
     return {
@@ -281,21 +279,21 @@ def make_manifest(
 
 
 def with_earlier_tasks(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The manifest with those tasks of the one at `path` that it lacks, and the cost of all; `runs` says whose is what.
+    """The manifest joined with other tasks of the one at `path`, and the total cost; `runs` has the run of each task.
 
-    The folder holds answers of one model under one setting, whatever run scored them (`check_folder`).
+    All answers in the folder have the same model and settings (`check_folder`).
     """
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     parts = ("runs", "scores", "groups", "task_configs", "items")
     manifest |= {part: {**before.get(part, {}), **manifest[part]} for part in parts}
-    made = [item for group in manifest["items"].values() for item in group if "seconds" in item]
-    manifest["forward_passes"] = sum(item["forward_passes"] / item["batch_rows"] for item in made)
-    manifest["seconds"] = sum(item["seconds"] for item in made)
+    timed = [item for group in manifest["items"].values() for item in group if "seconds" in item]
+    manifest["forward_passes"] = sum(item["forward_passes"] / item["batch_rows"] for item in timed)
+    manifest["seconds"] = sum(item["seconds"] for item in timed)
     return manifest
 
 
 def _item(sample: dict[str, Any], costs: dict[str, dict]) -> dict[str, Any]:
-    """One answer, as the model gave it (nothing cut), with its scores and cost."""
+    """One raw answer with its scores and cost."""
     scores = {name: sample[name] for name in sample["metrics"]}
     item = {name: sample[name] for name in ("doc_id", "doc_hash", "prompt_hash")} | {"answer": sample["resps"][0][0]}
     verdict = {"verdict": sample["filtered_resps"][0][0]} if sample["filter"] != "none" else {}

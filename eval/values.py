@@ -1,8 +1,8 @@
-"""Values as plain data, for the pipe between an answer's process and the judge.
+"""Serialization of values as plain data, for the pipe between an answer's process and the judge.
 
-What the judge rebuilds are exact instances of Python's own types (and of NumPy's), made by their constructors from
-plain data; no method of a class that the answer defines is run for it, `__eq__` least of all. Everything else crosses
-as a reference (`Remote`). Only the standard library is imported; NumPy only once a value of it arrives.
+The judge rebuilds exact instances of the types of Python and NumPy from plain data, so that it runs no method of an
+answer's class, such as `__eq__`. Other objects are sent as references (`Remote`). Only the standard library is
+imported; NumPy is imported when one of its values arrives.
 """
 
 import array
@@ -18,7 +18,7 @@ import sys
 
 MAX_ITEMS = 10**6  # items taken from an iterator
 SCALARS = (str, int, float)
-# Containers that can change: they keep their identity within a call, and what it changed in them is sent back.
+# Mutable containers: they keep their identity within a call, and their changes are sent back.
 CONTAINERS = (
     *(collections.Counter, collections.OrderedDict, collections.defaultdict, collections.deque),
     *(dict, list, set, bytearray, array.array),
@@ -35,9 +35,9 @@ VIEWS = {type({}.keys()): "keys", type({}.values()): "values", type({}.items()):
 
 
 class Remote:
-    """An object that lives in the answer's process and is no plain value: a function, or a tree node, say.
+    """Reference to an object of the answer's process that is no plain value, such as a function or a tree node.
 
-    Comparing it is never left to the answer: two of them are equal when they are the same object there.
+    Two references are equal if they refer to the same object; the answer's `__eq__` is never called.
     """
 
     def __init__(self, link, ref):
@@ -61,7 +61,7 @@ class Remote:
 
 
 class RemoteException(BaseException):
-    """Base of the classes that stand in the judge for exception classes that the answer defines."""
+    """Base of the judge's substitutes for exception classes that the answer defines."""
 
     _ref = None
     _text = ""
@@ -74,9 +74,9 @@ class Encoder:
     """Values in JSON, for one message: scalars as they are, everything else as [tag, ...].
 
     Args:
-        keep: Called with an object that is no plain value, to store it; gives the number that stands for it.
-        shared: Containers that the receiver has too, under their position in this list.
-        consume: Whether the items of an iterator are taken from it; otherwise only its identity is written.
+        keep: Stores an object that is no plain value, and returns its number.
+        shared: Containers that the receiver has too, known by their position in this list.
+        consume: Whether to encode an iterator by its items, which consumes it, or by its identity.
     """
 
     def __init__(self, keep, shared=(), consume=True):
@@ -165,15 +165,15 @@ class Encoder:
 
 
 class Decoder:
-    """The values that an Encoder wrote into one message.
+    """Decodes the values that an `Encoder` wrote into one message.
 
     Args:
-        find: Gives what the number of a remote reference stands for.
-        exception: Gives the class that stands for an exception class: called with number, module, name and bases.
-        shared: What the sender's encoder was given as such.
+        find: Returns the object for the number of a remote reference.
+        exception: Returns the substitute of an exception class, from its number, module, name and bases.
+        shared: The sender's `shared` containers.
 
-    Whatever the message holds, only the types named in this module are instantiated; a message that no Encoder wrote
-    ends in some exception, which the caller has to expect.
+    Only the types named in this module are instantiated, whatever the message holds. A message that no Encoder wrote
+    may raise any exception.
     """
 
     TAGS = frozenset(
@@ -231,7 +231,7 @@ class Decoder:
             raise TypeError(f"not an exception class: {kind}")
         try:
             error = kind(*args)
-        except Exception:  # a constructor that takes other arguments than it leaves in `args`
+        except Exception:  # the constructor takes other arguments than those in `args`
             error = kind.__new__(kind)
             error.args = tuple(args)
         error.__dict__.update(self(attributes))
@@ -255,7 +255,7 @@ class Decoder:
         return value
 
     def fill(self, value, name, args, items):
-        """Puts items, as `Encoder.contents` wrote them, into an empty container or an array of that shape."""
+        """Puts items in the form of `Encoder.contents` into an empty container or an array of that shape."""
         if name == "ndarray":
             if args[1] == "O":
                 for place, item in zip(range(value.size), items, strict=True):
@@ -273,7 +273,7 @@ class Decoder:
             value.extend(self._each(items))
 
     def refill(self, i, name, args, items):
-        """Makes a shared container hold what the sender's holds now, in place."""
+        """Updates a shared container in place to the sender's content."""
         value = self.containers[i]
         same = [list(value.shape), value.dtype.str] == args if name == "ndarray" else isinstance(value, TYPES[name])
         if not same:
@@ -293,12 +293,12 @@ class Decoder:
 
 
 def snapshots(containers, keep):
-    """What each container holds, as texts that differ when it has changed."""
+    """The content of each container as a string, to detect changes."""
     return [json.dumps(Encoder(keep, containers, consume=False).contents(container)) for container in containers]
 
 
 def exception_class(ref, module, name, bases):
-    """The class that stands for an exception class of the answer's process: the same one where Python has it.
+    """The judge's substitute for an exception class of the answer: the class itself if Python defines it.
 
     Raises:
         TypeError: If the bases are not those of an exception class.
@@ -315,5 +315,5 @@ def exception_class(ref, module, name, bases):
 
 
 def printable(text):
-    """Text without half surrogates and controls, which are escaped: no terminal obeys it, and every file takes it."""
+    """Text with surrogates and control characters escaped, safe for terminals and files."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""The whole road at a size for two CPU cores: train, generate, score. `make demo` runs it, in about six minutes.
+"""Train, generate and score a small model on two CPU cores. `make demo` runs it, in about six minutes.
 
 The text is Python's own documentation, so nothing is downloaded. In order:
 
@@ -37,7 +37,7 @@ from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.watch.display import history_table
 
 CONFIGS = Path(__file__).parent / "configs"
-MARKER = ".xdlm-demo"  # tells a folder of the demo, which a new run replaces, from anything else
+MARKER = ".xdlm-demo"  # marks a folder of the demo, which a new run may replace
 PROMPT = "Return True if the"
 ITEMS = 24
 console = Console()
@@ -69,14 +69,14 @@ def main() -> None:
 
 
 def fresh_folder(folder: Path) -> Path:
-    """An empty output folder; a former demo's is replaced, anything else is left alone.
+    """An empty output folder; an earlier demo's is replaced.
 
     Raises:
         ValueError: If the folder holds something that is not a demo.
     """
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).exists():
-            raise ValueError(f"--output_dir {folder} holds other files than a demo's; name an empty or new folder.")
+            raise ValueError(f"--output_dir {folder} holds files that are not a demo's; name an empty or new folder.")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
@@ -84,7 +84,7 @@ def fresh_folder(folder: Path) -> Path:
 
 
 def build(folder: Path) -> list[str]:
-    """Writes tokenizer and a LLaDA of random weights, 1.4 million parameters; returns the held-out documents."""
+    """Write a tokenizer and a LLaDA of random weights, 1.4 million parameters; return the held-out documents."""
     with console.status("reading the language reference and the docstrings of the standard library"):
         train_documents, held_out = hold_out(python_reference_documents(), 0.05)
         tokenizer = train_tokenizer((row["text"] for row in train_documents), vocab_size=2048)
@@ -110,19 +110,19 @@ def build(folder: Path) -> list[str]:
 
 
 def train(config: str, model: Path, output: Path, steps_scale: float) -> None:
-    """One run of the recipe, as on the big machine, through accelerate."""
+    """One run of the recipe, started by accelerate."""
     steps = int(re.search(r"^max_steps: (\d+)", (CONFIGS / config).read_text(), re.MULTILINE)[1])
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
     command += ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [str(Path(__file__).with_name("llada_cpt.py")), "--config", str(CONFIGS / config)]
     command += ["--model_name_or_path", str(model), "--output_dir", str(output)]
     command += ["--max_steps", str(max(20, round(steps * steps_scale)))]  # the loss is first logged at step 20
-    # Waiting threads sleep: spinning ones would stall training tenfold on a machine that others use too.
+    # Waiting threads sleep: spinning ones slow training tenfold on a shared machine.
     run(command, OMP_NUM_THREADS=str(os.cpu_count()), OMP_WAIT_POLICY="PASSIVE")
 
 
 def run(command: list[str], **environment: str) -> None:
-    """Runs a step in a process of its own, its output shown as it comes; stops the demo when it fails."""
+    """Run a command with its output shown as it comes; a failure ends the demo."""
     console.print("$ " + " ".join(["python", *command[1:]]), style="dim", highlight=False, soft_wrap=True)
     status = subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
     if status:
@@ -130,7 +130,7 @@ def run(command: list[str], **environment: str) -> None:
 
 
 def generate(folder: Path) -> dict:
-    """Loads the trained model back, shows one generation step by step, and measures a batch."""
+    """Load the trained model, show one generation step by step, and time a batch."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer(PROMPT, return_tensors="pt")

@@ -1,9 +1,9 @@
 """Continual pretraining of a LLaDA checkpoint with the XDLM objective.
 
 Clean text x_0 is corrupted to z_t: each token survives with probability alpha_t, else becomes [MASK] with weight 1 - k
-or any token at all with weight k (Eqs. 5-10 of arXiv 2602.01362). The network learns to name the clean token at every
-noised position; the loss (Eqs. 14, 15) is a bound on the text's negative log-likelihood. At k = 0 this is LLaDA's own
-masked objective; k = 0.1 makes the model able to correct its own wrong tokens, which few-step generation needs.
+or a uniformly drawn token with weight k (Eqs. 5-10 of arXiv 2602.01362). The network predicts the clean token at every
+position; the loss (Eqs. 14, 15) is a bound on the text's negative log-likelihood. At k = 0 this is LLaDA's own masked
+objective; at k = 0.1 the model learns to correct wrong tokens, which few-step generation needs.
 
 The paper's run, 8 GPUs with 80 GB (`--num_processes 8` x 4 rows x 16 accumulation steps = 512):
 
@@ -11,15 +11,15 @@ The paper's run, 8 GPUs with 80 GB (`--num_processes 8` x 4 rows x 16 accumulati
         recipes/llada_cpt.py --config recipes/configs/llada_8b_xdlm.yaml --output_dir outputs/llada-xdlm
 
 `recipes/configs/llada_8b_mdlm.yaml` (k = 0) and `llada_8b_udlm.yaml` (k = 1) are its controls. With `--plan` the same
-command, by plain `python`, prints what the run needs (parameters, tokens, operations, GiB of each GPU) without reading
-weights, and refuses what cannot fit; `--plan_gpus 4 --plan_gpu_memory 40` asks about other machines (GiB a GPU).
+command, by plain `python`, prints parameters, tokens, operations and GiB per GPU without reading weights, and refuses a
+run that cannot fit; `--plan_gpus 4 --plan_gpu_memory 40` plans for other machines (GiB per GPU).
 
 Expected time: 600 steps are 1.26 billion tokens, 8.5e19 FLOP with recomputed activations; 7 to 8 hours at 40 % of an
 H100's peak (computed, not measured). Expected result: Table 16 of the paper, e.g. GSM8K in 32 steps 24.5 -> 29.3 and
 MBPP 6.8 -> 15.0; at 256 steps it trails LLaDA on all but GSM8K.
 
-The same code trains a model of any size; only the config differs. Any field of the three groups of options below can
-stand in the config file, and on the command line, which wins. One process, a local model, Python's own documentation:
+The same code trains a model of any size; only the config differs. Options may be given in the config file and on the
+command line, which overrides it. One process, a local model, Python's own documentation:
 
     python recipes/llada_cpt.py --model_name_or_path path/to/model --dataset python-reference \
         --sequence_length 128 --max_steps 100 --per_device_train_batch_size 8 --output_dir outputs/small
@@ -27,8 +27,8 @@ stand in the config file, and on the command line, which wins. One process, a lo
 With `--config_name config.json` it starts from random weights, with the tokenizer of `--tokenizer_name`, or with one of
 `--tokenizer_vocab_size` tokens that it trains on the data.
 
-With `--resume_from_checkpoint auto` the same command starts a run and, after a crash, goes on from its last checkpoint,
-bit for bit; `true` insists on there being one.
+With `--resume_from_checkpoint auto` the same command starts a run and, after a crash, resumes its last checkpoint, bit
+for bit; with `true` a missing checkpoint is an error.
 
 It writes to `output_dir`: the model (`save_pretrained`, config with k), the tokenizer, trainer_state.json with every
 logged figure, and checkpoint-* folders. With `--lora_rank 16` it trains adapters, with `--load_in_4bit true` on a base
@@ -51,11 +51,11 @@ from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.loading import read_tokenizer
 from xdlm_hf.training.arguments import XDLMTrainingArguments
 from xdlm_hf.training.checkpoints import recorded_data
-from xdlm_hf.training.processes import found_by_the_first, run_script
+from xdlm_hf.training.processes import run_on_main_process, run_script
 from xdlm_hf.training.revisions import pin_revision, revision_to_read
 from xdlm_hf.training.trainer import XDLMTrainer
 
-TOKENIZER_DOCUMENTS = 100_000  # that a tokenizer is trained on
+TOKENIZER_DOCUMENTS = 100_000  # a tokenizer is trained on the first ones
 
 
 @dataclass
@@ -106,7 +106,7 @@ def pinned_revision(options: DataArguments, checkpoint: Path | None) -> dict[str
             )
         return None
     check_source(options.dataset, None, options.skip_corrupted)
-    return found_by_the_first(lambda: pin_revision(options.dataset, options.dataset_revision, checkpoint))
+    return run_on_main_process(lambda: pin_revision(options.dataset, options.dataset_revision, checkpoint))
 
 
 def source_files(options: DataArguments, checkpoint: Path | None) -> SourceFiles | None:
@@ -117,7 +117,7 @@ def source_files(options: DataArguments, checkpoint: Path | None) -> SourceFiles
 
 
 def load_text(options: DataArguments, revision: dict[str, str | None] | None, files: SourceFiles | None = None):
-    """Documents to train on and those held out, or None; nothing is read yet."""
+    """Documents for training and held-out ones, or None; nothing is read yet."""
     if files is not None:
         documents = files.documents(options.text_column, options.skip_corrupted)
     elif options.dataset == "python-reference":
@@ -150,7 +150,7 @@ def load_tokenizer(options: DataArguments, model: ModelArguments, documents, che
     if checkpoint is not None:
         return read_tokenizer(str(checkpoint))
     texts = (row["text"] for row in itertools.islice(documents, TOKENIZER_DOCUMENTS))
-    return found_by_the_first(lambda: train_tokenizer(texts, options.tokenizer_vocab_size))
+    return run_on_main_process(lambda: train_tokenizer(texts, options.tokenizer_vocab_size))
 
 
 def load_rows(
@@ -187,7 +187,7 @@ def load_rows(
 
 
 def source(options: DataArguments, revision: dict[str, str | None] | None, files: SourceFiles | None) -> dict:
-    """What a checkpoint remembers of a stream's data, to notice when it changed."""
+    """Identity of a stream's data, stored in checkpoints."""
     if files is not None:
         data = files.fingerprint
     else:

@@ -14,12 +14,12 @@ Or from local files, one JSON object a line, with `messages`, or with `prompt` a
     python recipes/llada_sft.py --model_name_or_path path/to/model --data_files path/to/*.jsonl --sequence_length 512 \
         --num_train_epochs 3 --lora_rank 16 --learning_rate 2e-4 --output_dir outputs/small-sft
 
-`--plan`, `--resume_from_checkpoint auto`, LoRA and 4 bits, and what is written, are as in llada_cpt.py. Expected time
-and result: not measured.
+`--plan`, `--resume_from_checkpoint auto`, LoRA, 4 bits and output files are as in llada_cpt.py. Expected time and
+result: not measured.
 
-A row is cut at `sequence_length`; one whose prompt alone is as long stops the run before it begins, with its file and
-line, unless `--drop_unusable true` leaves such rows out, counted. `--eos_in_loss` says how many end-of-text tokens
-belong to the answer; xdlm_hf/conversations.py has the details.
+A row is cut at `sequence_length`. A prompt that leaves no room for an answer is an error before training, with file and
+line, unless `--drop_unusable true` leaves such rows out. `--eos_in_loss` sets how many end-of-text tokens belong to the
+answer; see xdlm_hf/data/conversations.py.
 """
 
 import sys
@@ -60,7 +60,7 @@ class DataArguments:
         default="one", metadata={"help": f"End-of-text tokens that belong to the answer: {', '.join(EOS_IN_LOSS)}."}
     )
     loss_weighting: str = field(
-        default="rows", metadata={"help": f"What weighs alike in the loss: {', '.join(LOSS_WEIGHTING)}."}
+        default="rows", metadata={"help": f"What has equal weights in the loss: {', '.join(LOSS_WEIGHTING)}."}
     )
     drop_unusable: bool = field(
         default=False, metadata={"help": "Leave out rows without anything to learn, counted, instead of stopping."}

@@ -1,4 +1,4 @@
-"""The plan of a run: `--plan` prints what it needs, and a run that starts checks its disk by the same arithmetic."""
+"""The plan of a run (`--plan`): parameters, operations, memory and disk; every run checks its disk space by it."""
 
 import copy
 import math
@@ -36,7 +36,7 @@ from xdlm_hf.training.planning import (
 from xdlm_hf.training.storage import Disk, check_disk, loading_bytes, number_of_saves, planned_disk
 
 _CONFIGS = Path(__file__).parent / "configs" / "models"
-# Configs that a plan can be made from where the Hub cannot be asked.
+# Copies of configs, for plans without a connection to the Hub.
 OWN_CONFIGS = {"GSAI-ML/LLaDA-8B-Base": "llada_8b.json", "GSAI-ML/LLaDA-8B-Instruct": "llada_8b.json"}
 
 
@@ -52,14 +52,14 @@ class PlanArguments:
 
 
 class PlannedArguments(XDLMTrainingArguments):
-    """Arguments of a run on other machines than this one: the plan divides their global batch, not this process."""
+    """Arguments of a run on other machines: the plan divides the global batch, not this process."""
 
     def _accumulation_steps(self) -> int:
         return self.gradient_accumulation_steps
 
 
 def planned_config(name: str) -> tuple[PreTrainedConfig, bool]:
-    """Config of a model, and whether it is the repository's copy because the Hub cannot be asked.
+    """Config of a model, and whether it is the repository's copy because the Hub cannot be reached.
 
     Raises:
         ValueError: If it cannot be read, and there is no copy of it here.
@@ -79,14 +79,14 @@ def planned_run(
 
     Args:
         options: The recipe's `ModelArguments`.
-        args: Of the run.
-        config: Of the model. Not modified.
-        dtype: Of the weights as loaded.
+        args: Arguments of the run.
+        config: The model's. Not modified.
+        dtype: Dtype of the loaded weights.
         gpus: Number of processes.
         length: L, tokens per row.
     """
     config = copy.deepcopy(config)
-    # Flash attention keeps what sdpa keeps, and is not installed where there is no GPU.
+    # Flash attention keeps the same activations as sdpa, and is not installed without a GPU.
     flash = options.attn_implementation.startswith("flash_attention")
     config._attn_implementation = "sdpa" if flash else options.attn_implementation
     with torch.device("meta"):
@@ -112,7 +112,7 @@ def planned_run(
 
 
 def disk_of(run: Run, layout: Layout, args: XDLMTrainingArguments, steps: int) -> Disk:
-    """Disk space of a run of so many steps; 0 steps if that is not known, for which one checkpoint is assumed."""
+    """Disk space of a run; `steps` is 0 if unknown, for which `save_total_limit + 1` checkpoints are assumed."""
     saves = 0
     if args.save_strategy == "epoch":
         saves = math.ceil(args.num_train_epochs)
@@ -120,7 +120,7 @@ def disk_of(run: Run, layout: Layout, args: XDLMTrainingArguments, steps: int) -
         saves = number_of_saves(steps, args.save_steps) if steps > 0 else (args.save_total_limit or 0) + 1
     limit = args.save_total_limit
     if limit == 1 and (args.load_best_model_at_end or args.metric_for_best_model):
-        limit = 2  # the best one stays beside the last
+        limit = 2  # the best one is kept besides the last
     return planned_disk(run, layout, saves, limit, args.save_only_model)
 
 
@@ -140,10 +140,10 @@ def check_space(
 
     Args:
         options, args, config, dtype: As in `planned_run`.
-        rows: Of the training data; None for a stream.
+        rows: Rows of the training data; None for a stream.
 
     Raises:
-        ValueError: With what is needed and free.
+        ValueError: With the space needed and free.
     """
     run, _, _ = planned_run(options, args, config, dtype, args.world_size, 1)
     steps = args.max_steps
@@ -154,7 +154,7 @@ def check_space(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is printed
+# Output
 
 
 def show(
@@ -164,9 +164,9 @@ def show(
 
     Args:
         plan, options, args: The options.
-        config: Of the model.
+        config: The model's.
         length: L, tokens per row.
-        dtypes: `loaded`, of the weights in training, and `stored`, in the checkpoint; None for random weights.
+        dtypes: `loaded` and `stored`, the weights' dtypes in training and in the checkpoint (None: random weights).
 
     Raises:
         ValueError: If it cannot fit or its batches do not divide.
@@ -175,7 +175,7 @@ def show(
     console = Console()
     rows = _global_rows(args, plan)
     console.print(_summary(model, run, rows, args.max_steps), highlight=False)
-    assumed = "" if known else ": not known to the plan, which takes AdamW's 8 bytes a parameter"
+    assumed = "" if known else ": unknown to the plan, which assumes AdamW's 8 bytes per parameter"
     console.print(f"optimizer   {OptimizerNames(args.optim).value}{assumed}", highlight=False)
     each, shared = loading_bytes(run, dtypes["stored"])
     console.print(
@@ -243,7 +243,7 @@ def memory_table(run: Run, gpu_memory: float) -> Table:
 
 
 def disk_table(disks: dict[str, Disk]) -> Table:
-    """GiB of disk in every layout: one checkpoint, the most at once, the final model, and the worst moment."""
+    """GiB of disk in every layout: one checkpoint, most checkpoints at once, the final model, and the peak."""
     table = Table(title="GiB of disk", title_justify="left")
     for column in ("layout", "a checkpoint", "at once", "final model", "at most"):
         table.add_column(column, justify="left" if column == "layout" else "right", no_wrap=True)

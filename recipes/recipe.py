@@ -1,8 +1,8 @@
-"""What the training recipes share: options and config files, the model with its adapters, and the run.
+"""Code shared by the training recipes: options and config files, the model with its adapters, and the run.
 
-A config file is YAML, one option a line. Its line `base: other.yaml` takes over the options of another file in the same
-folder; those of the file itself win, and the command line wins over both. A base has no base of its own, and a name
-that is no option is refused wherever it stands.
+A config file is YAML, one option a line. The line `base: other.yaml` includes the options of another file in the same
+folder; those of the file itself override them, and the command line overrides both. A base cannot have a base, and
+unknown options are refused everywhere.
 """
 
 import argparse
@@ -32,14 +32,13 @@ from xdlm_hf.training.adapters import add_adapters, load_adapter, quantization_4
 from xdlm_hf.training.arguments import XDLMTrainingArguments
 from xdlm_hf.training.checkpointing import model_bytes
 from xdlm_hf.training.checkpoints import (
-    UNFINISHED,
-    explained_failure,
+    explain_disk_errors,
     last_whole_checkpoint,
     refuse_other_run,
     whole_model,
 )
 from xdlm_hf.training.precision import check_trained_dtype
-from xdlm_hf.training.processes import found_by_the_first
+from xdlm_hf.training.processes import run_on_main_process
 from xdlm_hf.training.trainer import XDLMTrainer
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -55,7 +54,7 @@ class ModelArguments:
     tokenizer_name: str | None = field(default=None, metadata={"help": "Default: the model's."})
     dtype: str = field(
         default="float32",
-        metadata={"help": "Of the weights. 16 bits need DeepSpeed ZeRO, which keeps float32 copies, or lora_rank."},
+        metadata={"help": "Dtype of the weights. 16 bits need DeepSpeed ZeRO (float32 copies) or lora_rank."},
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, ..."})
     lora_rank: int = field(default=0, metadata={"help": "Train adapters of this rank; 0 trains all weights."})
@@ -90,13 +89,13 @@ def parse(groups: Sequence[type], argv: Sequence[str], description: str) -> tupl
     if chosen.config is not None:
         known = {option.name for group in groups for option in dataclasses.fields(group) if option.init} - {"plan"}
         values = read_options(Path(chosen.config), known).items()
-        # argparse checks the types of texts alone.
+        # argparse checks the types of strings only.
         parser.set_defaults(**{name: str(v) if isinstance(v, int | float) else v for name, v in values})
     if chosen.plan:
-        parser.set_defaults(plan=True, use_cpu=True)  # planning a run for GPUs needs none
+        parser.set_defaults(plan=True, use_cpu=True)  # planning needs no GPU
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    except (ValueError, TypeError) as error:  # of Transformers, for options that do not go together
+    except (ValueError, TypeError) as error:  # raised by Transformers for options that do not go together
         raise ValueError(" ".join(str(error).split())) from error
     if unknown:
         raise ValueError(f"unknown options on the command line: {' '.join(unknown)}; see --help.")
@@ -142,7 +141,7 @@ def _refuse_unknown(path: Path, options: dict[str, Any], known: set[str]) -> Non
 
 
 def resume_point(args: XDLMTrainingArguments) -> str | bool | None:
-    """What `XDLMTrainer.train` is to resume from; a new run must not write over another."""
+    """The argument of `XDLMTrainer.train`; a new run must not overwrite another."""
     resume = {"true": True, "false": None, None: None}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
     if resume in ("auto", True):
         found = last_whole_checkpoint(args.output_dir, shared=not args.save_on_each_node)
@@ -158,7 +157,7 @@ def load_tokenizer(options: ModelArguments) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: If it or the model's config cannot be read, or random weights are asked for and none is named.
     """
-    model_config(options)  # reading a tokenizer reads the config too, and would take the blame for it
+    model_config(options)  # first: an error of the config would be reported as one of the tokenizer
     if options.config_name is not None and options.tokenizer_name is None:
         raise ValueError(
             f"config_name={options.config_name!r} starts from random weights, which have no tokenizer: give "
@@ -204,8 +203,8 @@ def load_model(
     set_seed(args.seed)  # adapters start at random
     model = load_weights(options.model_name_or_path, **settings)
     if options.lora_rank:
-        # Not peft's prepare_model_for_kbit_training, which makes norms and head float32: the norms compute in float32
-        # whatever their dtype, and a float32 head of LLaDA's vocabulary takes another GiB.
+        # Not peft's prepare_model_for_kbit_training, which casts norms and head to float32: the norms compute in
+        # float32 anyway, and a float32 head of LLaDA's vocabulary takes another GiB.
         return add_adapters(model, options.lora_rank, options.lora_alpha, options.lora_dropout)
     return model
 
@@ -220,7 +219,7 @@ def new_model(
     check_tokenizer(tokenizer, config)
     config._attn_implementation = options.attn_implementation
     set_seed(args.seed)
-    # Built by its class: from_config would spread it under ZeRO-3 while its weights are drawn.
+    # Built by its class: from_config would shard it under ZeRO-3 while its weights are drawn.
     return model_class(config)(config).to(weights_dtype(options, config))
 
 
@@ -246,7 +245,7 @@ def check_model_options(options: ModelArguments, args: XDLMTrainingArguments) ->
         raise ValueError("load_in_4bit=True freezes the weights: give lora_rank, e.g. 16, to train adapters on them.")
     if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ValueError(
-            "load_in_4bit=True does not go with ZeRO-3 or FSDP, which would cut packed weights: use zero2."
+            "load_in_4bit=True does not go with ZeRO-3 or FSDP, which would shard packed weights: use zero2."
         )
 
 
@@ -256,7 +255,7 @@ def check_length(sequence_length: int, config: Any) -> None:
 
 
 def show_plan(plan: PlanArguments, options: ModelArguments, args: XDLMTrainingArguments, sequence_length: int) -> None:
-    """Print what a run needs.
+    """Print the plan of a run.
 
     Raises:
         SystemExit: With a message, if it cannot fit, its batches do not divide, or options do not go together.
@@ -266,7 +265,7 @@ def show_plan(plan: PlanArguments, options: ModelArguments, args: XDLMTrainingAr
         name = options.config_name or options.model_name_or_path
         config, is_copy = planner.planned_config(name)
         if is_copy:
-            print(f"model config: this repository's copy of {name}'s, since the Hub cannot be asked")
+            print(f"model config: this repository's copy of {name}'s, since the Hub cannot be reached")
         check_length(sequence_length, config)
         stored = None if options.config_name else config.dtype or torch.float32
         planner.show(plan, options, args, config, sequence_length, loaded=weights_dtype(options, config), stored=stored)
@@ -294,7 +293,7 @@ def train(
     """
     rows = len(train_rows) if has_length(train_rows) else None
     dtype = weights_dtype(options, model.config)
-    found_by_the_first(lambda: planner.check_space(options, args, model.config, dtype, rows))
+    run_on_main_process(lambda: planner.check_space(options, args, model.config, dtype, rows))
     trainer = XDLMTrainer(
         model=model,
         args=args,
@@ -302,32 +301,35 @@ def train(
         eval_dataset=validation_rows,
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=resume)
+    found = resume != args.resume_from_checkpoint  # by `resume_point`, which has compared the checksums
+    trainer.train(resume_from_checkpoint=resume, verified=found)
     metrics = None if validation_rows is None else trainer.evaluate()
     save(trainer, options, metrics)
     return trainer
 
 
 def save(trainer: XDLMTrainer, options: ModelArguments, metrics: dict[str, float] | None = None) -> None:
-    """Final model, tokenizer, log and, if given, evaluation. Every process must call this: the weights may be spread.
+    """Save model, tokenizer, log and, if given, metrics. Every process must call this: the weights may be sharded.
 
     Raises:
-        OSError: If they cannot be written. What is there is whole, and the message says what that is.
+        OSError: If they cannot be written; the message names the whole files that there are.
     """
     output_dir, step = Path(trainer.args.output_dir), trainer.state.global_step
     what, folder = ("adapter", output_dir / "adapter") if options.lora_rank else ("model", output_dir)
     trainer.save_model(str(folder))
-    kept = f"the {what} in {str(folder)!r} is whole"
-    with explained_failure(step, output_dir / UNFINISHED, output_dir, False, "the log", also_kept=kept):
+    message = (
+        f"step {step}: the log could not be written to {str(output_dir)!r}; the {what} in {str(folder)!r} is whole."
+    )
+    with explain_disk_errors(message, output_dir, output_dir):
         trainer.save_state()
         if metrics is not None:
             trainer.save_metrics("eval", metrics)
     if options.lora_rank:
-        save_merged(trainer, options, folder, kept)
+        save_merged(trainer, options, folder)
 
 
-def save_merged(trainer: XDLMTrainer, options: ModelArguments, adapter: Path, kept: str) -> None:
-    """The base with the trained adapters, saved in `adapter` before, merged into it, and the tokenizer."""
+def save_merged(trainer: XDLMTrainer, options: ModelArguments, adapter: Path) -> None:
+    """Save the base model with the trained adapters (already saved in `adapter`) merged into it, and the tokenizer."""
     output_dir = adapter.parent
     model = trainer.accelerator.unwrap_model(trainer.model)
     whole = contextlib.nullcontext()
@@ -338,12 +340,14 @@ def save_merged(trainer: XDLMTrainer, options: ModelArguments, adapter: Path, ke
     with whole:
         if not trainer.is_world_process_zero():
             return
-        if options.load_in_4bit:  # into the weights as they were, not into what 4 bits left of them
+        if options.load_in_4bit:  # merged into the original weights, not into those rounded to 4 bits
             base = load_weights(options.model_name_or_path, dtype=options.dtype)
             model = load_adapter(base, str(adapter))
-        merged, step = model.merge_and_unload(), trainer.state.global_step
-        with whole_model(
-            output_dir, output_dir, step, model_bytes(merged), what="the merged model", also_kept=kept
-        ) as unfinished:
+        merged = model.merge_and_unload()
+        message = (
+            f"step {trainer.state.global_step}: the merged model could not be written to {str(output_dir)!r}. It needs "
+            f"{model_bytes(merged) / 2**30:.1f} GiB. The adapter in {str(adapter)!r} is whole."
+        )
+        with whole_model(output_dir, output_dir, message) as unfinished:
             merged.save_pretrained(unfinished)
             trainer.processing_class.save_pretrained(unfinished)

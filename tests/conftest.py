@@ -1,5 +1,8 @@
 """Settings for every test: threads, fixed seeds, Hypothesis profiles.
 
+The folders mirror the package. Helpers stand beside this file and are imported by their bare name: no folder of tests
+is a package, so that `import models` finds models.py and not the folder of that name.
+
 Markers (declared in setup.cfg, left out of a plain `pytest`): `slow` takes more than a minute on one core, `gpu` needs
 a CUDA device, `hub` needs to reach a model or data hub. Run one kind with, for example, `pytest -m slow`.
 

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from models import tiny_model
 from torch import Tensor
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
+from xdlm_hf import LLaDAForDiffusionLM
 
 
 @dataclass(frozen=True)
@@ -124,18 +125,9 @@ def _budget(filled: int, k: float) -> int:
 
 def integer_model(network, vocab_size: int, mask_token_id: int, dtype: torch.dtype) -> LLaDAForDiffusionLM:
     """A model whose logits are the network's, in `dtype`."""
-    config = LLaDAConfig(
-        d_model=8,
-        n_heads=1,
-        n_layers=1,
-        mlp_hidden_size=8,
-        vocab_size=vocab_size,
-        max_sequence_length=1024,
-        mask_token_id=mask_token_id,
-        eos_token_id=1 if mask_token_id != 1 else 2,
-        pad_token_id=3 if mask_token_id != 3 else 4,
-    )
-    model = LLaDAForDiffusionLM(config).eval()
+    sizes = {"d_model": 8, "n_heads": 1, "n_layers": 1, "mlp_hidden_size": 8, "max_sequence_length": 1024}
+    ids = {"eos_token_id": 1 if mask_token_id != 1 else 2, "pad_token_id": 3 if mask_token_id != 3 else 4}
+    model = tiny_model(vocab_size=vocab_size, mask_token_id=mask_token_id, **sizes, **ids).eval()
 
     def forward(input_ids, attention_mask=None, position_ids=None, logits_to_keep=None):
         if position_ids is not None:

@@ -10,17 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from models import CHECKPOINT, TINY, tiny_model, word_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_configuration_llada import TINY
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.hub import export_for_hub, model_card
 
 ROOT = Path(__file__).resolve().parent.parent
-FIXTURE = ROOT / "tests" / "fixtures" / "tiny-llada"
 
 # Runs in another process, with an import hook that refuses the package, and exports once more from what it loaded.
 REMOTE = """
@@ -68,22 +66,12 @@ with torch.no_grad():
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    config = LLaDAConfig(**TINY, init_std=0.2, mixing_ratio=0.1, eos_token_id=47, pad_token_id=47)
-    return LLaDAForDiffusionLM(config).eval()
-
-
-def make_tokenizer(size=50, mask="<mask>"):
-    vocabulary = {f"w{i}": i for i in range(size)} | {"<mask>": 49, "<eot>": 47}
-    del vocabulary["w49"], vocabulary["w47"]
-    names = {"mask_token": mask, "eos_token": "<eot>", "pad_token": "<eot>"}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in names.items() if v})
+    return tiny_model(**TINY, init_std=0.2, mixing_ratio=0.1, eos_token_id=47, pad_token_id=47).eval()
 
 
 def test_export_loads_where_the_package_is_not_importable(model, tmp_path):
     ids = torch.randint(0, 47, (2, 7), generator=torch.Generator().manual_seed(1))
-    folder = export_for_hub(model, tmp_path / "my-model.v1", make_tokenizer(), base_model="a/b", license="mit")
+    folder = export_for_hub(model, tmp_path / "my-model.v1", word_tokenizer(), base_model="a/b", license="mit")
     save_file({"input_ids": ids}, tmp_path / "inputs.safetensors")
     arguments = [folder, tmp_path / "inputs.safetensors", tmp_path / "outputs.safetensors", tmp_path / "again"]
     caches = {"HF_HOME": tmp_path / "home", "HF_MODULES_CACHE": tmp_path / "modules", "HF_HUB_OFFLINE": "1"}
@@ -151,7 +139,7 @@ def test_exported_code_is_the_package_code(model, tmp_path):
 
 def test_card_states_the_facts(model):
     card = model_card(
-        model, make_tokenizer(), name="me/tiny-xdlm", base_model="GSAI-ML/LLaDA-8B-Base", license="mit", notes="## Data"
+        model, word_tokenizer(), name="me/tiny-xdlm", base_model="GSAI-ML/LLaDA-8B-Base", license="mit", notes="## Data"
     )
     header = yaml.safe_load(card.split("---")[1])
     assert header["base_model"] == "GSAI-ML/LLaDA-8B-Base" and header["license"] == "mit"
@@ -186,7 +174,7 @@ def test_card_of_a_model_from_scratch(model):
 
 def test_occupied_folder_is_refused(model, tmp_path):
     (tmp_path / "other.txt").write_text("kept")
-    with pytest.raises(ValueError, match="exists and is not an empty folder; export to a new one"):
+    with pytest.raises(ValueError, match="exists and is not an empty folder; use a new one"):
         export_for_hub(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["other.txt"]
 
@@ -198,8 +186,8 @@ def test_empty_folder_is_used(model, tmp_path):
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
-        (make_tokenizer(mask="w3"), r"the tokenizer's mask_token_id=3 is not the model's 49"),
-        (make_tokenizer(size=60), r"the tokenizer has 60 tokens, the model 50 rows"),
+        (word_tokenizer(mask="w3"), r"the tokenizer's mask_token_id=3 differs from the model's 49"),
+        (word_tokenizer(size=60), r"the tokenizer has 60 tokens, the model 50 rows"),
     ],
 )
 def test_foreign_tokenizer_is_refused(model, tmp_path, tokenizer, message):
@@ -209,7 +197,7 @@ def test_foreign_tokenizer_is_refused(model, tmp_path, tokenizer, message):
 
 
 def test_tokenizer_without_mask_token_is_accepted(model, tmp_path):
-    export_for_hub(model, tmp_path / "out", make_tokenizer(mask=None))
+    export_for_hub(model, tmp_path / "out", word_tokenizer(mask=None))
 
 
 def test_other_models_are_refused(model, tmp_path):
@@ -238,7 +226,7 @@ def test_failure_leaves_nothing(model, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    tokenizer = make_tokenizer()
+    tokenizer = word_tokenizer()
     monkeypatch.setattr(tokenizer, "save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
         export_for_hub(model, tmp_path / "out", tokenizer)
@@ -247,7 +235,7 @@ def test_failure_leaves_nothing(model, tmp_path, monkeypatch):
 
 
 def test_export_to_the_working_folder_and_after_a_broken_one(tmp_path, monkeypatch):
-    model = LLaDAForDiffusionLM.from_pretrained(FIXTURE)
+    model = LLaDAForDiffusionLM.from_pretrained(CHECKPOINT)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     assert (export_for_hub(model, ".") / "README.md").exists()

@@ -14,9 +14,10 @@ import sys
 
 import datasets
 import torch
+import yaml
+from models import tiny_model
 from safetensors.torch import save_file
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.data.packing import PackedDataset
 from xdlm_hf.data.stream import PackedStream
 from xdlm_hf.data.tokenizer import train_tokenizer
@@ -28,6 +29,7 @@ from xdlm_hf.training.trainer import XDLMTrainer
 VOCAB, MASK, LENGTH = 48, 5, 12
 SCRIPT = str(pathlib.Path(__file__))
 KILLS = ("kill_in_step", "kill_in_save", "nan_in_step", "nan_in_save", "terminate_in_step")
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "recipes" / "configs"
 ENDS_CLEANLY = str(pathlib.Path(__file__).parent / "ends_cleanly.py")  # goes before a script that is launched
 
 
@@ -39,25 +41,6 @@ def flags(values):
 def logged(output_dir, name="loss"):
     history = json.loads((pathlib.Path(output_dir) / "trainer_state.json").read_text())["log_history"]
     return [entry[name] for entry in history if name in entry]
-
-
-def tiny_model(**options):
-    torch.manual_seed(0)
-    config = LLaDAConfig(
-        **{
-            "d_model": 32,
-            "n_heads": 2,
-            "n_layers": 2,
-            "mlp_hidden_size": 48,
-            "vocab_size": VOCAB,
-            "max_sequence_length": 64,
-            "mask_token_id": MASK,
-            "pad_token_id": 1,
-            "eos_token_id": 1,
-            **options,
-        }
-    )
-    return LLaDAForDiffusionLM(config)
 
 
 def rows(number, seed=0):
@@ -166,6 +149,12 @@ def trainer(
     return kind(model=model, args=args, train_dataset=data, eval_dataset=rows(eval_rows, seed=1) if eval_rows else None)
 
 
+def one_batch(run, row_count=4):
+    """The first global batch, as the training loop would hand it over."""
+    batches, tokens = run.get_batch_samples(iter([run.data_collator(run.train_dataset[:row_count])]), 1, "cpu")
+    return batches[0], tokens
+
+
 def losses(run):
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
@@ -188,6 +177,34 @@ def disk_that_takes(size):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def partitioned(tmp_path, name):
+    """The repository's config, except that ZeRO-3 spreads even tiny parameters, which it would keep whole."""
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    ours = config.get("deepspeed_config", {})
+    if ours.get("zero_stage") != 3:
+        return CONFIGS / f"{name}.yaml"
+    engine = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": ours["gradient_accumulation_steps"],
+        "gradient_clipping": ours["gradient_clipping"],
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_gather_16bit_weights_on_model_save": ours["zero3_save_16bit_model"],
+            "stage3_param_persistence_threshold": 0,
+            "offload_optimizer": {"device": ours["offload_optimizer_device"]},
+            "offload_param": {"device": ours["offload_param_device"]},
+        },
+    }
+    (tmp_path / "engine.json").write_text(json.dumps(engine))
+    config["deepspeed_config"] = {
+        "deepspeed_config_file": str(tmp_path / "engine.json"),
+        "zero3_init_flag": ours["zero3_init_flag"],
+    }
+    del config["mixed_precision"]  # the engine's file says it
+    (tmp_path / "zero.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path / "zero.yaml"
 
 
 def launch(*command, timeout=600, **environment):

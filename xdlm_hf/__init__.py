@@ -1,6 +1,6 @@
 """XDLM discrete diffusion language models in Transformers: LLaDA checkpoints, noise, losses, sampling, training.
 
-`xdlm_hf.diffusion` needs torch alone; everything that needs Transformers is imported when it is asked for.
+`xdlm_hf.diffusion` needs only torch; names that need Transformers are imported on first use.
 """
 
 import importlib
@@ -26,13 +26,13 @@ from .diffusion import (
 
 __version__ = "0.1.0"
 
-# Public names that need Transformers, and where they are.
+# Public names that need Transformers, and their modules.
 _IMPORTED_ON_DEMAND = {
     "AncestralSampler": "generation.ancestral",
     "ConfidenceSampler": "generation.confidence",
     "DiTConfig": "models.dit.configuration_dit",
     "DiTForDiffusionLM": "models.dit.modeling_dit",
-    "DiffusionGenerateOutput": "generation.generate",
+    "DiffusionGenerateOutput": "generation.output",
     "LLaDAConfig": "models.llada.configuration_llada",
     "LLaDAForDiffusionLM": "models.llada.modeling_llada",
     "LLaDAModel": "models.llada.modeling_llada",

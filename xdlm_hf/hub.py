@@ -1,7 +1,6 @@
 """Export of a model for the Hub: weights, code files that load without this package, tokenizer and model card."""
 
 import ast
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec, resolve_name
@@ -10,6 +9,7 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .atomic import check_new_folder, new_folder
 from .diffusion.process import StationaryProcess
 from .generation.protocol import length_limit, output_rows
 from .models.registry import MODEL_FAMILIES
@@ -28,30 +28,28 @@ def export_for_hub(
     repo_id: str | None = None,
     notes: str = "",
 ) -> Path:
-    """Write a folder ready to upload: it loads with `trust_remote_code=True` where this package is not installed.
+    """Write a folder to upload to the Hub; it also loads without this package, with `trust_remote_code=True`.
 
     The folder holds model.safetensors (or shards), config.json with its `auto_map`, generation_config.json, the code
-    files they name, the tokenizer if given, and README.md, the model card. It appears whole or not at all.
+    files that the `auto_map` names, the tokenizer if given, and README.md, the model card. It is written atomically.
 
     Args:
-        model: What to export; merge adapters first.
-        folder: Where to; must not exist or be empty.
+        model: The model; merge adapters first.
+        folder: Target folder; must not exist or be empty.
         tokenizer: Saved beside the model; its mask id, if it has one, must be the model's.
         base_model: Hub name of the checkpoint that training started from.
         license: Licence of the weights as a Hub identifier, e.g. "mit". The code files are Apache-2.0.
-        repo_id: Name the model will have on the Hub, for the examples on the card; defaults to the folder's name.
+        repo_id: Future name of the model on the Hub, for the examples on the card; defaults to the folder's name.
         notes: Markdown added to the card: data, training, evaluation, limits.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the folder is not empty, the model is of no registered family or carries an adapter, the
-            config is invalid, or the tokenizer does not fit the model.
+        ValueError: If the folder is not empty, the model is of no registered family or has an adapter, the config is
+            invalid, or the tokenizer does not fit the model.
     """
-    folder = Path(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder; export to a new one.")
+    folder = check_new_folder(folder)
     _validate_model(model)
     _validate_config(model.config)
     if tokenizer is not None:
@@ -59,16 +57,12 @@ def export_for_hub(
     card = model_card(
         model, tokenizer, name=repo_id or folder.name, base_model=base_model, license=license, notes=notes
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as partial:
-        whole = Path(partial) / folder.name
-        whole.mkdir()
-        with _auto_map(model.config, _write_code(model, whole)):
-            model.save_pretrained(whole)
+    with new_folder(folder) as export:
+        with _auto_map(model.config, _write_code(model, export)):
+            model.save_pretrained(export)
         if tokenizer is not None:
-            tokenizer.save_pretrained(whole)
-        (whole / "README.md").write_text(card, encoding="utf-8")
-        whole.rename(folder)
+            tokenizer.save_pretrained(export)
+        (export / "README.md").write_text(card, encoding="utf-8")
     return folder
 
 
@@ -81,8 +75,8 @@ def model_card(
     license: str | None = None,
     notes: str = "",
 ) -> str:
-    """README.md of an export: base, k, schedule, special tokens, sizes, how to generate. See [`export_for_hub`]."""
-    # No pipeline_tag: Transformers' text-generation pipeline is for models that write from left to right.
+    """README.md of an export: base, k, schedule, special tokens, sizes, an example. See [`export_for_hub`]."""
+    # No pipeline_tag: Transformers' text-generation pipeline is for autoregressive models.
     header = ["---", "library_name: transformers"]
     header += ["tags:", "- diffusion-language-model", "- xdlm", f"- {model.config.model_type}"]
     header += [f"base_model: {base_model}"] if base_model else []
@@ -104,13 +98,13 @@ def model_card(
     return "\n".join(
         [*header, "---", "", f"# {name}", ""]
         + [f"A discrete diffusion language model (`{config.model_type}`) after XDLM ({PAPER}): it starts from noise"]
-        + ["and writes all positions in parallel, in as many steps as you ask for.", "", *table, ""]
+        + ["and denoises all positions in parallel, in a chosen number of steps.", "", *table, ""]
         + ["## Generate", "", "With the package `xdlm_hf`, no remote code:", ""]
         + _example(name, "import xdlm_hf  # registers the model type\n", "")
         + ["", "Without it, with the code files of this repository:", ""]
         + _example(name, "", ", trust_remote_code=True")
-        + ["", "`model.generate(steps=32)` without a prompt writes freely. More steps cost more forward passes and"]
-        + ["usually give better text.", "", *([notes.strip(), ""] if notes else [])]
+        + ["", "`model.generate(steps=32)` generates without a prompt. More steps take more forward passes and usually"]
+        + ["give better text.", "", *([notes.strip(), ""] if notes else [])]
         + ["## Licence", "", f"The code files: Apache-2.0. {weights}", ""]
     )
 
@@ -150,7 +144,7 @@ def _describe(token_id: int | list[int] | None, tokenizer: PreTrainedTokenizerBa
 def _validate_model(model: object) -> None:
     if hasattr(model, "merge_and_unload"):
         raise ValueError(
-            f"cannot export a {type(model).__name__}; merge the adapter first: model.merge_and_unload() is the model."
+            f"cannot export a {type(model).__name__}; merge the adapter first, by model.merge_and_unload()."
         )
     families = MODEL_FAMILIES.values()
     if not isinstance(model, tuple(families)):
@@ -158,13 +152,13 @@ def _validate_model(model: object) -> None:
         raise ValueError(f"cannot export a {type(model).__name__}; pass a {names}.")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            f"cannot export a {type(model).__name__} with an adapter inside; load the base model, put the adapter on "
-            "it with peft.PeftModel.from_pretrained, and export what merge_and_unload() returns."
+            f"cannot export a {type(model).__name__} with an adapter; load the base model, add the adapter by "
+            "peft.PeftModel.from_pretrained, and export the result of its merge_and_unload()."
         )
 
 
 def _validate_config(config: PreTrainedConfig) -> None:
-    """Fields may have been set after construction."""
+    """Validate again: fields may have been set after construction."""
     try:
         config.validate()
     except StrictDataclassError as error:
@@ -172,10 +166,10 @@ def _validate_config(config: PreTrainedConfig) -> None:
 
 
 def _validate_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    # LLaDA's own tokenizer names no mask token: then the config alone says which id it is.
+    # LLaDA's own tokenizer has no mask token; the config has its id.
     if tokenizer.mask_token_id is not None and tokenizer.mask_token_id != config.mask_token_id:
         raise ValueError(
-            f"the tokenizer's mask_token_id={tokenizer.mask_token_id} is not the model's {config.mask_token_id}; "
+            f"the tokenizer's mask_token_id={tokenizer.mask_token_id} differs from the model's {config.mask_token_id}; "
             "pass the tokenizer the model was trained with."
         )
     if len(tokenizer) > output_rows(config):
@@ -187,7 +181,7 @@ def _validate_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedCo
 
 @contextmanager
 def _auto_map(config: PreTrainedConfig, auto_map: dict[str, str]) -> Iterator[None]:
-    """Within it, the config names the classes beside it; afterwards it says what it said before."""
+    """Set the config's `auto_map` while the context is open."""
     before = getattr(config, "auto_map", None)
     config.auto_map = auto_map
     try:
@@ -199,10 +193,10 @@ def _auto_map(config: PreTrainedConfig, auto_map: dict[str, str]) -> Iterator[No
 
 
 def _write_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
-    """Copy the modules that the model needs into `folder`, flat; the `auto_map` that names its classes.
+    """Copy the modules that the model needs into `folder`; returns the `auto_map` of its classes.
 
-    The Hub's loader follows relative imports within one folder, so every module is written under its own name alone and
-    imports its siblings from there.
+    The Hub's loader follows relative imports within one folder only, so all modules are written into one folder, and
+    their imports are rewritten.
     """
     names = {"AutoConfig": type(model.config), "AutoModel": type(model), "AutoModelForCausalLM": type(model)}
     for module, path in _needed_modules([cls.__module__ for cls in names.values()]).items():
@@ -211,7 +205,7 @@ def _write_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
 
 
 def _needed_modules(modules: Iterable[str]) -> dict[str, Path]:
-    """These modules of the package and all that they import, by name, with their files."""
+    """Files of these modules and of all modules of the package that they import, by module name."""
     found: dict[str, Path] = {}
     waiting = list(modules)
     while waiting:
@@ -222,12 +216,12 @@ def _needed_modules(modules: Iterable[str]) -> dict[str, Path]:
         waiting += [target for _, target in _relative_imports(module, found[module])]
     leaves = [_leaf(module) for module in found]
     if len(set(leaves)) < len(leaves):
-        raise ValueError(f"two modules of the same name cannot stand in one folder: {sorted(found)}.")
+        raise ValueError(f"two modules of the export have the same file name; rename one of {sorted(found)}.")
     return found
 
 
 def _relative_imports(module: str, path: Path) -> list[tuple[ast.ImportFrom, str]]:
-    """Import statements that name modules of the package relatively, each with a module that it names."""
+    """Relative import statements of a module, each with one imported module."""
     found, package = [], module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -238,7 +232,7 @@ def _relative_imports(module: str, path: Path) -> list[tuple[ast.ImportFrom, str
 
 
 def _flattened(module: str, path: Path) -> str:
-    """The source of a module with its relative imports from siblings in the same folder."""
+    """The source of a module, with its relative imports rewritten for a single folder."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     for node, target in _relative_imports(module, path):
         before = f"from {'.' * node.level}{node.module or ''} import"

@@ -1,4 +1,4 @@
-"""Reading a checkpoint and its tokenizer, for the console commands and the recipes; errors are one line."""
+"""Loading of a checkpoint and its tokenizer for the console commands and the recipes, with one-line errors."""
 
 import contextlib
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model in evaluation mode and tokenizer; what can be refused without the weights is refused before they are read.
+    """Model in evaluation mode and tokenizer; config, tokenizer and device are checked before the weights are read.
 
     Args:
         name: Folder or Hub name of a checkpoint.
@@ -55,7 +55,7 @@ def read_config(name: str) -> PreTrainedConfig:
         name: Folder, Hub name, or path of a config.json.
 
     Raises:
-        ValueError: In one line, if it cannot be read, a value in it is wrong, or it is of another kind of model.
+        ValueError: In one line, if it cannot be read, a value in it is wrong, or its model type is not registered.
     """
     with _one_line_error(f"model={name!r} cannot be read as a folder or Hub name of a checkpoint"):
         config = AutoConfig.from_pretrained(name)
@@ -87,24 +87,24 @@ def load_weights(name: str, **options: Any) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _one_line_error(what: str) -> Iterator[None]:
-    """Turn what libraries raise for a wrong path, a missing or a damaged file into a `ValueError` of one line."""
+def _one_line_error(message: str) -> Iterator[None]:
+    """Convert libraries' errors for a wrong path or a missing or damaged file into a one-line `ValueError`."""
     try:
         yield
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
-        why = " ".join(str(error).split())  # Transformers' messages have paragraphs
-        raise ValueError(f"{what}: {why}") from error
+        cause = " ".join(str(error).split())  # Transformers' messages have several lines
+        raise ValueError(f"{message}: {cause}") from error
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """End-of-text ids: the tokenizer's and, where there are more, the model's."""
-    theirs = model.generation_config.eos_token_id
-    theirs = model.config.eos_token_id if theirs is None else theirs
-    return {tokenizer.eos_token_id, *([theirs] if isinstance(theirs, int) else theirs or [])} - {None}
+    """End-of-text ids of the tokenizer and of the model."""
+    ids = model.generation_config.eos_token_id
+    ids = model.config.eos_token_id if ids is None else ids
+    return {tokenizer.eos_token_id, *([ids] if isinstance(ids, int) else ids or [])} - {None}
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The special token that the chat template puts behind a message, if it does; LLaDA's is <|eot_id|>."""
+    """The special token that the chat template puts after a message, if any; LLaDA's is <|eot_id|>."""
     if not tokenizer.chat_template:
         return set()
     answer = "answer"

@@ -1,8 +1,8 @@
 """BIG-Bench Hard: 27 subtasks of `{"input": ..., "target": ...}`, each with its own three worked examples.
 
 Local files: bbh/tasks/NAME.json and bbh/cot-prompts/NAME.txt, as published with the benchmark. Hub: SaylorTwift/bbh,
-with the worked examples from lm-eval's own task files. Both protocols ask alike; they differ in where an answer ends
-and in what is taken of it.
+with the worked examples from lm-eval's own task files. The protocols have the same prompts, and differ in where an
+answer ends and in how its result is extracted.
 """
 
 import functools
@@ -25,7 +25,7 @@ LETTER = re.compile(r"\(([A-Z])\)")
 
 
 def load(subtask: str, data: str | None = None, protocol: str = "opencompass", **_metadata) -> DatasetDict:
-    """Reads one subtask with its prompts; `_metadata` is whatever else the run was given.
+    """Reads one subtask with its prompts; `_metadata` is ignored.
 
     Raises:
         ValueError: If rows or examples cannot be read, a row lacks input or target, or the protocol is unknown.
@@ -76,9 +76,9 @@ def stock_shots(subtask: str) -> str:
 
 
 def final_answer(text: str, letter: bool) -> str:
-    """What follows the first "answer is ": a letter in brackets, or the rest of the line without its full stop.
+    """The result after the first "answer is ": a letter in brackets, or the rest of the line without its full stop.
 
-    An answer without these words is read as a whole: its last letter in brackets, or its first line.
+    Of an answer without these words, the last letter in brackets, or the first line.
     """
     before, found, after = text.partition("answer is ")
     if letter:

@@ -1,4 +1,4 @@
-"""What the tasks that run programs share: fences, running, the four counts, and pass@k."""
+"""Shared code of the tasks that run programs: extraction from fences, execution, verdicts, and pass@k."""
 
 import dataclasses
 import math
@@ -23,10 +23,10 @@ def execute(
     job_of: Callable[[dict, str], Job],
     opencompass_seconds: float,
 ) -> list[list[str]]:
-    """lm-eval's filter: for every answer of every row, its verdict and why, such as "wrong" or "failed: NameError".
+    """Filter for lm-eval: the verdict of every answer of every row, such as "wrong" or "failed: NameError".
 
-    A program has the `seconds` of its row; without them, `opencompass_seconds` under `opencompass`, else the sandbox's
-    own limit.
+    The time limit is the `seconds` of the row; without them, `opencompass_seconds` under `opencompass`, else the
+    sandbox's own.
     """
     if not docs:
         return []
@@ -41,7 +41,7 @@ def execute(
 
 
 def own_assertion_is_wrong(verdict: Verdict) -> Verdict:
-    """OpenCompass counts every AssertionError as Wrong, that of the program before the tests too."""
+    """OpenCompass's rule: every AssertionError is Wrong, also that of the program itself before the tests."""
     own = verdict.result == "failed" and verdict.why.startswith("AssertionError")
     return dataclasses.replace(verdict, result="wrong") if own else verdict
 

@@ -2,8 +2,8 @@
 
 Local files: math/test.jsonl and math/math500_test.jsonl. Hub: EleutherAI/hendrycks_math (seven configurations) and
 HuggingFaceH4/MATH-500. Under `opencompass` the shots are Minerva's four as OpenCompass has them (every brace doubled,
-some line breaks lost) and math-verify compares. Under `lenient` they are Minerva's, and so is the normalisation, then
-sympy compares. Both comparisons run in a process that can be stopped.
+some line breaks lost) and math-verify compares. Under `lenient` shots and normalisation are Minerva's and sympy
+compares. Both comparisons run in a process with a time limit (equality.py).
 """
 
 import functools
@@ -35,14 +35,12 @@ SUBJECTS = (
 )
 STOPS = {"opencompass": ("Problem:",), "lenient": ("Problem:",)}
 SENTENCE = re.compile(r"final answer is(.*?)(?:\. I hope it is correct|\.?\s*(?:\n|$))", re.IGNORECASE | re.DOTALL)
-
-
-# A longer answer is no answer, and Minerva's normalisation takes time that grows with the square of the length.
-MAX_ANSWER = 2000  # characters; the longest gold answer of MATH has 81
+# In characters. Minerva's normalisation takes time quadratic in the length; the longest gold answer of MATH has 81.
+MAX_ANSWER = 2000
 
 
 def load(data: str | None = None, protocol: str = "opencompass", **_metadata) -> DatasetDict:
-    """Reads the rows lm-eval asks for; `_metadata` is whatever else the run was given.
+    """Reads the rows lm-eval asks for; `_metadata` is ignored.
 
     Raises:
         ValueError: If the rows cannot be read, one lacks a problem or a boxed answer, or the protocol is unknown.
@@ -71,7 +69,7 @@ def row_parser(protocol: str) -> Callable[[dict, str], dict[str, str]]:
 
 
 def prompt(problem: str, protocol: str) -> str:
-    """Four solved problems and this one; OpenCompass's ends with a line break, Minerva's without."""
+    """Four solved problems and this one; OpenCompass's prompt ends with a line break, Minerva's does not."""
     if protocol == "opencompass":
         return "\n".join([*opencompass_shots(), f"Problem:\n{problem}\nSolution:\n"])
     solved = [f"Problem:\n{shot['problem']}\nSolution:\n{shot['solution']}" for shot in minerva.list_fewshot_samples()]
@@ -86,7 +84,7 @@ def opencompass_shots() -> list[str]:
 
 
 def parse_row(row: dict, where: str) -> dict[str, str]:
-    """`problem`, `solution` and its boxed `answer`; `where` opens the message of the ValueError for a row without."""
+    """`problem`, `solution` and its boxed `answer`; `where` begins the message of the ValueError if it has none."""
     require_texts(row, ("problem", "solution"), where)
     answer = last_boxed(row["solution"])
     if answer is None:
@@ -95,10 +93,10 @@ def parse_row(row: dict, where: str) -> dict[str, str]:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last `\boxed`, or, without one, of the last `\fbox`; None where there is no closed box.
+    r"""Content of the last `\boxed`, or without one of the last `\fbox`; None if there is no closed box.
 
-    MATH's rule: in braces up to the closing one; without braces (`\boxed 5`) up to the next dollar sign. Where no
-    dollar sign follows on the line, a box without braces ends at the first blank outside of brackets.
+    MATH's rule: in braces up to the closing one; without braces (`\boxed 5`) up to the next dollar sign, or, if none
+    follows on the line, up to the first blank outside of brackets.
     """
     for command in ("\\boxed", "\\fbox"):
         _, found, rest = text.rpartition(command)
@@ -130,16 +128,16 @@ def _unbraced(text: str) -> str | None:
 
 
 def normalize(answer: str) -> str:
-    r"""Minerva's normalisation, after three forms it does not know: `.5`, units in `\mathrm`, blanks in matrices."""
+    r"""Minerva's normalisation, which does not handle `.5`, units in `\mathrm` and blanks in matrices, after these."""
     answer = re.sub(r"(?<![\d.])\.(?=\d)", "0.", answer)
     answer = re.sub(r"\\mathrm\{(?!th\})[\s~]*", r"\\text{", answer).replace("~", " ").replace("\\,", " ")
-    # Before Minerva's rules, which take the backslash and blank of "\\ 3" for a blank in LaTeX.
+    # Before Minerva's rules, which read the backslash and blank of "\\ 3" as LaTeX's command for a blank.
     answer = re.sub(r"\s+", " ", answer).replace("\\\\ ", "\\\\").replace(" \\\\", "\\\\")
     return minerva.normalize_final_answer(answer)
 
 
 def final_answer(text: str) -> str | None:
-    """The last box of an answer, else what its sentence "The final answer is ..." names, normalised; else None."""
+    """The last box of an answer, else the rest of its sentence "The final answer is ...", normalised; else None."""
     answer = last_boxed(text)
     if answer is None:
         sentence = SENTENCE.search(text)

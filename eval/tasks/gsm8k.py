@@ -1,7 +1,7 @@
 """GSM8K: rows `{"question": ..., "answer": "reasoning ... #### 42"}`, scored on the final number.
 
-Local file: gsm8k/test.jsonl. Hub: openai/gsm8k. Both protocols ask alike; they differ in where an answer ends and in
-the number taken of it.
+Local file: gsm8k/test.jsonl. Hub: openai/gsm8k. The protocols have the same prompts, and differ in where an answer ends
+and in which number is extracted.
 """
 
 import json
@@ -23,7 +23,7 @@ NUMBER = re.compile(rf"((?:(?<!\d)-)?\$?{_UNSIGNED})(?: ?/ ?(\$?{_UNSIGNED}))?")
 
 
 def load(data: str | None = None, protocol: str = "opencompass", **_metadata) -> DatasetDict:
-    """Reads the rows lm-eval asks for; `_metadata` is whatever else the run was given.
+    """Reads the rows lm-eval asks for; `_metadata` is ignored.
 
     Raises:
         ValueError: If the rows cannot be read, one lacks a question or a final number, or the protocol is unknown.
@@ -43,7 +43,7 @@ def shots() -> list[dict[str, str]]:
 
 
 def parse_row(row: dict, where: str) -> dict[str, str]:
-    """`question` and `answer` of one row; `where` opens the message of the ValueError raised when it has none."""
+    """`question` and `answer` of one row; `where` begins the message of the ValueError if it has none."""
     require_texts(row, ("question", "answer"), where)
     if final_number(row["answer"].partition(MARKER)[2]) is None:
         raise ValueError(f"{where}: the answer must end in '{MARKER} <number>', got {row['answer'][-80:]!r}")
@@ -53,8 +53,8 @@ def parse_row(row: dict, where: str) -> dict[str, str]:
 def final_number(text: str) -> Decimal | None:
     """The number after the first `####`, else the last number of the text's first paragraph, else None.
 
-    Commas and `$` are dropped, and the value is compared, so `$1,000.00` equals `1000`, and `1/2` is a half. What
-    follows a blank line is left out because a base model goes on with another question.
+    Commas and `$` are dropped, and values compared: `$1,000.00` equals `1000`, and `1/2` is a half. Later paragraphs
+    are left out because a base model continues with another question.
     """
     marked = NUMBER.search(text, text.find(MARKER)) if MARKER in text else None
     first_paragraph = text.strip().split("\n\n")[0]
@@ -64,7 +64,7 @@ def final_number(text: str) -> Decimal | None:
     try:
         numerator, denominator = (Decimal(re.sub(r"[,$]", "", part or "1")) for part in numbers[-1])
         return numerator / denominator if denominator != 1 else numerator
-    except ArithmeticError:  # division by 0, or more digits than a Decimal's exponent can count
+    except ArithmeticError:  # division by 0, or overflow of a Decimal
         return None
 
 

@@ -21,12 +21,12 @@ STOPS = {"opencompass": (), "lenient": ()}
 QUESTION = {"opencompass": "", "lenient": "Complete the following python code:\n"}
 FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 FORMS = {"EvalPlus's own file": plus.RELEASE, "HumanEval": dict.fromkeys(FIELDS, str)}
-# A line that may stand at the margin after a function without ending the program.
+# An unindented line after a function that does not end the program.
 GOES_ON = re.compile(r"[\s@#)\]}]|(?:async +)?def |class |import |from |$")
 
 
 def load(data: str | None = None, protocol: str = "opencompass", **_metadata) -> DatasetDict:
-    """Reads the rows lm-eval asks for; `_metadata` is whatever else the run was given.
+    """Reads the rows lm-eval asks for; `_metadata` is ignored.
 
     Raises:
         ValueError: If the rows cannot be read, one lacks a field, nobody has consented to running code, or the protocol
@@ -37,7 +37,7 @@ def load(data: str | None = None, protocol: str = "opencompass", **_metadata) ->
 
 
 def load_plus(data: str | None = None, protocol: str = "opencompass", **_metadata) -> DatasetDict:
-    """The same for HumanEval+, whose programs have more time."""
+    """The same for HumanEval+, with a longer time limit."""
     hub = ("evalplus/humanevalplus", None, "test")
     rows = _rows(data, "humaneval/HumanEvalPlus.jsonl", hub, protocol)
     return as_test_split([{**row, "seconds": plus.SECONDS} for row in rows])
@@ -65,7 +65,7 @@ def parse_row(row: dict, where: str, protocol: str) -> dict:
 
 
 def program(doc: dict, answer: str) -> str:
-    """The program a raw answer stands for under the row's protocol."""
+    """The program of a raw answer under the row's protocol."""
     text = visible_text(answer, doc["protocol"], STOPS)
     if doc["protocol"] == "opencompass":
         return f"{doc['prompt']}{opencompass.humaneval_body(text)}\n"
@@ -73,11 +73,11 @@ def program(doc: dict, answer: str) -> str:
 
 
 def lenient_program(doc: dict, answer: str) -> str:
-    """The program an answer stands for.
+    """The program of an answer.
 
-    An answer that defines the function itself is appended to the prompt, whose own definition, a docstring alone, it
-    replaces; it ends at the first line at the margin that no definition starts with. Any other answer is the body
-    that goes on from the prompt, and ends at the first line at the margin; a body without indentation gets one.
+    An answer that defines the function is appended to the prompt, whose definition (a docstring alone) it replaces; it
+    ends at the first unindented line that is not part of a definition. Any other answer is the body that continues the
+    prompt, and ends at the first unindented line; a body without indentation is indented.
     """
     text = code.unfenced(answer)
     start = re.search(rf"^(?:async +)?def +{re.escape(doc['entry_point'])}\b", text, re.MULTILINE)
@@ -93,7 +93,7 @@ def lenient_program(doc: dict, answer: str) -> str:
 
 
 def job(doc: dict, answer: str) -> Job:
-    # The prompt is run beside the tests too: some use a helper that it defines.
+    # The prompt is also the tests' preamble, because some tests use a helper that it defines.
     test = f"{doc['test']}\ncheck({doc['entry_point']})"
     return Job(program(doc, answer), [test], [doc["entry_point"]], preamble=doc["prompt"])
 

@@ -12,7 +12,7 @@ from xdlm_hf.evaluation.rows import as_test_split, load_rows
 
 
 def load(data: str | None = None, **_metadata) -> DatasetDict:
-    """Reads the rows lm-eval asks for, split before the last space; `_metadata` is whatever else the run was given.
+    """Reads the rows lm-eval asks for, split before the last space; `_metadata` is ignored.
 
     Raises:
         ValueError: If the rows cannot be read, or one has no text of two words.
@@ -22,7 +22,7 @@ def load(data: str | None = None, **_metadata) -> DatasetDict:
 
 
 def parse_row(row: dict, where: str) -> dict[str, str]:
-    """`context` and `word` of one row; `where` opens the message of the ValueError raised when it has none."""
+    """`context` and `word` of one row; `where` begins the message of the ValueError if it has none."""
     context, _, word = str(row.get("text", "")).rstrip().rpartition(" ")
     if not context or not bare(word):
         raise ValueError(f"{where}: needs a 'text' of two words or more, got {json.dumps(row)[:80]}")

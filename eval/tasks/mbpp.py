@@ -1,7 +1,7 @@
 """MBPP: write a function that passes three assertions; scored by running them.
 
 Local file: mbpp/mbpp.jsonl, of which the test split (task_id 11 to 510) is used. Hub: google-research-datasets/mbpp.
-Both protocols ask alike; they differ in the program taken of an answer, and `opencompass` leaves out `test_setup_code`.
+The protocols have the same prompts and extract programs differently; `opencompass` does not run `test_setup_code`.
 MBPP+, 378 of the problems with more tests: mbpp/MbppPlus.jsonl in either form of plus.py; evalplus/mbppplus.
 """
 
@@ -32,7 +32,7 @@ FORMS = {
 
 
 def load(data: str | None = None, protocol: str = "opencompass", **_metadata) -> DatasetDict:
-    """Reads the rows lm-eval asks for; `_metadata` is whatever else the run was given.
+    """Reads the rows lm-eval asks for; `_metadata` is ignored.
 
     Raises:
         ValueError: If the rows cannot be read, one lacks a field, nobody has consented to running code, or the protocol
@@ -42,7 +42,7 @@ def load(data: str | None = None, protocol: str = "opencompass", **_metadata) ->
 
 
 def load_plus(data: str | None = None, protocol: str = "opencompass", **_metadata) -> DatasetDict:
-    """The same for MBPP+, of which every row is used."""
+    """The same for MBPP+, with all rows."""
     return _load(data, "mbpp/MbppPlus.jsonl", ("evalplus/mbppplus", None, "test"), protocol)
 
 
@@ -57,12 +57,12 @@ def _load(data: str | None, inside: str, hub: tuple[str, str | None, str], proto
 
 
 def parse_row(row: dict, where: str, protocol: str = "opencompass") -> dict:
-    """One row of any form with its `prompt`, and the `names` that its tests call and its own solution defines.
+    """One row of any form with its `prompt`, and the `names` that its tests use and its solution defines.
 
-    Rows of MBPP+ bring their time limit as `seconds`.
+    Rows of MBPP+ have a time limit of their own, `seconds`.
 
     Raises:
-        ValueError: If it has no known form, saying what it lacks, or its code or tests are no Python.
+        ValueError: If it has no known form, naming what it lacks, or its code or tests are not Python.
     """
     form = plus.form_of(row, FORMS, where)
     if form == "EvalPlus's own file":
@@ -79,7 +79,7 @@ def parse_row(row: dict, where: str, protocol: str = "opencompass") -> dict:
         setup, tests, limit = "\n".join(imports), [row["test"]], {"seconds": plus.SECONDS}
     try:
         used = {n.id for test in (setup, *tests) for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Name)}
-        own = top_level_names("\n".join(tests))  # of the test: a helper that the solution happens to have too
+        own = top_level_names("\n".join(tests))  # helpers of the tests, which the solution may define too
         names = sorted(used & top_level_names(row["code"]) - own)
     except SyntaxError as error:
         raise ValueError(f"{where}: 'code' or tests are not Python ({error})") from error
@@ -110,7 +110,7 @@ def parse_release(row: dict, where: str, protocol: str) -> dict:
 
 
 def prompt(text: str, tests: Sequence[str]) -> str:
-    """OpenCompass's prompt to the letter, blanks included: three tasks with solutions, then this one."""
+    """OpenCompass's prompt, blanks included: three tasks with solutions, then this one."""
     parts = [part for shot in shots() for part in (shot["task"], shot["solution"])]
     task = f"You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:"
     return "\n".join([*parts, f"{task}\n\n " + "\n".join(tests) + "  \n", "[BEGIN]\n"])

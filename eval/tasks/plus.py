@@ -1,7 +1,7 @@
-"""HumanEval+ and MBPP+ (EvalPlus): the forms of their rows, and the test of rows that hold inputs alone.
+"""HumanEval+ and MBPP+ (EvalPlus): formats of their rows, and tests of rows that have only inputs.
 
-Rows come as the datasets evalplus/humanevalplus and evalplus/mbppplus on the Hub have them, with a program that tests,
-or as EvalPlus's own files HumanEvalPlus.jsonl and MbppPlus.jsonl, with inputs for answer and canonical solution.
+Rows have the format of the datasets evalplus/humanevalplus and evalplus/mbppplus on the Hub, with a test program, or of
+EvalPlus's own files HumanEvalPlus.jsonl and MbppPlus.jsonl, with inputs for answer and canonical solution.
 """
 
 import json
@@ -15,8 +15,8 @@ RELEASE: dict[str, type | tuple[type, ...]] = {
     "atol": (int, float),
 }
 """The fields of EvalPlus's own files."""
-# EvalPlus gives a call the longer of 1 s and four times what the canonical solution takes, all calls at most 60 s. Here
-# the limit is for all calls of the answer and of the canonical solution.
+# For all calls of the answer and of the canonical solution together. EvalPlus limits each call to the longer of 1 s and
+# four times the canonical solution's time, and all calls to 60 s.
 SECONDS = 30.0
 
 
@@ -24,7 +24,7 @@ def form_of(row: dict[str, Any], forms: Mapping[str, Mapping[str, type | tuple[t
     """The first of `forms` (types of fields by name) that a row has.
 
     Raises:
-        ValueError: If it has none, naming for each form what the row lacks.
+        ValueError: If it has none of the forms, naming for each what the row lacks.
     """
     lacking = {
         form: [repr(name) for name, kind in fields.items() if not isinstance(row.get(name), kind)]
@@ -38,10 +38,10 @@ def form_of(row: dict[str, Any], forms: Mapping[str, Mapping[str, type | tuple[t
 
 
 def release_test(row: dict[str, Any], benchmark: str, function: str, where: str) -> str:
-    """A statement that tests what `function` names, for a row with the fields of `RELEASE`.
+    """A statement that tests the function named `function`, for a row with the fields of `RELEASE`.
 
     Raises:
-        ValueError: If the row is of another benchmark than `benchmark` (HumanEval or Mbpp), or an input is no list.
+        ValueError: If the row is not of `benchmark` (HumanEval or Mbpp), or an input is not a list.
     """
     if not re.fullmatch(rf"{benchmark}/[0-9]+", row["task_id"]):
         raise ValueError(f"{where}: 'task_id' must be {benchmark}/ and a number, got {row['task_id']!r}")
@@ -49,6 +49,6 @@ def release_test(row: dict[str, Any], benchmark: str, function: str, where: str)
         raise ValueError(f"{where}: every input in 'base_input' and 'plus_input' must be a list of arguments")
     fields = {name: row[name] for name in ("task_id", "entry_point", "base_input", "plus_input", "atol")}
     fields["program"] = row["prompt"] + row["canonical_solution"]
-    # As text, for inputs mix types as no table of `datasets` can hold them.
+    # As text, because `datasets` cannot store inputs of mixed types.
     module = "xdlm_hf.evaluation.evalplus"
     return f"import {module}; {module}.check_answer({function}, {json.dumps(fields)!r})"

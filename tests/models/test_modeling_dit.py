@@ -126,10 +126,13 @@ def test_the_rotary_buffer_of_the_original_code_is_dropped(tmp_path):
     "change, message",
     [
         (lambda w: w.pop("backbone.blocks.1.mlp.0.bias"), r"lacks backbone\.blocks\.1\.mlp\.0\.bias"),
-        (lambda w: w.update({"backbone.cond_map.weight": torch.ones(3)}), r"holds backbone\.cond_map\.weight, unknown"),
+        (
+            lambda w: w.update({"backbone.cond_map.weight": torch.ones(3)}),
+            r"The model does not have backbone\.cond_map\.weight",
+        ),
         (
             lambda w: w.update({"backbone.output_layer.linear.bias": torch.ones(60)}),
-            r"holds backbone\.output_layer\.linear\.bias \(60,\) where the config gives \(61,\)",
+            r"The checkpoint has backbone\.output_layer\.linear\.bias \(60,\) instead of \(61,\)",
         ),
     ],
 )
@@ -259,9 +262,9 @@ def test_noise_levels_of_times():
         ),
         ({}, {"class_labels": torch.zeros(2).long()}, "class_labels were given, and this network has num_classes=None"),
         ({"num_classes": 5}, {"class_labels": torch.tensor([0, 6])}, "6"),
-        ({}, {"labels": IDS}, "labels are not used"),
-        ({}, {"use_cache": True}, "unknown argument 'use_cache': DiT's forward does not take it"),
-        ({}, {"logits_to_keep": -1}, "logits_to_keep=-1 is negative"),
+        ({}, {"labels": IDS}, "labels are not supported"),
+        ({}, {"use_cache": True}, "DiT's forward has no argument 'use_cache'"),
+        ({}, {"logits_to_keep": -1}, "logits_to_keep=-1 must not be negative"),
         ({}, {"inputs_embeds": torch.zeros(2, 9, 32)}, "exactly one of input_ids"),
         ({}, {"attention_mask": torch.ones(2, 8)}, r"attention_mask of shape \(2, 8\) does not fit"),
     ],
@@ -375,7 +378,7 @@ def test_resizing_keeps_the_logits_of_the_old_rows():
     assert model.config.vocab_size == 44 and difference(model(IDS).logits[..., :40], before) < 1e-6
     assert type(model.get_output_embeddings()).__name__ == "OutputLayer"
     assert model.get_output_embeddings().bias.shape == (44,) and "backbone.vocab_embed.embedding" in model.state_dict()
-    with pytest.raises(ValueError, match="5 rows would cut off mask_token_id=5"):
+    with pytest.raises(ValueError, match="5 rows would remove mask_token_id=5"):
         model.resize_token_embeddings(5)
 
 

@@ -1,10 +1,10 @@
-"""Text to rows and batches.
+"""Training data: documents and conversations to rows and batches.
 
 readers        documents from files and the Hub
 tokenizer      special tokens, training, checks
 packing        rows of one length
-source_files   which files a run reads, and whether they changed
-stream         rows packed while documents are read, resumable anywhere
+source_files   local files of a stream, and their changes between runs
+stream         rows packed while documents are read, with a resumable state
 conversations  chat templates, prompts and answers as rows
 collator       rows to batches
 """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass
 class DiffusionCollator:
-    """Rows of ids to one batch of clean text x_0, with what may be noised and what is scored.
+    """Rows of ids to one batch of clean text x_0, with masks of noised and scored tokens.
 
     A row is a mapping with `input_ids` and, for supervised fine-tuning, one of `labels` (-100 marks the prompt) or
     `prompt_mask` (true marks the prompt); optionally `token_weights`. Prompt and padding are neither noised nor scored.

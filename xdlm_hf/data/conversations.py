@@ -1,25 +1,24 @@
-"""Conversations in, rows for supervised fine-tuning out: read, put through the chat template, cut and marked.
+"""Rows for supervised fine-tuning from conversations.
 
 A row is a prompt, which is never noised and never scored, and the answer to it:
 
     <bos> user: 1 + 1? <end> assistant:   |   2 <end> <eot> <eot> <eot>
-    prompt                                    answer, and as much end-of-text as `eos_in_loss` says
+    prompt                                    answer, with the end-of-text tokens of `eos_in_loss`
 
-Prompt and answer are encoded apart, exactly as the prompt will be when the model is asked. A diffusion model sees the
-whole row at once, so nothing after the answer may be in it: of a conversation with several answers, `turns` makes one
-row for each, cut after it ("each", the single-turn pairs of LLaDA's fine-tuning), or one for the last alone ("last").
+Prompt and answer are encoded separately, so that the prompt has the same ids as at inference. A diffusion model sees
+the whole row, so nothing after the answer may be in it: with `turns` "each", a conversation gives one row for each
+answer, cut after it (the single-turn pairs of LLaDA's fine-tuning); with "last", one row for the last answer.
 
-LLaDA fills the rows of a batch with end-of-text tokens up to the longest and trains on them as part of the answer,
-which teaches the model to end early. Here that is a choice, and does not depend on a row's neighbours: `eos_in_loss`
+LLaDA pads the rows of a batch with end-of-text tokens up to the longest and trains on them as part of the answer, which
+teaches the model to end early. Here `eos_in_loss` is an option, and does not depend on the other rows of the batch:
 
     "none"   the answer ends as the chat template ends it
     "one"    and one end-of-text token
     "all"    and as many as fill the row up to `length` (LLaDA's convention; every row then costs as much as a long one)
 
-Whatever else a batch is padded with is neither attended to, nor noised, nor scored. A row that was cut gets none.
+A row that was cut gets none. Padding beyond that is neither attended to, nor noised, nor scored.
 
-Text of a conversation is data: a message that spells a special token of the tokenizer is refused, for it would be
-read as the end of a turn, or as a hole.
+A message that spells a special token of the tokenizer is refused: the token would end a turn, or be a hole.
 """
 
 import json
@@ -30,7 +29,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow.parquet
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
@@ -54,7 +55,7 @@ def load_conversations(
     split: str = "train",
     data_files: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Records of a Hub dataset or of local `.jsonl` and `.parquet` files, each with where it stands, for messages.
+    """Records of a Hub dataset or of local `.jsonl` and `.parquet` files, each with its place, for messages.
 
     Args:
         dataset, config, split: On the Hub. Exclusive with `data_files`.
@@ -66,8 +67,6 @@ def load_conversations(
     """
     check_source(dataset, data_files)
     if data_files is None:
-        import datasets
-
         rows = datasets.load_dataset(dataset, config, split=split)
         return ((f"{dataset}, row {number}", row) for number, row in enumerate(rows))
     files = expand_files(data_files)
@@ -80,8 +79,6 @@ def load_conversations(
 def _records(files: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in files:
         if file.endswith(".parquet"):
-            import pyarrow.parquet
-
             try:
                 batches = pyarrow.parquet.ParquetFile(file).iter_batches()
             except pyarrow.ArrowInvalid as error:
@@ -97,7 +94,7 @@ def _records(files: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 def hold_out_records(
     records: Iterable[tuple[str, dict[str, Any]]], fraction: float, held_out: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The records for training or, if `held_out`, for validation: told apart by a hash of their content.
+    """The records for training or, if `held_out`, for validation; split by a hash of their content.
 
     Raises:
         ValueError: If `fraction` does not lie in [0, 1).
@@ -141,7 +138,7 @@ def _as_messages(part: Any, role: str) -> list[Any]:
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
-    """Give the tokenizer a chat template: None keeps its own, "llada" is LLaDA's, anything else a file of Jinja.
+    """Set the tokenizer's chat template: None keeps its own, "llada" is LLaDA's, anything else a Jinja file.
 
     Raises:
         ValueError: If there is no such file, or no template at all.
@@ -159,14 +156,14 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
 
 @dataclass(frozen=True)
 class ConversationFormat:
-    """How conversations become rows; see the module's docstring.
+    """Options of rows of conversations; see the module's docstring.
 
     Args:
-        length: L, the longest row in tokens. What is beyond it of an answer is cut off, and counted.
+        length: L, the longest row in tokens. Longer answers are cut, and counted.
         turns: One of `TURNS`.
         eos_in_loss: One of `EOS_IN_LOSS`.
-        loss_weighting: "rows" weighs every row alike, as LLaDA's fine-tuning does (each token 1 over the tokens of its
-            answer), "tokens" every token.
+        loss_weighting: "rows" gives every row the same weight, as LLaDA's fine-tuning does (each token 1 over the
+            tokens of its answer), "tokens" every token.
 
     Raises:
         ValueError: If a value is unknown, or `length` is not positive.
@@ -188,20 +185,19 @@ class ConversationDataset(torch.utils.data.Dataset):
     """Rows of conversations, held in memory: 4 bytes per token.
 
     Item i is `{"input_ids": (n,) int64, "prompt_mask": (n,) bool}`, n <= L, with `token_weights` (n,) float32 if rows
-    weigh alike: what `DiffusionCollator` takes.
+    have the same weight; `DiffusionCollator` makes batches of them.
 
     Args:
-        records: Pairs of where a record stands and the record, as from `load_conversations`.
+        records: Pairs of place and record, as from `load_conversations`.
         tokenizer: With a chat template.
-        form: How they become rows.
+        form: Options of the rows.
         drop_unusable: Leave out records that are refused below, counted and logged, instead of stopping.
         show_progress: Show a progress bar.
 
     Raises:
         ValueError: Naming the record, if it holds no messages or no answer of an assistant, spells a special token, has
-            no prompt or one that leaves no room for an answer (nothing would be learnt from it), or the template
-            refuses it or does not continue its own generation prompt. If there is no row at all, or the tokenizer
-            has no template.
+            no prompt or one that leaves no room for an answer, or the template refuses it or does not begin with its
+            own generation prompt. If there is no row at all, or the tokenizer has no template.
     """
 
     def __init__(
@@ -231,7 +227,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         if self.truncated:
             logger.warning("cut the answers of %d rows of %d to length %d", self.truncated, rows, self.form.length)
         if not rows:
-            raise ValueError(f"there is no row to train on: {len(self.dropped)} were unusable, and no other was read.")
+            raise ValueError(f"there is no row to train on; {len(self.dropped)} were unusable.")
 
     def _rows(self, records: Iterable[tuple[str, Mapping]], drop: bool) -> Iterator[tuple[np.ndarray, int]]:
         pending: list[tuple[str, str, str]] = []
@@ -262,17 +258,19 @@ class ConversationDataset(torch.utils.data.Dataset):
                 )
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers:
-            raise ValueError(f"{where}: no message has the role 'assistant': there is no answer to learn.")
+            raise ValueError(f"{where}: no message has the role 'assistant', so there is no answer to learn.")
         return [self._split(messages[: i + 1], where) for i in (answers if self.form.turns == "each" else answers[-1:])]
 
     def _split(self, messages: list[dict[str, str]], where: str) -> tuple[str, str]:
         if len(messages) == 1:
-            raise ValueError(f"{where}: the first message is an answer: no prompt. Remove it, or set drop_unusable.")
+            raise ValueError(
+                f"{where}: the first message is an answer, with no prompt. Remove it, or set drop_unusable."
+            )
         render = self.tokenizer.apply_chat_template
         try:
             prompt = render(messages[:-1], tokenize=False, add_generation_prompt=True)
             whole = render(messages, tokenize=False)
-        except TemplateError as error:  # e.g. of a template that wants roles to alternate
+        except TemplateError as error:  # e.g. roles that do not alternate
             raise ValueError(f"{where}: the chat template refuses the messages ({error}).") from error
         if not whole.startswith(prompt):
             raise ValueError(
@@ -305,7 +303,7 @@ class ConversationDataset(torch.utils.data.Dataset):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this data from other data, as JSON."""
+        """Identity of the data, as JSON."""
         crc = zlib.crc32(self.prompts.tobytes(), zlib.crc32(self.tokens.tobytes()))
         weighting = self.form.loss_weighting
         return {"rows": len(self), "tokens": len(self.tokens), "crc32": crc, "loss_weighting": weighting}

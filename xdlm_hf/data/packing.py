@@ -1,15 +1,14 @@
-"""Documents to rows of one length.
+"""Packing of documents into rows of one length.
 
 Documents are joined end to end, each followed by the tokenizer's end-of-text token, and cut every L tokens:
 
     d1 d1 d1 <eot> d2 | d2 d2 d2 d2 d2 | d2 <eot> d3 d3 <eot>
 
-No token is lost at a cut. What is left after the last document becomes one shorter row, which the collator pads with
-positions that are never noised and never scored. Documents share rows and see each other, as in LLaDA's pretraining.
+No token is dropped. The tokens left after the last document become a shorter row, which the collator pads; padding is
+never noised and never scored. Documents share rows and see each other, as in LLaDA's pretraining.
 
-Text is data: it is encoded with `split_special_tokens=True`, so a page that spells `<|mdm_mask|>` or
-`<|endoftext|>` gives ordinary tokens. A literal mask token would be a hole in x_0 that the network cannot fill
-(p_m = 0), and web pages about language models do contain such strings; refusing them would stop a run days in.
+Text is encoded with `split_special_tokens=True`, so that a document that spells `<|mdm_mask|>` or `<|endoftext|>`, as
+web pages about language models do, gives ordinary tokens. A mask token in x_0 could not be predicted (p_m = 0).
 
 Shapes: B batch, L length.
 """
@@ -32,7 +31,7 @@ DOCUMENTS_PER_CALL = 256  # fast tokenizers work through a batch in parallel
 
 
 class Encoder:
-    """Turns batches of documents into token ids with the separator after each; counts what it skips."""
+    """Encodes batches of documents, each followed by the separator; counts the empty ones, which it skips."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text_column: str):
         if tokenizer.eos_token_id is None:
@@ -79,7 +78,7 @@ class Encoder:
             yield number, text, ids + [self.tokenizer.eos_token_id]
 
     def end_of_pass(self) -> None:
-        """Log how many empty documents were skipped, and start counting anew.
+        """Log how many empty documents were skipped, and reset the counts.
 
         Raises:
             ValueError: If there was no document, or nothing but empty ones.
@@ -118,7 +117,7 @@ class PackedDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        documents: "datasets.Dataset | datasets.IterableDataset",
+        documents: datasets.Dataset | datasets.IterableDataset,
         tokenizer: PreTrainedTokenizerBase,
         length: int,
         text_column: str = "text",
@@ -142,7 +141,7 @@ class PackedDataset(torch.utils.data.Dataset):
 
     @property
     def fingerprint(self) -> dict[str, int]:
-        """What tells this data from other data: `{"tokens": ..., "length": L, "crc32": ...}`, over every token."""
+        """Identity of the data: `{"tokens": ..., "length": L, "crc32": ...}`, over every token."""
         return {"tokens": len(self.tokens), "length": self.length, "crc32": zlib.crc32(self.tokens.tobytes())}
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Documents from the Hub, from local files, and from Python's own documentation."""
+"""Readers of documents: from the Hub, from local files, and from Python's own documentation."""
 
 import ast
 import glob
@@ -13,20 +13,18 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pydoc_data.topics import topics
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import pyarrow.parquet
 
-if TYPE_CHECKING:  # `datasets` belongs to the `train` extra: importing this module must not need it
-    import datasets
 logger = logging.getLogger(__name__)
 # Left out of the reference text: tests, and packages that Linux distributions ship separately or not at all.
 _OPTIONAL_PACKAGES = frozenset(
     {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idlelib", "tkinter", "turtledemo"}
     | {"lib2to3", "distutils", "ensurepip", "__phello__", "pydoc_data"}
 )
-# JSON can spell half of a surrogate pair, which is no text: no tokenizer takes it.
+# JSON can hold half of a surrogate pair, which tokenizers refuse.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -38,7 +36,7 @@ def load_documents(
     text_column: str = "text",
     skip_corrupted: bool = False,
     revision: str | None = None,
-) -> "datasets.IterableDataset":
+) -> datasets.IterableDataset:
     """Stream of documents `{"text": str}` from a Hub dataset or from local files.
 
     Args:
@@ -57,8 +55,6 @@ def load_documents(
         ValueError: If not exactly one source is given, a pattern matches no file, a suffix is unknown, or there is no
             such column. While reading: a corrupted line, naming file and line, or a damaged file.
     """
-    import datasets
-
     check_source(dataset, data_files, skip_corrupted)
     if data_files is not None:
         return stream_files(expand_files(data_files), text_column, skip_corrupted)
@@ -70,9 +66,9 @@ def load_documents(
 
 
 def check_source(dataset: str | None, data_files: Sequence[str] | None, skip_corrupted: bool = False) -> None:
-    """Refuse options of `load_documents` that do not go together, before the Hub or a file is asked."""
+    """Refuse options of `load_documents` that do not go together, before the Hub or a file is read."""
     if (dataset is None) == (data_files is None):
-        raise ValueError(f"give either dataset={dataset!r} or data_files={data_files!r}, one of the two.")
+        raise ValueError(f"give one of dataset and data_files, not dataset={dataset!r} and data_files={data_files!r}.")
     if skip_corrupted and data_files is None:
         raise ValueError("skip_corrupted=True is for the lines of local JSONL files: give data_files.")
 
@@ -109,18 +105,16 @@ def _suffix(file: str) -> str:
 
 def stream_files(
     files: Sequence[str], text_column: str, skip_corrupted: bool, places: bool = False
-) -> "datasets.IterableDataset":
-    """Stream of documents `{"text": str}` from files that exist, one shard each; an empty name is a shard of none.
+) -> datasets.IterableDataset:
+    """Stream of documents `{"text": str}` from files that exist, one shard each; an empty name is an empty shard.
 
     Args:
         files, text_column, skip_corrupted: As `load_documents`, patterns expanded.
-        places: Add a column `place`: [number of the file, documents read of it, CRC-32 of their texts in a row].
+        places: Add a column `place`: [number of the file, documents read of it, running CRC-32 of their texts].
     """
-    import datasets
-
     return datasets.IterableDataset.from_generator(
         _read_files,
-        # Lists, because `datasets` takes every list of a generator as sharded.
+        # All of the same length, because `datasets` shards every list that a generator takes.
         gen_kwargs={
             "files": list(files),
             "numbers": list(range(len(files))),
@@ -136,12 +130,17 @@ def _read_files(
 ) -> Iterator[dict[str, Any]]:
     for file, number in zip(files, numbers, strict=True):
         crc = 0
-        for count, text in enumerate(read_documents(file, column, skip_corrupted) if file else (), start=1):
-            if places:
+        try:
+            for count, text in enumerate(read_documents(file, column, skip_corrupted) if file else (), start=1):
                 crc = checksum(text, crc)
-                yield {"text": text, "place": [number, count, crc]}
-            else:
-                yield {"text": text}
+                yield {"text": text, "place": [number, count, crc]} if places else {"text": text}
+        except ValueError as error:
+            if not places:
+                raise
+            raise ValueError(
+                f"{error} A streamed run goes on after the file is repaired or removed, with "
+                "--resume_from_checkpoint auto --accept_repaired_data true."
+            ) from error
 
 
 def read_documents(file: str, column: str, skip_corrupted: bool) -> Iterator[str | None]:
@@ -167,11 +166,11 @@ def _read_jsonl(file: str, column: str, skip_corrupted: bool) -> Iterator[str | 
             continue
         try:
             text = _parse_line(line, column, f"{file}, line {number}")
-        except ValueError:
+        except ValueError as error:
             if not skip_corrupted:
-                raise
+                raise ValueError(f"{error} With skip_corrupted such lines are left out.") from error
             corrupted.append(number)
-            if len(corrupted) == report_at:  # a run may end long before its file does
+            if len(corrupted) == report_at:  # a run may end before its file does
                 _report_skipped(file, corrupted)
                 report_at *= 10
         else:
@@ -186,28 +185,27 @@ def _report_skipped(file: str, corrupted: Sequence[int]) -> None:
 
 
 def _parse_line(line: bytes, column: str, where: str) -> str | None:
-    record = parse_object(line, where, "; repair it, remove it or skip_corrupted lines")
+    record = parse_object(line, where)
     check_column(column, record, where)
     if record[column] is not None and not isinstance(record[column], str):
         raise ValueError(f"{where}: {column!r} holds {type(record[column]).__name__}, not text.")
     return record[column]
 
 
-def parse_object(line: bytes, where: str, remedy: str = "; repair it or remove it") -> dict[str, Any]:
-    """A line's JSON object; ValueError, naming where it stands, if there is none."""
+def parse_object(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in a line; ValueError naming `where` if there is none."""
     try:
         record = json.loads(line)
         if _SURROGATE.search(line):
             json.dumps(record, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, half a surrogate pair, a million brackets
-        raise ValueError(f"{where}: not valid JSON ({error}){remedy}.") from error
+        raise ValueError(f"{where}: not valid JSON ({error}); repair or remove the line.") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}.")
+        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}; repair or remove the line.")
     return record
 
 
 def _read_parquet(file: str, column: str, skip_corrupted: bool) -> Iterator[str | None]:
-
     try:
         table = pyarrow.parquet.ParquetFile(file)
     except pyarrow.ArrowInvalid as error:
@@ -241,13 +239,12 @@ def check_column(column: str, names: Iterable[str], where: str) -> None:
 
 
 def hold_out(
-    documents: "datasets.IterableDataset", fraction: float
-) -> tuple["datasets.IterableDataset", "datasets.IterableDataset"]:
+    documents: datasets.IterableDataset, fraction: float
+) -> tuple[datasets.IterableDataset, datasets.IterableDataset]:
     """Split documents into training and validation by a hash of their text.
 
-    The rule depends on the text alone, so it is the same on every rank and worker, in every order and on every run,
-    and copies of one document never fall on both sides. (`take` and `skip` would not do: a stream that is sharded
-    after `skip` skips other documents than `take` took.)
+    The split depends on the text alone, so that it is the same on every rank and worker, in every order and every run,
+    and copies of a document are on the same side. (After sharding, `skip` skips other documents than `take` takes.)
 
     Raises:
         ValueError: If `fraction` is not in (0, 1).
@@ -260,7 +257,7 @@ def hold_out(
 
 
 def checksum(text: str | None, before: int = 0) -> int:
-    """CRC-32 of a text, or of texts in a row, given that of those before."""
+    """CRC-32 of a text, continued from that of the texts before it."""
     return zlib.crc32((text or "").encode("utf-8", "surrogatepass"), before)
 
 
@@ -273,16 +270,13 @@ class _HashFilter:
         return (checksum(text) < self.threshold) == self.held_out
 
 
-def python_reference_documents() -> "datasets.IterableDataset":
-    """Python's own documentation as documents `{"text": str}`: real text on every machine, nothing downloaded.
+def python_reference_documents() -> datasets.IterableDataset:
+    """Python's own documentation as documents `{"text": str}`, without a download.
 
     First the language reference that `help()` shows (`pydoc_data.topics`, 79 documents in Python 3.11), then one
     document per standard-library module with all its docstrings, 2.2 MB in all. The modules are parsed, never
     imported. The order is alphabetical; the text depends on the Python version alone.
     """
-
-    import datasets
-
     texts = [topics[name] for name in sorted(topics)]
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(_python_files(root)):

@@ -1,8 +1,8 @@
-"""The local files of a stream: what tells them apart, and which changes a resumed run can take.
+"""Local files of a stream: their identity, and the changes that a resumed run accepts.
 
-A file is known by its path below the folder that all files have in common, so that a data set may be moved as a whole,
-and by its content. The files of a run keep their numbers to its end: a removed one leaves an empty place, so that the
-others stay with the readers that they were dealt to.
+A file is identified by its path below the folder that all files have in common, so that a dataset may be moved as a
+whole, and by its content. The files of a run keep their numbers: a removed file leaves an empty place, so that the
+others stay with the same readers.
 """
 
 import itertools
@@ -13,12 +13,12 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import datasets
 
 from .readers import checksum, expand_files, read_documents, stream_files
 
-if TYPE_CHECKING:  # `datasets` belongs to the `train` extra: importing this module must not need it
-    import datasets
 logger = logging.getLogger(__name__)
 _SAMPLE = 1 << 16  # bytes of one sample of a large file
 _SAMPLES = 256  # a file of up to 16 MiB is read whole
@@ -58,9 +58,9 @@ class SourceFiles:
         ]
         return {"root": self.root, "files": files}
 
-    def documents(self, text_column: str = "text", skip_corrupted: bool = False) -> "datasets.IterableDataset":
-        """Stream of documents as from `load_documents`, each with its `place`, from which `PackedStream` knows what
-        was read of each file: [number of the file, documents read of it, CRC-32 of their texts]."""
+    def documents(self, text_column: str = "text", skip_corrupted: bool = False) -> datasets.IterableDataset:
+        """Stream of documents as from `load_documents`, each with its `place`, which tells `PackedStream` what was read
+        of each file: [number of the file, documents read of it, CRC-32 of their texts]."""
         return stream_files(self.paths, text_column, skip_corrupted, places=True)
 
 
@@ -69,7 +69,7 @@ def find_files(patterns: Sequence[str], recorded: Mapping[str, Any] | None = Non
 
     Args:
         patterns: As `data_files` of `load_documents`.
-        recorded: On resuming, the `source` that the checkpoint remembers. Files keep the places that they have there.
+        recorded: On resuming, the `source` in the checkpoint. Files keep the places that they have there.
 
     Raises:
         ValueError: As `load_documents`.
@@ -77,7 +77,7 @@ def find_files(patterns: Sequence[str], recorded: Mapping[str, Any] | None = Non
     ours = [os.path.abspath(file) for file in expand_files(patterns)]
     root = os.path.commonpath([os.path.dirname(file) for file in ours])
     known = [name for name, _, _ in recorded["files"]] if recorded and "root" in recorded else []
-    for folder in (recorded["root"], root) if known else ():  # where it was, or moved as a whole
+    for folder in (recorded["root"], root) if known else ():  # unmoved, or moved as a whole
         places = [os.path.normpath(os.path.join(folder, name)) for name in known]
         if set(ours) <= set(places):
             return SourceFiles(folder, known, [place in ours for place in places])
@@ -103,7 +103,7 @@ def check_same_files(
     """Compare the files of a checkpoint's stream with those of the run that is to resume it.
 
     With `accept_repaired`, a file may differ as long as the documents that were read of it are the same, and a file may
-    be gone. Exactly what was not read yet is read, then: what was read of a removed file stays as it is.
+    be removed. The resumed run then reads exactly the documents that were not read before.
 
     Args:
         checkpoint: Its folder.
@@ -112,7 +112,7 @@ def check_same_files(
         accept_repaired: Whether files may be repaired or removed.
 
     Raises:
-        ValueError: If files differ; with `accept_repaired`, if going on would not be exact.
+        ValueError: If files differ; with `accept_repaired`, if the resumed run could not be exact.
     """
     before, now = ({name: content for name, *content in source["files"]} for source in (saved, ours))
     if list(before) != list(now):
@@ -148,7 +148,7 @@ def check_same_files(
 
 
 def _read_of_each_file(checkpoint: Path) -> dict[int, tuple[int, int]]:
-    """By number of the file, how many documents were read of it, in whichever pass, and the CRC-32 of their texts."""
+    """By number of the file, the most documents read of it in one pass, and the CRC-32 of their texts."""
     read: dict[int, tuple[int, int]] = {}
     for path in checkpoint.glob("stream_state_*.json"):
         for number, found in json.loads(path.read_text(encoding="utf-8")).get("read", {}).items():

@@ -1,8 +1,8 @@
-"""Rows packed while documents are read, by any number of readers, with a state from which each goes on exactly.
+"""Packing of a stream of documents by any number of readers, with an exactly resumable state.
 
 A reader is one worker of one rank. Its state is small and does not grow: the state of the `datasets` iterable where
-the current block of documents starts, and the document and token where the next row does. Going on reads at most one
-block again, not everything seen before.
+the current block of documents starts, and the document and token where the next row starts. Resuming reads at most one
+block again.
 
 Shapes: L tokens per row.
 """
@@ -11,8 +11,9 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
@@ -23,29 +24,26 @@ from transformers import PreTrainedTokenizerBase
 from .packing import DOCUMENTS_PER_CALL, Encoder, check_length
 from .readers import check_column, checksum
 
-if TYPE_CHECKING:  # `datasets` belongs to the `train` extra: importing this module must not need it
-    import datasets
 _DATA_CHANGED = (
-    "the data changed: the document where reading should go on is another one now. Restore the data of the "
+    "the data changed: the document where reading should resume is another one now. Restore the data of the "
     "interrupted run, or start a new run from the checkpoint's weights."
 )
 
 
 class _Removed(str):
-    """Stands in for a document of a removed file in a block that is read again: empty, so that it is skipped."""
+    """Placeholder for a document of a removed file in a block that is read again; empty, so that it is skipped."""
 
 
 class PackedStream(torch.utils.data.IterableDataset):
     """Documents packed into rows while they are read; every document goes to exactly one rank and worker.
 
-    Whole shards (files) are dealt out when there is at least one for each reader (rank times worker); otherwise every
-    reader goes through all shards and keeps each n-th document, so that no reader idles on a one-shard stream.
+    Whole shards (files) are assigned if there is at least one for each reader (rank times worker); otherwise every
+    reader reads all shards and keeps each n-th document, so that a stream of one shard serves all readers.
     Each reader packs its own documents: rows depend on the number of readers, their tokens together do not.
 
-    With `shuffle_seed`, shards come in random order and each block of `shuffle_buffer` documents is permuted, otherwise
-    in every pass. A block's order depends on its number alone, so that reading can go on anywhere: the state of a
-    reader is where the current block starts, and the document and token where the next row does. The rolling buffer of
-    `datasets.IterableDataset.shuffle` has no such state (it is lost on resuming) and is refused.
+    With `shuffle_seed`, shards come in random order and each block of `shuffle_buffer` documents is permuted,
+    differently in every pass. The permutation depends on the block's number alone, so that reading can resume anywhere.
+    The rolling buffer of `datasets.IterableDataset.shuffle` is lost on resuming, and is refused.
 
     Args:
         documents: `datasets.IterableDataset` with a text column, not shuffled.
@@ -53,11 +51,11 @@ class PackedStream(torch.utils.data.IterableDataset):
         length: L, tokens per row.
         text_column: Column that holds the text.
         rank, world_size: Which of how many processes this one is.
-        repeat: Start over at the end, so that no rank runs dry before another: the tokens left over open the next
-            pass. Otherwise they become a last, shorter row.
+        repeat: Start over at the end, so that no rank ends before another; the tokens left over begin the next pass.
+            Otherwise they become a last, shorter row.
         shuffle_seed: Seed of the order; None reads in the given order.
         shuffle_buffer: Documents permuted together, held in memory by each reader.
-        source: What tells this data from other data, e.g. `find_files(...).fingerprint`; kept in checkpoints.
+        source: Identity of the data, e.g. `find_files(...).fingerprint`; kept in checkpoints.
 
     Raises:
         ValueError: If rank, length or buffer are out of range or the documents are shuffled already. While reading: as
@@ -66,7 +64,7 @@ class PackedStream(torch.utils.data.IterableDataset):
 
     def __init__(
         self,
-        documents: "datasets.IterableDataset",
+        documents: datasets.IterableDataset,
         tokenizer: PreTrainedTokenizerBase,
         length: int,
         text_column: str = "text",
@@ -99,7 +97,7 @@ class PackedStream(torch.utils.data.IterableDataset):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this stream from another: source, order and row length, as JSON."""
+        """Identity of the stream: source, order and row length, as JSON."""
         order = None if self.shuffle_seed is None else [self.shuffle_seed, self.shuffle_buffer]
         return {"source": self.source, "length": self.length, "shuffle": order}
 
@@ -111,14 +109,14 @@ class PackedStream(torch.utils.data.IterableDataset):
     def read(
         self, worker: int = 0, workers: int = 1, state: Mapping[str, Any] | None = None
     ) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
-        """Rows of one reader of this rank, each with the state from which reading goes on after it.
+        """Rows of one reader of this rank, each with the state that resumes after it.
 
         Args:
             worker, workers: Which of how many readers on this rank.
             state: As returned with the last row read, for the same number of readers; None starts at the beginning.
 
         Returns:
-            Pairs of a row and a state; a state is JSON and does not grow with what has been read. For documents with a
+            Pairs of a row and a state; a state is JSON and does not grow. For documents with a
             `place` (`SourceFiles.documents`), its `read` says how far files were read since the row before.
         """
         encoder = Encoder(self.tokenizer, self.text_column)
@@ -130,7 +128,7 @@ class PackedStream(torch.utils.data.IterableDataset):
             while len(buffer) >= self.length:
                 row = {"input_ids": torch.tensor(buffer[: self.length])}
                 del buffer[: self.length]
-                # What is left belongs to this document: all earlier tokens were in the rows before.
+                # The rest belongs to this document: all earlier tokens are in rows already.
                 yield row, {**place, "left": len(buffer), "read": read}
                 read = {}
         if buffer:
@@ -144,7 +142,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         for block, texts in self._blocks(encoder, worker, workers, resumed):
             first = resumed["document"] if resumed else 0
             if first < len(texts) and isinstance(texts[first], _Removed):
-                if resumed["left"]:  # the rest of the document is gone with its file; here it ends
+                if resumed["left"]:  # the rest of the document was removed with its file, so it ends here
                     place = {**block, "document": first, "checksum": resumed["checksum"]}
                     yield [self.tokenizer.eos_token_id], place
                 resumed = None
@@ -152,7 +150,7 @@ class PackedStream(torch.utils.data.IterableDataset):
                 chunk = texts[start : start + DOCUMENTS_PER_CALL]
                 for number, text, ids in encoder.encode(chunk):
                     place = {**block, "document": start + number, "checksum": checksum(text)}
-                    block.pop("read", None)  # once a block is enough
+                    block.pop("read", None)  # once per block
                     if resumed:
                         ids = self._rest_of(ids, place, resumed)
                         resumed = None
@@ -190,7 +188,7 @@ class PackedStream(torch.utils.data.IterableDataset):
                 if batch is not None:
                     check_column(self.text_column, batch, "the dataset")
                     texts += batch[self.text_column]
-                    _note(batch.get("place", ()), layout, read)
+                    _record_places(batch.get("place", ()), layout, read)
                 if texts and (batch is None or self.shuffle_seed is None or len(texts) >= self.shuffle_buffer):
                     place = {"epoch": epoch, "block": number, "source": source, "layout": layout, "read": read}
                     yield place, self._permuted(texts, epoch, number)
@@ -201,8 +199,8 @@ class PackedStream(torch.utils.data.IterableDataset):
             if not self.repeat:
                 break
 
-    def _block_again(self, documents: "datasets.IterableDataset", layout: Sequence[Sequence[int]]) -> list[Any]:
-        """The documents of the block in which reading goes on, with stand-ins for those of removed files."""
+    def _block_again(self, documents: datasets.IterableDataset, layout: Sequence[Sequence[int]]) -> list[Any]:
+        """The documents of the block in which reading resumes, with placeholders for those of removed files."""
         rest = documents.iter(1)
         texts: list[Any] = []
         for file, count in layout:
@@ -216,8 +214,7 @@ class PackedStream(torch.utils.data.IterableDataset):
                 texts += document[self.text_column]
         return texts
 
-    def _share_of(self, reader: int, readers: int) -> "datasets.IterableDataset":
-
+    def _share_of(self, reader: int, readers: int) -> datasets.IterableDataset:
         strategy = "shards" if self.documents.num_shards >= readers else "examples"
         return split_dataset_by_node(self.documents, rank=reader, world_size=readers, strategy=strategy)
 
@@ -231,8 +228,8 @@ class PackedStream(torch.utils.data.IterableDataset):
         return [texts[index] for index in order]
 
 
-def _note(places: Sequence[Sequence[int]], layout: list[list[int]], read: dict[str, list[int]]) -> None:
-    """Note how many documents of which file follow each other in a block, and how far each file was read."""
+def _record_places(places: Sequence[Sequence[int]], layout: list[list[int]], read: dict[str, list[int]]) -> None:
+    """Record how many documents of each file follow each other in a block, and how far each file was read."""
     for file, count, crc in places:
         read[str(file)] = [count, crc]
         if not layout or layout[-1][0] != file:
@@ -240,8 +237,7 @@ def _note(places: Sequence[Sequence[int]], layout: list[list[int]], read: dict[s
         layout[-1][1] += 1
 
 
-def _refuse_shuffled(documents: "datasets.IterableDataset") -> None:
-
+def _refuse_shuffled(documents: datasets.IterableDataset) -> None:
     # A chain of iterables, each around the next; `datasets` offers no public way to ask.
     node = getattr(documents, "_ex_iterable", None)
     while node is not None:
@@ -255,11 +251,11 @@ def _refuse_shuffled(documents: "datasets.IterableDataset") -> None:
 
 @dataclass
 class StreamPosition:
-    """Where the readers of one rank stand, after the batches that training has taken (not those read ahead).
+    """Position of the readers of one rank after the batches that training has used (not those read ahead).
 
     Args:
-        batches: Batches taken by this rank, in all.
-        states: By worker, as a string, the state after the last row taken from it.
+        batches: Batches used by this rank.
+        states: By worker, as a string, the state after the last row used from it.
         read: By number of the file, as a string, how many documents were read of it at most in one pass, and the
             CRC-32 of their texts (`source_files.check_same_files`).
     """
@@ -282,7 +278,7 @@ class StreamPosition:
 
 
 class _ReaderRows(torch.utils.data.IterableDataset):
-    """Rows of a stream from a position on; with each the worker it came from and the state after it."""
+    """Rows of a stream from a position on, each with its worker and the state after it."""
 
     def __init__(self, stream: PackedStream, position: StreamPosition):
         self.stream = stream
@@ -291,7 +287,7 @@ class _ReaderRows(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], int, dict[str, Any]]]:
         info = torch.utils.data.get_worker_info()
         workers, worker = (1, 0) if info is None else (info.num_workers, info.id)
-        # A loader asks its workers in turn from the first on: let it be the one whose turn it was.
+        # A loader asks its workers in turn, from the first on; the first must be the one whose turn it was.
         worker = (worker + self.position.batches) % workers
         for row, state in self.stream.read(worker, workers, self.position.states.get(str(worker))):
             yield row, worker, state

@@ -1,4 +1,4 @@
-"""Special tokens, tokenizer training, and checks that a tokenizer belongs to a model."""
+"""LLaDA's special tokens and chat template, tokenizer training, and checks that a tokenizer fits a model."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,6 +1,6 @@
 """Ancestral sampling: exact reverse diffusion along the schedule (Eq. 11).
 
-t = 0 is clean, t = 1 is noise. Shapes: B batch, T whole length, M positions asked for, N vocabulary.
+t = 0 is clean, t = 1 is noise. Shapes: B batch, T total length, M requested positions, N vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +20,7 @@ from .sampler import Request, Sampler
 class AncestralSampler(Sampler):
     """Exact reverse diffusion: a draw from the prior, then `steps` draws from Eq. 11.
 
-    The times are i / steps, the last step ends at alpha = 1: no [MASK] is left when k < 1, no noise at any k.
+    The times are i / steps, and the last step ends at alpha = 1, so that no noise is left.
 
     Args:
         process: The noise, over the model's N rows.
@@ -47,8 +47,8 @@ class AncestralSampler(Sampler):
         check_positive(steps=steps, max_new_tokens=length)
         if temperature <= 0:
             raise ValueError(
-                f"temperature={temperature} must be positive for sampler='ancestral': it draws from the model's "
-                "distribution; for greedy text use sampler='confidence'."
+                f"temperature={temperature} must be positive for sampler='ancestral', which samples from the model's "
+                "distribution; for greedy decoding use sampler='confidence'."
             )
         self.process, self.steps = process, steps
         self.start, self.length = start, length
@@ -58,20 +58,19 @@ class AncestralSampler(Sampler):
         return self.start, self.start + self.length
 
     def begin(self, ids: Tensor, generated: Tensor, holes: Tensor | None = None) -> Canvas:
-        """The positions that may change hold a draw from the prior; `holes` mean nothing here."""
+        """The positions that may change hold a draw from the prior; `holes` is ignored."""
         prior = self._prior(tuple(ids.shape), ids.device)
-        nothing = torch.zeros_like(generated)
+        no_holes = torch.zeros_like(generated)
         zeros = torch.zeros_like(ids[:, 0])
-        return Canvas(torch.where(generated, prior, ids), nothing, generated, zeros, zeros, zeros.bool())
+        return Canvas(torch.where(generated, prior, ids), no_holes, generated, zeros, zeros, zeros.bool())
 
     def _prior(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         return self.process.sample_prior(shape, self.generator, device)
 
     def request(self, canvas: Canvas, i: int) -> Request:
-        """Draws all of the step that does not depend on p, and asks for the positions where p decides.
+        """Draws all random numbers that do not depend on p, and requests logits only where z_s depends on p.
 
-        Late in a long chain these are few: a token that stays whatever p is needs no logits, nor does a [MASK] that
-        stays one.
+        In a long chain these positions are few.
         """
         s, t = self.times(i)
         step = self.process.reverse_step(canvas.ids, s.to(canvas.ids.device), t.to(canvas.ids.device))
@@ -87,13 +86,13 @@ class AncestralSampler(Sampler):
         """One exact draw from q(z_s | z_t, p), s = t - 1 / steps, at the generated positions."""
         absorbing_ids = request.draw.step.noise_s.absorbing_ids
         tempered = (self._tempered(chunk, absorbing_ids) for chunk in logits)
-        return self._moved(canvas, finish_step(request.draw, tempered, self.generator), absorbing_ids)
+        return self._with_ids(canvas, finish_step(request.draw, tempered, self.generator), absorbing_ids)
 
     def times(self, i: int) -> tuple[Tensor, Tensor]:
         """s and t of step `i`, (1, 1) each, float64, on the CPU."""
         return tuple(torch.tensor([[1 - n / self.steps]], dtype=torch.float64) for n in (i + 1, i))
 
-    def _moved(self, canvas: Canvas, z_s: Tensor, absorbing_ids: Sequence[int]) -> Canvas:
+    def _with_ids(self, canvas: Canvas, z_s: Tensor, absorbing_ids: Sequence[int]) -> Canvas:
         special = torch.zeros_like(canvas.generated)
         for token_id in absorbing_ids:
             special |= (canvas.ids == token_id) | (z_s == token_id)

@@ -1,4 +1,4 @@
-"""How the columns and the steps of an answer spread over its blocks."""
+"""Blocks of an answer: their columns and their steps."""
 
 from bisect import bisect_right
 from itertools import accumulate
@@ -15,7 +15,7 @@ class Blocks:
     Args:
         start, length: The answer is the columns [start, start + length).
         block_length: Columns of a block.
-        steps: Of all blocks; 0 where nothing is filled.
+        steps: Steps of all blocks together; 0 when nothing is filled.
     """
 
     def __init__(self, start: int, length: int, block_length: int, steps: int):
@@ -28,18 +28,18 @@ class Blocks:
         self.steps = [whole + (block < rest) for block in range(count - 1)] + [last if count > 1 else steps]
         self.first_steps = [0, *accumulate(self.steps)][:-1]
 
-    def of(self, i: int) -> int:
-        """The block that step `i` fills."""
+    def block_of(self, i: int) -> int:
+        """Index of the block that step `i` fills."""
         return bisect_right(self.first_steps, i) - 1
 
-    def place(self, i: int) -> tuple[int, int]:
-        """Steps of its block before step `i`, and all of them."""
-        block = self.of(i)
+    def step_in_block(self, i: int) -> tuple[int, int]:
+        """Index of step `i` within its block, and the number of steps of that block."""
+        block = self.block_of(i)
         return i - self.first_steps[block], max(self.steps[block], 1)
 
     def next_block(self, i: int) -> int:
         """The first step after the block of step `i`."""
-        block = self.of(i)
+        block = self.block_of(i)
         return self.first_steps[block] + self.steps[block]
 
 
@@ -48,28 +48,28 @@ def num_blocks(length: int, block_length: int) -> int:
 
 
 def check_blocks(steps: int, length: int, block_length: int, name: str = "max_new_tokens") -> None:
-    """Raise ValueError unless each step can fill a token and each block has a step; messages call `length` `name`."""
+    """Raise ValueError unless each step can fill a token and each block has a step; `name` is the option `length`."""
     check_positive(**{"steps": steps, name: length, "block_length": block_length})
     if steps > length:
         raise ValueError(
-            f"steps={steps} is more than {name}={length}: every step fills at least one; use steps={length}."
+            f"steps={steps} is more than {name}={length}: every step fills at least one token; use steps={length}."
         )
     blocks = num_blocks(length, block_length)
     if steps < blocks:
         raise ValueError(
-            f"steps={steps} is too few for the {blocks} blocks of {block_length} tokens, which need one each; use "
+            f"steps={steps} is too few for the {blocks} blocks of {block_length} tokens, which need one step each; use "
             f"steps={blocks} or more, or a larger block_length."
         )
 
 
-def check_even_blocks(steps: int, length: int, block_length: int, name: str = "max_new_tokens") -> None:
+def check_even_blocks(steps: int, length: int, block_length: int) -> None:
     """Raise ValueError unless `block_length` divides the length and the steps spread evenly over the blocks."""
-    check_positive(**{"steps": steps, name: length, "block_length": block_length})
+    check_positive(steps=steps, max_new_tokens=length, block_length=block_length)
     if length % block_length:
         divisors = [d for d in range(1, length + 1) if length % d == 0]
         nearest = min(divisors, key=lambda d: abs(d - block_length))
         raise ValueError(
-            f"block_length={block_length} does not divide {name}={length}; use e.g. block_length={nearest}."
+            f"block_length={block_length} does not divide max_new_tokens={length}; use e.g. block_length={nearest}."
         )
     blocks = length // block_length
     if steps % blocks:

@@ -1,11 +1,11 @@
-"""Keys and values of a whole canvas, computed anew where a step needs them.
+"""Key-value cache for bidirectional denoising: a step recomputes some columns and reuses the others.
 
-An autoregressive cache grows at its end. Here every position exists from the start, each attends to all, and any of
-them may change: a token filled anywhere makes the keys and values of all layers above the first stale everywhere. A
-cache is thus an approximation: a step computes some columns and takes the others as they were at the last whole pass.
-It is exact when every pass is whole (`refresh=1`).
+An autoregressive cache only grows. Here all positions attend to each other and any of them may change, and a changed
+token makes the keys and values of all positions stale in every layer but the first. The cache is therefore an
+approximation: columns that a step does not compute are those of the last full pass. With `refresh=1` every pass is
+full, and the result is exact.
 
-Shapes: B batch, T whole length, A columns that a step computes, H key-value heads, W width of a head.
+Shapes: B batch, T total length, A columns that a step computes, H key-value heads, W width of a head.
 """
 
 from typing import Any
@@ -18,19 +18,19 @@ CACHES = ("prefix", "dual")
 
 
 class CanvasLayer(CacheLayerMixin):
-    """Keys and values (B, H, T, W) of one attention layer: stored whole, or overwritten at some columns."""
+    """Keys and values (B, H, T, W) of one attention layer, replaced in full or at some columns."""
 
-    columns: Tensor | None = None  # (B, A), set by the owner before a pass; None: the pass is whole
+    columns: Tensor | None = None  # (B, A), set by `CanvasCache.at` before a pass; None: a full pass
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write what the pass computed, (B, H, T or A, W); return keys and values of the whole canvas."""
+        """Store the keys and values of a pass, (B, H, T or A, W); return those of all T columns."""
         if self.columns is None:
             self.lazy_initialization(key_states, value_states)
-            # contiguous(): a view of the projection's output would be kept whole, and written through.
+            # contiguous(): a view would keep the projection's whole output in memory, and writes would change it.
             self.keys, self.values = key_states.contiguous(), value_states.contiguous()
         else:
             # Layers may lie on several devices.
@@ -55,7 +55,7 @@ class CanvasLayer(CacheLayerMixin):
 
 
 class CanvasCache(Cache):
-    """Transformers' `Cache` for bidirectional denoising; a first pass without `at` must be whole.
+    """Transformers' `Cache` for bidirectional denoising; the first pass must be full.
 
     Args:
         num_layers: Attention layers of the model.
@@ -65,47 +65,47 @@ class CanvasCache(Cache):
         super().__init__(layers=[CanvasLayer() for _ in range(num_layers)])
 
     def at(self, columns: Tensor | None) -> "CanvasCache":
-        """Say which columns, (B, A), the next pass computes; None: all.
+        """Set the columns, (B, A), that the next pass computes; None: all.
 
         Raises:
-            ValueError: If there is nothing yet that the other columns could be taken from.
+            ValueError: If the cache is empty and `columns` is not None.
         """
         if columns is not None and not self.layers[0].is_initialized:
-            raise ValueError("the cache is empty: run a whole pass before one over some columns.")
+            raise ValueError("the cache is empty: run a full pass before one over some columns.")
         for layer in self.layers:
             layer.columns = columns
         return self
 
 
 class RefreshPlan:
-    """Which columns each step computes.
+    """Columns that each step computes.
 
-    A whole pass where a block or the polishing begins and every `refresh` steps; between them the window, which is the
-    block and, with "prefix", everything behind it, and the columns outside the window that the whole pass made the
-    sampler edit: their keys and values are those of another token until they are computed again.
+    A full pass is run at the start of each block, at the start of polishing and every `refresh` steps. Other steps
+    compute the window, which is the block and, with "prefix", all columns after it, and also the columns outside the
+    window that the sampler edited after the full pass, because their cached keys and values are those of the old token.
 
     Args:
         mode: "prefix" or "dual".
-        refresh: Steps from one whole pass to the next; None refreshes only where a block or the polishing begins.
+        refresh: Steps from one full pass to the next; None: full passes only at the start of blocks and polishing.
     """
 
     def __init__(self, mode: str, refresh: int | None):
         self.mode, self.refresh = mode, refresh
         self._stage: tuple[tuple[int, int], bool] | None = None
         self._age = 0
-        self._before: Tensor | None = None  # (B, T) ids of the last whole pass, until its edits are known
+        self._before: Tensor | None = None  # (B, T) ids of the last full pass, until its edits are known
         self._edited: tuple[Tensor, Tensor] | None = None
 
     def columns(
         self, ids: Tensor, block: tuple[int, int], may_edit: bool, polishing: bool = False
-    ) -> tuple[Tensor, Tensor, int] | None:
-        """What a step on `ids` (B, T) in the columns [first, end) of `block` computes.
+    ) -> tuple[Tensor, Tensor] | None:
+        """Columns that a step on `ids` (B, T) in the columns [first, end) of `block` computes.
 
         Returns:
-            None for a whole pass; else the columns (B, A), whether each counts (a row with fewer columns than another
-            repeats one that does not), and how many of them, from the left, may change in this step.
+            None for a full pass; else the columns (B, A), and a bool mask (B, C) of the first C of them, those that may
+            change in this step. It is False where a column only pads a row to the number of columns of another.
         """
-        # Polishing is a stage of its own also in the same columns: when it begins depends on how long other rows took.
+        # Polishing always starts with a full pass: otherwise a row would depend on when other rows start polishing.
         stage = (block, polishing)
         if stage != self._stage or (self.refresh is not None and self._age >= self.refresh):
             self._stage, self._age, self._before, self._edited = stage, 1, ids, None
@@ -121,12 +121,12 @@ class RefreshPlan:
         # From left to right, as without a cache: of equal confidences the lower position wins.
         columns = torch.cat([edited, inner, suffix], dim=1)
         valid = torch.cat([counts, torch.ones_like(inner, dtype=torch.bool)], dim=1)
-        return columns, valid, valid.shape[1]
+        return columns, valid
 
     def _find_edited(self, ids: Tensor, block: tuple[int, int], last: int, may_edit: bool) -> tuple[Tensor, Tensor]:
-        """Columns outside [first of the block, last) that changed since the whole pass, (B, E), and which count.
+        """Columns outside [first of the block, last) that changed since the full pass, (B, E), and which are valid.
 
-        One wait for the device, for E, once per whole pass.
+        Synchronizes with the device, to read E; called once per full pass.
         """
         changed = ids != self._before
         changed[:, block[0] : last] = False
@@ -134,7 +134,7 @@ class RefreshPlan:
         most = int(changed.sum(-1).max()) if may_edit else 0
         order = changed.long().argsort(dim=-1, descending=True, stable=True)[:, :most]
         valid = changed.gather(1, order)
-        # What does not count repeats the block's last column, so that its keys are written twice with one value.
+        # Padding repeats the block's last column, whose keys are then written twice with the same value.
         return torch.where(valid, order, block[1] - 1), valid
 
     def select(self, rows: Tensor) -> None:
@@ -149,6 +149,6 @@ def check_cache_attention(attn_implementation: str) -> None:
     """Raise ValueError for an attention implementation whose masks need as many queries as keys."""
     if attn_implementation not in ("eager", "sdpa"):
         raise ValueError(
-            f"attn_implementation={attn_implementation!r} cannot take a cache, whose steps ask from some columns and "
-            "attend to all; load the model with attn_implementation='sdpa' or 'eager', or leave out use_cache."
+            f"attn_implementation={attn_implementation!r} does not support the cache, which has fewer queries than "
+            "keys; load the model with attn_implementation='sdpa' or 'eager', or leave out use_cache."
         )

@@ -1,6 +1,6 @@
 """State of a generation, and one step's view of it.
 
-Shapes: B batch, T whole length (prompt and answer), C columns of a step.
+Shapes: B batch, T total length (prompt and answer), C columns of a step.
 """
 
 from dataclasses import dataclass, field, replace
@@ -15,11 +15,11 @@ class Canvas:
 
     ids: Tensor  # (B, T) int64
     holes: Tensor  # (B, T) bool, positions still to be filled
-    generated: Tensor  # (B, T) bool, positions that generation owns: never prompt, padding or fixed text
+    generated: Tensor  # (B, T) bool, positions that may change: not the prompt, padding or fixed text
     num_edits: Tensor  # (B,) int64, filled tokens that were replaced by another token
     num_remasked: Tensor | None = None  # (B,) int64, filled tokens that became holes again; None without a policy
-    undefined: Tensor | None = None  # (B,) bool, rows where a token was written whose confidence is NaN
-    memory: dict[str, Tensor] = field(default_factory=dict)  # (B, ...) each, what a policy or sampler remembers
+    undefined: Tensor | None = None  # (B,) bool, rows where a token with NaN confidence was written
+    memory: dict[str, Tensor] = field(default_factory=dict)  # (B, ...) each, state of a policy or sampler
 
     def select(self, rows: Tensor) -> "Canvas":
         """Some rows of the batch, (rows,)."""
@@ -29,11 +29,11 @@ class Canvas:
 
 @dataclass(frozen=True)
 class StepView:
-    """One step's view of the columns it has predictions for, (B, C) unless said otherwise."""
+    """One step's view of the columns it has predictions for, (B, C) unless stated otherwise."""
 
     canvas: Canvas
     columns: Tensor  # int64
-    valid: Tensor | None  # bool, columns that count; the others repeat the last one. None: all count
+    valid: Tensor | None  # bool, False where a column repeats the last one as padding. None: all are valid
     ids: Tensor  # int64, current tokens
     holes: Tensor  # bool, holes of the current block
     editable: Tensor  # bool, filled by generation and open to change
@@ -50,16 +50,16 @@ class StepView:
 
     @property
     def disagrees(self) -> Tensor:
-        """Filled tokens in whose place the network prefers another one."""
+        """Filled tokens where the prediction is another token of at least the same confidence."""
         return self.editable & (self.predicted != self.ids) & (self.conf_predicted >= self.conf_current)
 
     def recall(self, name: str, default: int | float) -> Tensor:
-        """The memory `name` at the columns, or the default where nothing was remembered yet."""
+        """The memory `name` at the columns, or the default if it is not stored yet."""
         kept = self.canvas.memory.get(name)
         return torch.full_like(self.conf_predicted, default) if kept is None else kept.gather(1, self.columns)
 
     def write(self, whole: Tensor, values: Tensor) -> Tensor:
-        """`whole` (B, T) with the values at the columns; what only fills a row up writes what the last column does."""
+        """`whole` (B, T) with the values at the columns; padding columns write the value of the last column."""
         if self.valid is not None:
             values = torch.where(self.valid, values, values[:, -1:])
         return whole.scatter(1, self.columns, values)

@@ -1,6 +1,6 @@
-"""Low-confidence remasking with the refinement branch (Algorithm 1).
+"""Sampler of Algorithm 1: low-confidence remasking with the refinement branch.
 
-Shapes: B batch, T whole length (prompt and answer), C columns or M positions asked for, N vocabulary.
+Shapes: B batch, T total length (prompt and answer), C columns or M positions of a step, N vocabulary.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.categorical import draw_from_weights, row_blocks, uniform
+from ..diffusion.checks import work_dtype
 from .blocks import Blocks, check_blocks
 from .canvas import Canvas, StepView
 from .refinement import BudgetRefinement, NoRefinement, Refinement, most_confident
@@ -20,23 +21,21 @@ REMASKING = ("low_confidence", "random")
 
 @dataclass(frozen=True)
 class ConfidenceSettings:
-    """What a `ConfidenceSampler` does, for any text.
+    """Settings of a `ConfidenceSampler`.
 
     Args:
-        mask_token_id: m, what an unfilled position holds; never predicted.
-        mixing_ratio: k in [0, 1], the refinement knob.
-        steps: Forward passes that fill; a multiple of the number of blocks, at most the answer's length; 0 to refine
-            only.
-        block_length: Columns that are filled together, left to right; divides the answer. None: all of it.
+        mask_token_id: m, the id of unfilled positions; never predicted.
+        mixing_ratio: k in [0, 1], which sets the default refinement.
+        steps: Forward passes that fill, at least one per block and at most the answer's length; 0 to refine only.
+        block_length: Columns of a block; blocks are filled from left to right. None: one block.
         temperature: 0 predicts the argmax; above it, a draw from softmax(logits / temperature).
         warp: Filter of the tempered logits before a draw, (M, N) to (M, N), that keeps the largest: top-k, top-p.
         remasking: "low_confidence", or "random" to choose the holes to fill at random.
         refinement: Policy for filled tokens; by default `BudgetRefinement(mixing_ratio)`, none at k = 0.
-        polish_steps: Steps after the last hole is filled that only refine; at temperature 0 they end when nothing
-            changes any more.
-        confidence_threshold: Fill every hole predicted with at least this confidence, and at least the step's number.
+        polish_steps: Steps after filling that only refine; at temperature 0 they end at a step without a change.
+        confidence_threshold: Fill every hole predicted with at least this confidence, and at least a_i holes.
         confidence_factor: Fill the n most confident holes, n the largest with (n + 1) (1 - c_n) < factor, c_n being
-            the n-th confidence (Fast-dLLM's rule), and at least the step's number.
+            the n-th confidence (Fast-dLLM's rule), and at least a_i holes.
         ends_early: End a block when it has no hole left, also without threshold and factor.
 
     Raises:
@@ -64,7 +63,7 @@ class ConfidenceSettings:
 
     @property
     def policy(self) -> Refinement:
-        """The refinement, by default that of k."""
+        """`refinement`, or the default for k."""
         if self.refinement is not None:
             return self.refinement
         return BudgetRefinement(self.mixing_ratio) if self.mixing_ratio > 0 else NoRefinement()
@@ -73,12 +72,12 @@ class ConfidenceSettings:
 class ConfidenceSampler(Sampler):
     """LLaDA's low-confidence remasking with the refinement branch, Algorithm 1 of the paper.
 
-    Each step fills the most confident of a block's holes, the same number per step (earlier steps take the remainder),
-    and lets a refinement policy take back filled tokens, by default XDLM's budget. k = 0 is LLaDA's sampler. With a
-    confidence threshold or factor a step fills more where the network is sure, and a block without holes ends early.
+    Step i fills the a_i most confident holes of its block, where a_i is the same for all steps up to a remainder, which
+    earlier steps take. A refinement policy then revises filled tokens, by default within XDLM's budget. k = 0 is
+    LLaDA's sampler. With a confidence threshold or factor a step may fill more, and a block without holes ends early.
 
     Args:
-        settings: What to do.
+        settings: Settings that do not depend on the text.
         start, length: The answer is the columns [start, start + length).
         generator: Source of randomness.
 
@@ -106,15 +105,12 @@ class ConfidenceSampler(Sampler):
         )
 
     def request(self, canvas: Canvas, i: int) -> Request:
-        """The current block, and with refinement everything before it in the answer: nothing else can change."""
-        return Request(i, columns=torch.arange(*self._columns(i), device=canvas.ids.device))
-
-    def _columns(self, i: int) -> tuple[int, int]:
+        """The columns that can change: the current block, and with refinement the answer before it."""
         first, end = self.block(i)
-        return (self.start if self.may_edit else first), end
+        return Request(i, columns=torch.arange(self.start if self.may_edit else first, end, device=canvas.ids.device))
 
     def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
-        """1. Predict. 2. Re-mask. 3. Fill the most confident holes. 4. Edit where the policy wants to. 5. Remember."""
+        """1. Predict. 2. Re-mask. 3. Fill the most confident holes. 4. Edit by the policy. 5. Update the canvas."""
         # 1.
         view = self._view(canvas, logits, request)
         # 2.
@@ -142,10 +138,10 @@ class ConfidenceSampler(Sampler):
 
     def _view(self, canvas: Canvas, logits: Tensor, request: Request) -> StepView:
         i, columns = request.i, request.columns.expand(canvas.ids.shape[0], -1)
-        done, steps_per_block = (0, self.blocks.place(0)[1]) if self.polishing(i) else self.blocks.place(i)
+        done, steps_per_block = self.blocks.step_in_block(0 if self.polishing(i) else i)
         ids, holes, generated = (x.gather(1, columns) for x in (canvas.ids, canvas.holes, canvas.generated))
         predicted, conf_predicted, conf_current = self.predict(logits, ids)
-        editable = generated & ~holes & self.working_rows(canvas, i)[:, None]
+        editable = generated & ~holes & self.active_rows(canvas, i)[:, None]
         if request.valid is not None:
             holes, editable = holes & request.valid, editable & request.valid
         return StepView(
@@ -170,12 +166,11 @@ class ConfidenceSampler(Sampler):
     def predict(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Predicted ids, and the confidence of predicted and of current ids under the untempered float32 softmax.
 
-        Reads (B, C, N) logits of any dtype a few rows at a time, so that no copy of them is ever whole.
+        Converts the logits (B, C, N), of any dtype, a few rows at a time, to save memory.
         """
         shape, logits, ids = ids.shape, logits.flatten(0, 1), ids.flatten()
         u = uniform((len(ids), 1), self.generator, ids.device) if self.settings.temperature > 0 else None
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        predicted = torch.empty_like(ids)
+        predicted, wide = torch.empty_like(ids), work_dtype(logits)
         confidences = torch.empty(2, len(ids), dtype=wide, device=ids.device)
         scratch = None
         for rows in row_blocks(len(ids), logits):
@@ -183,36 +178,36 @@ class ConfidenceSampler(Sampler):
                 scratch = torch.empty_like(logits[rows], dtype=wide)
             block = scratch[: rows.stop - rows.start].copy_(logits[rows])
             block[:, self.settings.mask_token_id] = -torch.inf
-            top, surest = block.max(-1, keepdim=True)  # of equals the first, and three times as fast as argmax
-            predicted[rows] = surest.squeeze(-1) if u is None else self._draw(block, top, u[rows])
+            top, argmax = block.max(-1, keepdim=True)  # the first of equals, and three times as fast as argmax
+            predicted[rows] = argmax.squeeze(-1) if u is None else self._draw(block, top, u[rows])
             both = torch.stack([predicted[rows], ids[rows]])
-            # exp(l - max) / sum, not exp(l - logsumexp): near certainty the latter cannot tell 1 - 1e-6 from 1.
+            # exp(l - max) / sum, not exp(l - logsumexp), which cannot distinguish 1 - 1e-6 from 1.
             exponents = block.gather(-1, both.T).sub_(top)
             confidences[:, rows] = (exponents.exp_() / block.sub_(top).exp_().sum(-1, keepdim=True)).T
         return predicted.view(shape), confidences[0].view(shape), confidences[1].view(shape)
 
     def _draw(self, logits: Tensor, top: Tensor, u: Tensor) -> Tensor:
         """Tokens at the quantiles u (M, 1) of softmax(warp(logits / temperature)); logits (M, N) with maximum `top`."""
-        tempered = (logits - top).div_(self.settings.temperature)  # the difference first: it cannot overflow
+        tempered = (logits - top).div_(self.settings.temperature)  # differences first, so that exp cannot overflow
         tempered = tempered if self.settings.warp is None else self.settings.warp(tempered)
         return draw_from_weights(tempered.exp_(), u)
 
     def block(self, i: int) -> tuple[int, int]:
         if self.polishing(i):
             return self.start, self.start + self.length
-        return self.blocks.columns[self.blocks.of(i)]
+        return self.blocks.columns[self.blocks.block_of(i)]
 
-    def working_rows(self, canvas: Canvas, i: int) -> Tensor:
-        """With blocks that may end early, the rows whose block has holes: a row must not depend on its neighbours'."""
+    def active_rows(self, canvas: Canvas, i: int) -> Tensor:
+        """If blocks may end early, the rows whose block has holes, so that a row does not depend on the batch."""
         if not self.adaptive or self.polishing(i):
-            return super().working_rows(canvas, i)
+            return super().active_rows(canvas, i)
         first, end = self.block(i)
         return canvas.holes[:, first:end].any(-1)
 
     def next_step(self, before: Canvas, after: Canvas, i: int) -> int:
         if self.polishing(i):
-            settled = self.settled_rows(before, after, i)
-            return self.steps if settled is not None and bool(settled.all()) else i + 1
+            final = self.final_rows(before, after, i)
+            return self.steps if final is not None and bool(final.all()) else i + 1
         if self.adaptive and self._is_full(after, i):
             return self._skip_full_blocks(after, self.blocks.next_block(i))
         return self._skip_full_blocks(after, i + 1)
@@ -220,7 +215,7 @@ class ConfidenceSampler(Sampler):
     def polishing(self, i: int) -> bool:
         return i >= self.fill_steps
 
-    def settled_rows(self, before: Canvas, after: Canvas, i: int) -> Tensor | None:
+    def final_rows(self, before: Canvas, after: Canvas, i: int) -> Tensor | None:
         if not self.polishing(i) or self.settings.temperature > 0:
             return None
         return (before.ids == after.ids).all(-1)
@@ -229,7 +224,9 @@ class ConfidenceSampler(Sampler):
         return self._skip_full_blocks(canvas, 0)
 
     def _skip_full_blocks(self, canvas: Canvas, i: int) -> int:
-        while self.adaptive and i < self.fill_steps and self.blocks.place(i)[0] == 0 and self._is_full(canvas, i):
+        while (
+            self.adaptive and i < self.fill_steps and self.blocks.step_in_block(i)[0] == 0 and self._is_full(canvas, i)
+        ):
             i = self.blocks.next_block(i)
         return i
 
@@ -238,19 +235,19 @@ class ConfidenceSampler(Sampler):
         return not canvas.holes[:, first:end].any()
 
     def _fill_count(self, view: StepView) -> Tensor:
-        """Holes that a step fills, (B,): its share a_i, or more where the network is sure."""
-        count = self._share(view)
+        """Number of holes that a step fills, (B,): a_i, or more by threshold or factor."""
+        count = self._fill_quota(view)
         confidence = torch.where(view.holes, view.conf_predicted, 0.0)
         if self.settings.confidence_threshold is not None:
             count = torch.maximum(count, (view.holes & (confidence >= self.settings.confidence_threshold)).sum(-1))
         if self.settings.confidence_factor is not None:
             falling = confidence.sort(dim=-1, descending=True).values
             n = torch.arange(1, falling.shape[-1] + 1, device=falling.device)
-            sure = (n + 1) * (1 - falling) < self.settings.confidence_factor
-            count = torch.maximum(count, sure.long().cumprod(-1).sum(-1))
+            within_factor = (n + 1) * (1 - falling) < self.settings.confidence_factor
+            count = torch.maximum(count, within_factor.long().cumprod(-1).sum(-1))
         return count
 
-    def _share(self, view: StepView) -> Tensor:
-        """a_i, (B,): what is left of the block over the steps that are left, so earlier steps take the remainder."""
+    def _fill_quota(self, view: StepView) -> Tensor:
+        """a_i, (B,): the block's holes over its remaining steps, rounded up, so earlier steps take the remainder."""
         steps_left = max(view.steps_per_block - view.done, 1)
         return (view.holes.sum(-1) + steps_left - 1) // steps_left

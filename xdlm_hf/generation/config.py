@@ -14,12 +14,12 @@ logger = logging.get_logger(__name__)
 
 class XDLMGenerationConfig(GenerationConfig):
     """
-    Options of [`XDLMGenerationMixin.generate`], stored as generation_config.json. Every option defaults to `None`, "not
-    set"; the defaults named below apply in the end.
+    Options of [`XDLMGenerationMixin.generate`], stored as generation_config.json. Every option is `None`, "not set", by
+    default; `generate` then applies the default named below.
 
-    An option of several settings is a dict, `refinement={"policy": "threshold", "threshold": 0.9}`, or a plain name
-    where that says all, `cache="prefix"`. Each setting is also accepted by the name in brackets, as a keyword and in a
-    stored file; ReMDM's policies also as `remask_cap`, `remask_rescale` and `remask_confidence`.
+    An option with several settings is a dict, `refinement={"policy": "threshold", "threshold": 0.9}`, or, if only the
+    first setting is given, its value, `cache="prefix"`. Each setting is also accepted by the name in brackets, as a
+    keyword and in a stored file; ReMDM's policies also as `remask_cap`, `remask_rescale` and `remask_confidence`.
 
     {table}
 
@@ -44,7 +44,7 @@ class XDLMGenerationConfig(GenerationConfig):
         return {name: value for name, value in vars(self).items() if name in ACCEPTED and value is not None}
 
     def validate(self, **_: Any) -> None:
-        """Raise ValueError for options that no model can do; what depends on the model is checked by `generate`."""
+        """Raise ValueError for options that are invalid for every model; `generate` checks those of one model."""
         check_options(*flatten(self.given()))
 
     @staticmethod
@@ -55,7 +55,7 @@ class XDLMGenerationConfig(GenerationConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "XDLMGenerationConfig":
         """From a stored generation_config.json; options of autoregressive decoding are dropped with a warning."""
         foreign = sorted(name for name in config_dict if name not in ACCEPTED + cls._METADATA)
-        if isinstance(config_dict.get("use_cache"), bool):  # said of the autoregressive cache
+        if isinstance(config_dict.get("use_cache"), bool):  # refers to the autoregressive cache
             foreign.append("use_cache")
         if foreign:
             logger.warning(f"generation_config.json holds options that diffusion generation does not have: {foreign}.")
@@ -63,7 +63,7 @@ class XDLMGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "XDLMGenerationConfig":
-        """An empty config: what the model config says is looked up when `generate` runs."""
+        """An empty config: `generate` reads the model config when it runs."""
         return cls(_from_model_config=True)
 
 

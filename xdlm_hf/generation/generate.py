@@ -1,9 +1,9 @@
-"""`generate()` and `revise()` for diffusion language models: from options to a canvas and a sampler, and the output.
+"""`generate()` for diffusion language models: from options to canvas, sampler and network, and the output.
 
 Options come, in this order of precedence, from the call's keywords, the `generation_config` passed, the model's own
 generation_config.json, and the defaults; None means "not set". Costs are counted in forward passes.
 
-Shapes: B batch, P prompt or given text, T whole length (prompt and answer), N rows of the output layer.
+Shapes: B batch, P prompt or given text, T total length (prompt and answer), N rows of the output layer.
 """
 
 from dataclasses import replace
@@ -27,10 +27,10 @@ from .blocks import check_blocks
 from .confidence import ConfidenceSampler, ConfidenceSettings
 from .config import XDLMGenerationConfig
 from .layout import Layout, continuation, default_steps
-from .loop import Finished, denoise
+from .loop import StoppingRules, denoise
 from .network import Network
 from .options import Options
-from .output import DiffusionGenerateOutput, Watcher
+from .output import DiffusionGenerateOutput, StepObserver
 from .protocol import DiffusionModel, input_device, length_limit, output_rows
 from .refinement import make_refinement
 from .released import ReferenceNetwork, make_released_sampler
@@ -43,7 +43,7 @@ logger = logging.get_logger(__name__)
 
 
 class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
-    """Gives `generate` to a diffusion model of tokens; `protocol` says what it asks of the model."""
+    """Adds `generate` and `revise` to a diffusion language model; `protocol` states what the model must provide."""
 
     generation_config_class = XDLMGenerationConfig
 
@@ -61,16 +61,16 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         **kwargs: Any,
     ) -> Tensor | DiffusionGenerateOutput:
         """
-        Generate text by denoising all of the answer in `steps` steps.
+        Generate text by denoising the answer in `steps` steps.
 
-        The text of the prompt is never edited, and no [MASK] is left in the answer; a mask token inside the prompt is
-        text, not a hole. With `holes`, the text given is filled there and nothing is added to it.
+        The prompt is never edited, and no [MASK] is left in the answer; a mask token inside the prompt is text, not a
+        hole. With `holes`, these positions of the given text are filled, and nothing is appended.
 
         1. Resolve the options and check them against the model, before anything runs.
         2. Lay out the canvas, prompt then answer, and the sampler.
-        3. Denoise (`denoising.denoise`): per step the sampler's request, the network there, guidance, the user's logits
-           processors, the sampler; where a block ends the stopping criteria, on the text so far.
-        4. What follows the end of a row becomes padding.
+        3. Denoise (`loop.denoise`): in each step the sampler's request, the network, guidance, the user's logits
+           processors, the sampler; at the end of each block the stopping criteria.
+        4. Replace what follows the end of a row by padding.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, P)`, *optional*):
@@ -78,19 +78,19 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
             generation_config ([`XDLMGenerationConfig`], *optional*): Options; keywords of the call win over it.
             attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): 0 at padding.
             logits_processor (`LogitsProcessorList`, *optional*):
-                Called with `(M, T)` current ids and `(M, N)` float32 logits, a row for each of the M positions that
-                the sampler asks about, before the softmax; in an ancestral step for some of them at a time.
+                Called before the softmax with `(M, T)` current ids and `(M, N)` float32 logits, a row for each of the
+                M positions that the step needs; in an ancestral step for a chunk of them at a time.
             stopping_criteria (`StoppingCriteriaList`, *optional*):
                 Called after each block with the `(B, n)` ids up to its end and `scores=None`.
             generator (`torch.Generator`, *optional*): Source of randomness; instead of `seed`.
             streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
-                Follows the generation, ids on the CPU: `put` takes the prompts `(B, P)` before the first step;
-                `put_draft`, if it has one, after every step the columns `(B, n)` not put yet, holes holding the mask
-                token; `put` each column once more when it can no longer change, padding included (without refinement
-                as its block ends, else at the end); then `end`, which an exception leaves out, as in Transformers.
+                Gets ids on the CPU: `put` is called with the prompts `(B, P)` before the first step; `put_draft`, if
+                defined, after every step with the columns `(B, n)` not put yet, holes as the mask token; `put` with
+                each column, padding included, when it can no longer change (without refinement at the end of its
+                block, else at the end); then `end`, unless there was an exception, as in Transformers.
             holes (`torch.BoolTensor` of shape `(B, P)` or list of `(first, end)` columns, *optional*):
-                Positions of `input_ids` to fill, whatever they hold; `steps` is then by default their largest number
-                in a row, and a block without holes costs nothing.
+                Positions of `input_ids` to fill, whatever their ids; `steps` is then by default the largest number of
+                holes in a row, and a block without holes takes no forward pass.
             kwargs: Any option of [`XDLMGenerationConfig`].
 
         Returns:
@@ -98,12 +98,12 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
             tokens, or, with `return_dict_in_generate=True`, a [`DiffusionGenerateOutput`].
 
         Raises:
-            ValueError: For an unknown or unfit option, or inputs that do not fit; names the value and the remedy. After
-                the last step, if the network gave NaN where a token was drawn.
+            ValueError: For an unknown or unsuitable option, or inputs that do not fit; names the value and the remedy.
+                After the last step, if the logits of a written token were NaN.
         """
         # 1.
         if holes is not None and stopping_criteria:
-            raise ValueError("stopping_criteria end an answer, and holes are filled in a text; leave them out.")
+            raise ValueError("stopping_criteria apply to answers, not to holes; leave them out.")
         options = resolve(self, generation_config, kwargs, generator, "answer" if holes is None else "holes")
         generator = make_generator(generator, options.seed)
         input_ids, attention_mask = self._prepare_prompt(input_ids, attention_mask, options, holes is None)
@@ -130,19 +130,19 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         criteria: StoppingCriteriaList | None,
         streamer: Any,
     ) -> Tensor | DiffusionGenerateOutput:
-        """Denoise a layout, watched by history and streamer, and put the output together."""
+        """Denoise a layout and return the output."""
         layout = layout.repeated(options.num_return_sequences)
         answer = layout.generated if layout.open_ended else None
-        finished = Finished(options, criteria, answer, sampler.may_edit or sampler.may_remask)
+        stopping = StoppingRules(options, criteria, answer, sampler.may_edit or sampler.may_remask)
         canvas = sampler.begin(layout.ids, layout.generated, layout.holes)
         network_class = ReferenceNetwork if options.reference_compat else Network
         network = network_class(self, layout.attention_mask, canvas, options, processors)
-        watcher = Watcher(options, streamer, sampler, finished, layout.start)
-        watcher.begin(canvas.ids)
-        progress = denoise(network, sampler, canvas, finished, watcher)
-        sequences = finished.pad(progress.canvas.ids)
+        observer = StepObserver(options, streamer, sampler, stopping, layout.start)
+        observer.begin(canvas.ids)
+        progress = denoise(network, sampler, canvas, stopping, observer)
+        sequences = stopping.pad(progress.canvas.ids)
         refuse_undefined(progress.canvas.undefined)
-        watcher.end(sequences)
+        observer.end(sequences)
         if not options.return_dict_in_generate:
             return sequences
         return DiffusionGenerateOutput(
@@ -151,8 +151,8 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
             num_edits=progress.canvas.num_edits,
             num_remasked=progress.canvas.num_remasked,
             row_forward_passes=progress.passes,
-            tokens_per_forward=finished.num_tokens(layout.holes, progress.canvas.ids) / progress.passes.clamp_min(1),
-            history=watcher.history,
+            tokens_per_forward=stopping.num_tokens(layout.holes, progress.canvas.ids) / progress.passes.clamp_min(1),
+            history=observer.history,
         )
 
     def _prepare_prompt(
@@ -171,23 +171,23 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         if not isinstance(input_ids, Tensor) or not isinstance(attention_mask, Tensor | None):
             raise ValueError("input_ids and attention_mask must be tensors: tokenize with return_tensors='pt'.")
         if input_ids.numel() == 0:
-            input_ids = input_ids.long()  # tokenizers answer an empty text with an empty float tensor
+            input_ids = input_ids.long()  # tokenizers return an empty float tensor for an empty text
         if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.shape[0] == 0:
             raise ValueError(
                 f"input_ids must be integers of shape (B, P) with B >= 1, got {tuple(input_ids.shape)} "
                 f"{input_ids.dtype}."
             )
         if not adds_answer and input_ids.shape[1] == 0:
-            raise ValueError("the text is empty, there is nothing to fill or to revise; pass at least one token.")
+            raise ValueError("the text to fill or revise is empty; pass at least one token.")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask of shape {tuple(attention_mask.shape)} must have the shape of input_ids, "
                 f"{tuple(input_ids.shape)}."
             )
-        strange = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
-        if strange.numel():  # positions are counted by it
-            raise ValueError(f"attention_mask holds {strange[0].item()}; it must be 1 at text and 0 at padding.")
+        invalid = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
+        if invalid.numel():  # its cumulative sum gives the positions
+            raise ValueError(f"attention_mask holds {invalid[0].item()}; it must be 1 at text and 0 at padding.")
         validate_ids("input_ids", input_ids, output_rows(self.config))
         limit = length_limit(self.config)
         if not adds_answer and input_ids.shape[1] > limit:
@@ -197,8 +197,8 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         total = input_ids.shape[1] + options.max_new_tokens
         if adds_answer and total > limit:
             raise ValueError(
-                f"a prompt of {input_ids.shape[1]} and max_new_tokens={options.max_new_tokens} make {total} tokens, "
-                f"more than the model's limit of {limit}; shorten one of them."
+                f"a prompt of {input_ids.shape[1]} tokens and max_new_tokens={options.max_new_tokens} make {total} "
+                f"tokens, more than the model's limit of {limit}; shorten one of them."
             )
         return input_ids.to(device).long(), attention_mask.to(device).long()
 
@@ -229,7 +229,7 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         return ConfidenceSampler(settings, **common)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """The arguments as they are. Not used here; peft looks it up to load adapters saved as causal ones."""
+        """Returns its arguments. Not used here; peft needs it to load adapters saved with task type CAUSAL_LM."""
         return {"input_ids": input_ids, **kwargs}
 
     def adjust_generation_fn(
@@ -248,7 +248,7 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         trust_remote_code: bool | None,
         **kwargs: Any,
     ) -> None:
-        """Called by `from_pretrained`: take the config passed, else the checkpoint's generation_config.json if any."""
+        """Called by `from_pretrained`: set `generation_config` to the one passed, else to the checkpoint's, if any."""
         if generation_config is not None:
             self.generation_config = XDLMGenerationConfig.from_dict(generation_config.to_dict())
         elif pretrained_model_name_or_path is not None:

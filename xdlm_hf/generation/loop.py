@@ -1,13 +1,12 @@
-"""The loop around a sampler: the network where a step needs it, and which rows are still at work.
+"""The denoising loop: sampler and network in turn, until all rows are done.
 
-`generate` resolves what the user asked for and calls `denoise`. Costs are counted in forward passes.
+`generate` resolves the options and calls `denoise`. Costs are counted in forward passes.
 
-Shapes: B batch, R <= B rows still at work, T whole length (prompt and answer), N rows of the output layer.
+Shapes: B batch, R <= B active rows, T total length (prompt and answer).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,41 +14,44 @@ from transformers.generation import StoppingCriteriaList
 
 from .canvas import Canvas
 from .network import Network
+from .options import Options
 from .sampler import Sampler
 
-# Steps between checks for rows at end-of-text, each of which synchronizes with the device.
+# Steps between checks for end-of-text, each of which synchronizes with the device.
 _STEPS_BETWEEN_CHECKS = 4
 
 
-class Finished:
-    """Which rows need no more steps, and what becomes of the text after their end.
+class StoppingRules:
+    """Decides which rows are done, and pads what follows the end of a row.
 
     Args:
-        options: A resolved `XDLMGenerationConfig`.
-        criteria: The user's, asked after each block.
-        answer: (B, T) bool, where an end-of-text token counts; None: nowhere.
-        may_change: Whether a token once filled may still change.
+        options: The resolved options.
+        criteria: The user's stopping criteria, called after each block.
+        answer: (B, T) bool, where an end-of-text token ends the row; None: nowhere.
+        may_change: Whether a filled token may still change.
 
     Raises:
-        ValueError: If there are criteria and no padding token for what follows the end.
+        ValueError: If there are criteria but no padding token.
     """
 
-    def __init__(self, options: Any, criteria: StoppingCriteriaList | None, answer: Tensor | None, may_change: bool):
+    def __init__(
+        self, options: Options, criteria: StoppingCriteriaList | None, answer: Tensor | None, may_change: bool
+    ):
         self.options, self.answer = options, answer
         self.criteria = StoppingCriteriaList(criteria) if criteria else None
-        self.ends: Tensor | None = None  # (B,) column after which a row is padding
+        self.ends: Tensor | None = None  # (B,) column from which a row is padding
         if criteria and options.pad_token_id is None:
-            raise ValueError("stopping_criteria need a pad_token_id for what follows the end of a row; pass one.")
+            raise ValueError("stopping_criteria need pad_token_id, to pad what follows the end of a row; pass one.")
         pads = bool(options.end_of_text) and options.pad_token_id is not None
-        self.cuts = pads and answer is not None
-        # Where tokens may still change, leaving at end-of-text is a choice that can change the text.
+        self.pads_after_end_of_text = pads and answer is not None
+        # If tokens may still change, stopping at end-of-text can change the text, so it is not the default.
         wanted = (not may_change) if options.early_stop is None else options.early_stop
-        self.leaves_at_end_of_text = self.cuts and wanted and options.sampler == "confidence"
+        self.stops_at_end_of_text = self.pads_after_end_of_text and wanted and options.sampler == "confidence"
 
-    def after_block(self, ids: Tensor, rows: Tensor, block_end: int) -> Tensor:
-        """Ask the criteria about the batch (B, T) up to `block_end`; (R,) bool, which of `rows` (R,) are done.
+    def stopped_after_block(self, ids: Tensor, rows: Tensor, block_end: int) -> Tensor:
+        """Call the criteria on the batch (B, T) up to `block_end`; (R,) bool, which of `rows` (R,) are done.
 
-        About the whole batch, also when rows have left it: a criterion may know its rows by their place.
+        They get all B rows, also those that are done, because a criterion may depend on a row's index.
         """
         if self.ends is None:
             self.ends = torch.full_like(self.answer[:, 0], ids.shape[1], dtype=torch.long)
@@ -57,12 +59,12 @@ class Finished:
         self.ends[rows] = torch.where(done, self.ends[rows].clamp_max(block_end), self.ends[rows])
         return done
 
-    def at_end_of_text(self, before: Canvas, after: Canvas, rows: Tensor) -> Tensor:
+    def stopped_at_end_of_text(self, before: Canvas, after: Canvas, rows: Tensor) -> Tensor:
         """(R,) bool: rows with an end-of-text token, no hole before it, and nothing before it edited in this step."""
         is_eos = self._is_eos(after.ids, rows) & ~after.holes
-        until = is_eos.long().cumsum(-1) == 0
-        open_before = (after.holes | (after.generated & (before.ids != after.ids) & ~before.holes)) & until
-        return is_eos.any(-1) & ~open_before.any(-1)
+        before_eos = is_eos.long().cumsum(-1) == 0
+        unfinished = (after.holes | (after.generated & (before.ids != after.ids) & ~before.holes)) & before_eos
+        return is_eos.any(-1) & ~unfinished.any(-1)
 
     def pad(self, ids: Tensor) -> Tensor:
         """(B, T) ids with padding after the block in which a criterion was met, and after the first end-of-text."""
@@ -70,19 +72,19 @@ class Finished:
         return ids if after is None else torch.where(after, self.options.pad_token_id, ids)
 
     def num_tokens(self, holes: Tensor, ids: Tensor) -> Tensor:
-        """(B,) int64, the holes (B, T) that were filled, up to the row's end."""
+        """(B,) int64, the number of holes (B, T) before the row's end."""
         after = self._after_end(ids)
         return (holes if after is None else holes & ~after).sum(-1)
 
     def _after_end(self, ids: Tensor) -> Tensor | None:
-        """(B, T) bool, what follows the end of its row; None while no row can have one."""
+        """(B, T) bool, positions after the end of their row; None if no row can have an end."""
         after = None
         if self.ends is not None:
             after = torch.arange(ids.shape[1], device=ids.device) >= self.ends[:, None]
-        if self.cuts:
+        if self.pads_after_end_of_text:
             is_eos = self._is_eos(ids, slice(None))
-            behind = (is_eos.cumsum(-1) - is_eos.long() > 0) & self.answer
-            after = behind if after is None else after | behind
+            after_eos = (is_eos.cumsum(-1) - is_eos.long() > 0) & self.answer
+            after = after_eos if after is None else after | after_eos
         return after
 
     def _is_eos(self, ids: Tensor, rows: Tensor | slice) -> Tensor:
@@ -92,18 +94,18 @@ class Finished:
 
 @dataclass
 class Progress:
-    """The whole batch while some of its rows have left: (B, T) ids, (B,) counts."""
+    """State of the whole batch, of which only some rows are active."""
 
-    canvas: Canvas
-    passes: Tensor  # (B,) int64, forward passes that a row had something to do in
-    rows: Tensor  # (R,) int64, the rows still at work
+    canvas: Canvas  # of all B rows
+    passes: Tensor  # (B,) int64, forward passes in which the row was active
+    rows: Tensor  # (R,) int64, indices of the active rows
 
-    def update(self, live: Canvas) -> None:
-        """Write the state of the live rows back."""
+    def update(self, active: Canvas) -> None:
+        """Write the canvas of the active rows back."""
         if len(self.rows) == len(self.passes):
-            self.canvas = live
+            self.canvas = active
             return
-        merged = {name: getattr(self.canvas, name).index_copy(0, self.rows, getattr(live, name)) for name in _PER_ROW}
+        merged = {name: getattr(self.canvas, name).index_copy(0, self.rows, getattr(active, name)) for name in _PER_ROW}
         self.canvas = replace(self.canvas, **merged)
 
 
@@ -114,17 +116,19 @@ def denoise(
     network: Network,
     sampler: Sampler,
     canvas: Canvas,
-    finished: Finished,
+    stopping: StoppingRules,
     observe: Callable[[Tensor, int | None], None] | None = None,
 ) -> Progress:
-    """Run a sampler to its end.
+    """Run all steps of a sampler.
 
-    Per step: 1. what the sampler needs, 2. the network there, 3. the sampler, 4. whoever watches, 5. rows that are done
-    leave the batch.
+    Per step: 1. the sampler's request, 2. the network, 3. the sampler's step, 4. the observer, 5. removal of the rows
+    that are done.
 
     Args:
-        network, sampler, finished: The parts.
+        network: Computes logits.
+        sampler: Decides what to keep of them.
         canvas: The sampler's first canvas.
+        stopping: Decides which rows are done.
         observe: Called after each step with the whole batch's ids (B, T), and with the end column of a block that the
             step completed, else None.
     """
@@ -135,7 +139,7 @@ def denoise(
         # 1.
         request = sampler.request(canvas, i)
         before, passes = canvas, network.num_forward_passes
-        working = sampler.working_rows(canvas, i)
+        active = sampler.active_rows(canvas, i)
         # 2.
         if request.mask is None:
             logits, request = network.at_columns(canvas.ids, request, sampler)
@@ -143,7 +147,7 @@ def denoise(
             logits = network.at_mask(canvas.ids, request.mask, request.t)
         # 3.
         canvas = sampler.step(canvas, logits, request)
-        progress.passes[progress.rows] += working * (network.num_forward_passes - passes)
+        progress.passes[progress.rows] += active * (network.num_forward_passes - passes)
         progress.update(canvas)
         following = sampler.next_step(before, canvas, i)
         block_end = sampler.block_end(i, following)
@@ -151,7 +155,7 @@ def denoise(
         if observe is not None:
             observe(progress.canvas.ids, block_end)
         # 5.
-        done = _done(sampler, finished, before, canvas, progress, block_end, i)
+        done = _done(sampler, stopping, before, canvas, progress, block_end, i)
         if done is not None and bool(done.any()):
             if bool(done.all()):
                 break
@@ -164,18 +168,18 @@ def denoise(
 
 def _done(
     sampler: Sampler,
-    finished: Finished,
+    stopping: StoppingRules,
     before: Canvas,
     after: Canvas,
     progress: Progress,
     block_end: int | None,
     i: int,
 ) -> Tensor | None:
-    """(R,) bool, the rows that need no more steps; None where it was not asked."""
-    reasons = [sampler.settled_rows(before, after, i)]
-    if block_end is not None and finished.criteria:
-        reasons.append(finished.after_block(progress.canvas.ids, progress.rows, block_end))
-    if finished.leaves_at_end_of_text and (sampler.adaptive or i % _STEPS_BETWEEN_CHECKS == 0 or block_end is not None):
-        reasons.append(finished.at_end_of_text(before, after, progress.rows))
+    """(R,) bool, the rows that need no more steps; None if this was not checked."""
+    reasons = [sampler.final_rows(before, after, i)]
+    if block_end is not None and stopping.criteria:
+        reasons.append(stopping.stopped_after_block(progress.canvas.ids, progress.rows, block_end))
+    if stopping.stops_at_end_of_text and (sampler.adaptive or i % _STEPS_BETWEEN_CHECKS == 0 or block_end is not None):
+        reasons.append(stopping.stopped_at_end_of_text(before, after, progress.rows))
     known = [reason for reason in reasons if reason is not None]
     return torch.stack(known).any(0) if known else None

@@ -1,8 +1,8 @@
-"""The table of generation options: type, range, default, "off" value, and what each goes with.
+"""The table of generation options: type, range, default, "off" value, and the samplers and tasks each applies to.
 
-`XDLMGenerationConfig`, `generate`, the lm-eval adapter, the server and docs/generation.md read this table. Some options
-belong together and are one value of the user's: `refinement`, `parallel_decoding` and `cache` take a name or a dict.
-Each of their settings is a row of its own; `spelling` maps one to the other.
+`XDLMGenerationConfig`, `generate`, the lm-eval adapter, the server and docs/generation.md use this table. The options
+`refinement`, `parallel_decoding` and `cache` are groups of settings, given as a dict or, for two of them, a name. Each
+setting is a row of the table; `spelling` converts between groups and rows.
 """
 
 import math
@@ -27,7 +27,7 @@ def _count(label: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{label}={value!r} must be a positive integer.")
     if value > _LARGEST:
-        raise ValueError(f"{label}={value!r} must be {_LARGEST} at most.")
+        raise ValueError(f"{label}={value!r} must be at most {_LARGEST}.")
 
 
 def _integer(label: str, value: Any) -> None:
@@ -48,12 +48,19 @@ def _token_ids(label: str, value: Any) -> None:
 
 def _number(inside: Callable[[float], bool], range_: str) -> Check:
     def check(label: str, value: Any) -> None:
-        if isinstance(value, bool) or not (isinstance(value, Real) and math.isfinite(value)):
+        if isinstance(value, bool) or not (isinstance(value, Real) and _is_finite(value)):
             raise ValueError(f"{label}={value!r} must be a finite number.")
         if not inside(value):
             raise ValueError(f"{label}={value} must {range_}.")
 
     return check
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond float64
+        return False
 
 
 def _choice(*choices: Any) -> Check:
@@ -72,16 +79,17 @@ class Option:
     """One row of the table.
 
     Args:
-        check: Raises ValueError for a value that is impossible by itself; takes what to call it, and the value.
-        range: Type and range, in words.
-        about: What it does.
+        check: Raises ValueError for an invalid value; takes the option's name for the message, and the value.
+        range: Type and range, as text.
+        about: Description.
         section: "length", "sampling", "speed", "refinement", "audit", "output" or "tokens".
-        default: What holds where nothing is said, in words; `value` where that is one value.
-        off: Values that switch it off, as None does.
-        samplers: Samplers that have it.
-        released: Samplers of those that have it with `reference_compat`.
-        given_for, stored_for: Tasks for which a value counts that a call gives, or that a checkpoint stores.
-        of: The option and key that it is a part of.
+        default: The default, as text.
+        value: The default, if it is a constant.
+        off: Values that switch the option off, as None does.
+        samplers: Samplers that the option applies to.
+        released: Samplers that it applies to with `reference_compat`.
+        given_for, stored_for: Tasks in which the value of a call, or of a checkpoint, is used.
+        of: Group and key, if the row is a setting of a group.
     """
 
     check: Check
@@ -102,8 +110,8 @@ class Option:
 
 
 _CONFIDENCE: dict[str, Any] = {"samplers": ("confidence",), "released": ("confidence",)}
-_ADDED: dict[str, Any] = {"samplers": ("confidence",), "released": ()}
-_FILLS: dict[str, Any] = {**_ADDED, "given_for": ("answer", "holes"), "stored_for": ("answer", "holes")}
+_UNRELEASED: dict[str, Any] = {"samplers": ("confidence",), "released": ()}
+_FILLING: dict[str, Any] = {**_UNRELEASED, "given_for": ("answer", "holes"), "stored_for": ("answer", "holes")}
 _ANSWERS: dict[str, Any] = {"stored_for": ("answer",)}
 
 TABLE: dict[str, Option] = {
@@ -113,8 +121,8 @@ TABLE: dict[str, Option] = {
     "steps": Option(
         _count,
         "int >= 1",
-        "Denoising steps, one forward pass each (two with `cfg_scale`); at least one for each block. Earlier blocks "
-        "take the remainder.",
+        "Denoising steps, one forward pass each (two with `cfg_scale`), at least one for each block. They are spread "
+        "evenly over the blocks; earlier blocks take the remainder.",
         "length",
         "one for each token; 8 for a revision",
         **_ANSWERS,
@@ -132,8 +140,8 @@ TABLE: dict[str, Option] = {
     "mixing_ratio": Option(
         _number(lambda x: 0 <= x <= 1, "lie in [0, 1]: 0 is MDLM, 1 is UDLM"),
         "number in [0, 1]",
-        "k in Eq. 7: 0 is MDLM, 1 is UDLM. For the confidence sampler the refinement budget, k / (1 - k) edits for "
-        "every token filled.",
+        "k in Eq. 7: 0 is MDLM, 1 is UDLM. In the confidence sampler it sets the refinement budget, k / (1 - k) edits "
+        "per filled token.",
         "sampling",
         "the model's",
     ),
@@ -149,7 +157,7 @@ TABLE: dict[str, Option] = {
     "remasking": Option(
         _choice(*REMASKING),
         " or ".join(f'`"{name}"`' for name in REMASKING),
-        "Which holes are filled first: all but the surest predictions are masked again, or all but random ones.",
+        "Holes to fill first: those predicted with the highest confidence, or random ones.",
         "sampling",
         '`"low_confidence"`',
         **_CONFIDENCE,
@@ -162,11 +170,11 @@ TABLE: dict[str, Option] = {
         "0; 1 for the ancestral sampler, which always draws",
         released=("confidence",),
     ),
-    "top_k": Option(_count, "int >= 1", "Draws are among so many likeliest tokens.", "sampling", off=(0,), released=()),
+    "top_k": Option(_count, "int >= 1", "Draw from this many most likely tokens.", "sampling", off=(0,), released=()),
     "top_p": Option(
         _number(lambda x: 0 < x <= 1, "lie in (0, 1]; 1 keeps every token"),
         "number in (0, 1]",
-        "Draws are among the likeliest tokens that together have this probability.",
+        "Draw from the most likely tokens that together have this probability.",
         "sampling",
         off=(1,),
         released=(),
@@ -174,7 +182,7 @@ TABLE: dict[str, Option] = {
     "cfg_scale": Option(
         _number(lambda x: x >= 0, "be 0 (no guidance) or above"),
         "number >= 0",
-        "Classifier-free guidance, uncond + (cfg_scale + 1) (cond - uncond), where uncond sees the prompt masked.",
+        "Classifier-free guidance, uncond + (cfg_scale + 1) (cond - uncond); the prompt of uncond is masked.",
         "sampling",
         value=0.0,
         off=(0,),
@@ -183,66 +191,66 @@ TABLE: dict[str, Option] = {
     "confidence_threshold": Option(
         _FRACTION,
         "number in (0, 1]",
-        "Every hole predicted with at least this confidence is filled at once, beyond the step's share. A block ends "
-        "when it is full, so `steps` becomes the most that may be taken.",
+        "A step also fills every hole predicted with at least this confidence. A block ends when it is full, so "
+        "`steps` is the maximum.",
         "speed",
         off=(0,),
         of=("parallel_decoding", "threshold"),
-        **_FILLS,
+        **_FILLING,
     ),
     "confidence_factor": Option(
         _number(lambda x: x > 0, "be above 0"),
         "number > 0",
-        "The same for the n surest holes, n the largest with (n + 1) (1 - confidence of the n-th) < factor.",
+        "A step also fills the n most confident holes, n the largest with (n + 1) (1 - n-th confidence) < factor.",
         "speed",
         off=(0,),
         of=("parallel_decoding", "factor"),
-        **_FILLS,
+        **_FILLING,
     ),
     "early_stop": Option(
         _boolean,
         "bool",
-        "Whether a row leaves the batch at its first end-of-text token, when no hole is left before it and the step "
-        "changed nothing there.",
+        "Whether a row is done at its first end-of-text token, once no hole is left before it and a step changed no "
+        "token before it.",
         "speed",
-        "only where nothing filled may change",
-        **_ADDED,
+        "only if filled tokens cannot change",
+        **_UNRELEASED,
     ),
     "use_cache": Option(
         _choice(*CACHES, False),
         " or ".join(f'`"{name}"`' for name in CACHES),
-        '`"prefix"` computes the current block and what follows it, `"dual"` the block alone; keys and values of the '
-        "rest are those of the last whole pass. Faster, and an approximation.",
+        '`"prefix"` computes the current block and what follows it, `"dual"` only the block; other keys and values are '
+        "those of the last full pass. Faster, and an approximation.",
         "speed",
         off=(False,),
         of=("cache", "mode"),
-        **_ADDED,
+        **_UNRELEASED,
     ),
     "cache_refresh": Option(
         _count,
         "int >= 1",
-        "Steps from one whole pass to the next; 1 is exact.",
+        "Steps from one full pass to the next; 1 is exact.",
         "speed",
-        "only where a block or the polishing begins",
+        "full passes only at the start of blocks and of polishing",
         of=("cache", "refresh"),
-        **_ADDED,
+        **_UNRELEASED,
     ),
     "refinement": Option(
         _choice(*REFINEMENTS),
         ", ".join(f'`"{name}"`' for name in REFINEMENTS),
-        "Which tokens already filled a step may revise, see below.",
+        "Policy that revises filled tokens, see below.",
         "refinement",
         '`"budget"` for k > 0, else `"none"`',
         of=("refinement", "policy"),
-        **_ADDED,
+        **_UNRELEASED,
     ),
     "edit_threshold": Option(
         _FRACTION,
         "number in (0, 1]",
-        'Confidence from which `"threshold"` edits.',
+        'Minimum confidence of an edit by `"threshold"`.',
         "refinement",
         of=("refinement", "threshold"),
-        **_ADDED,
+        **_UNRELEASED,
     ),
     "remask_rate": Option(
         _FRACTION,
@@ -250,27 +258,27 @@ TABLE: dict[str, Option] = {
         "Rate of ReMDM's schedules.",
         "refinement",
         of=("refinement", "rate"),
-        **_ADDED,
+        **_UNRELEASED,
     ),
     "max_edits_per_token": Option(
         _count,
         "int >= 1",
-        "A position is edited at most so often, and never back to the token just replaced.",
+        "Maximum number of edits of a position, which also never returns to the token just replaced.",
         "refinement",
         of=("refinement", "max_edits_per_token"),
-        **_ADDED,
+        **_UNRELEASED,
     ),
     "refinement_off_steps": Option(
         _count,
         "int >= 1",
-        "The last steps that fill, in which nothing is revised.",
+        "Number of last filling steps in which nothing is revised.",
         "refinement",
         off=(0,),
         of=("refinement", "off_steps"),
-        **_FILLS,
+        **_FILLING,
     ),
     "polish_steps": Option(
-        _count, "int >= 1", "Steps after the last hole is filled, which only edit.", "refinement", off=(0,), **_FILLS
+        _count, "int >= 1", "Steps after filling that only edit.", "refinement", off=(0,), **_FILLING
     ),
     "reference_compat": Option(
         _boolean,
@@ -302,34 +310,34 @@ TABLE: dict[str, Option] = {
     "eos_token_id": Option(
         _token_ids,
         "int or list of int",
-        "What follows the first of these in an answer becomes padding; `[]` keeps everything.",
+        "End-of-text tokens: what follows the first in an answer becomes padding; `[]` keeps everything.",
         "tokens",
         "the model config's",
     ),
 }
 
-GROUPS: dict[str, dict[str, str]] = {}  # option -> key -> row, for the options that are several rows
+GROUPS: dict[str, dict[str, str]] = {}  # group -> key -> row
 for _name, _row in TABLE.items():
     if _row.of is not None:
         GROUPS.setdefault(_row.of[0], {})[_row.of[1]] = _name
-HEADS = {"refinement": "policy", "cache": "mode"}  # the key that a plain name stands for
+MAIN_KEYS = {"refinement": "policy", "cache": "mode"}  # the key that is set by a plain name
 _ABOUT_GROUPS = {
-    "parallel_decoding": "Rule that fills more than the step's share where the network is sure.",
-    "cache": "Keys and values that steps reuse.",
-    "refinement": "Policy that revises tokens already filled, with its settings.",
+    "parallel_decoding": "Fill additional holes by confidence.",
+    "cache": "Reuse keys and values from one step to the next.",
+    "refinement": "Policy that revises filled tokens, with its settings.",
 }
 OPTIONS = tuple(dict.fromkeys(name if row.of is None else row.of[0] for name, row in TABLE.items()))
-ACCEPTED = tuple(dict.fromkeys((*OPTIONS, *TABLE)))  # also the names that settings of a group had by themselves
+ACCEPTED = tuple(dict.fromkeys((*OPTIONS, *TABLE)))  # with the names of the settings of groups
 
 
 def section_names(*sections: str) -> tuple[str, ...]:
-    """Every name, of options and rows, that belongs to these sections."""
+    """Names of the options and rows in these sections."""
     rows = [(name, row) for name, row in TABLE.items() if row.section in sections]
     return tuple(dict.fromkeys([*(row.of[0] for _, row in rows if row.of), *(name for name, _ in rows)]))
 
 
 def markdown_table() -> str:
-    """The table as docs/generation.md shows it."""
+    """The table in docs/generation.md."""
     lines = ["| option | value | default | off | what it does |", "| --- | --- | --- | --- | --- |"]
     for option in OPTIONS:
         if option in GROUPS:
@@ -345,11 +353,11 @@ def markdown_table() -> str:
 
 
 class Options(make_dataclass("Rows", [(name, Any, None) for name in TABLE], frozen=True)):
-    """Resolved options of one call, each row of the table a field; None where it is off."""
+    """Resolved options of one call: a field for each row of the table, None if it is off."""
 
     @property
     def policy(self) -> str:
-        """The refinement in force: the one named, else XDLM's budget for k > 0."""
+        """The refinement policy, see `policy`."""
         return policy(self)
 
     @property
@@ -360,12 +368,12 @@ class Options(make_dataclass("Rows", [(name, Any, None) for name in TABLE], froz
 
 
 def policy(rows: Any) -> str:
-    """The refinement in force: the one named, else XDLM's budget for k > 0."""
+    """The refinement policy: the one given, else "budget" for k > 0 and "none" for k = 0."""
     return rows.refinement or ("budget" if rows.mixing_ratio else "none")
 
 
 def draws(rows: Any) -> bool:
-    """Whether generation with these rows draws random numbers."""
+    """Whether generation with these options draws random numbers."""
     return (
         rows.sampler == "ancestral"
         or bool(rows.temperature)

@@ -1,6 +1,6 @@
-"""What `generate` returns, and who watches it at work.
+"""Return value of `generate`, and the observer that feeds its history and streamer.
 
-Shapes: B batch, T whole length (prompt and answer).
+Shapes: B batch, T total length (prompt and answer).
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .loop import Finished
+from .loop import StoppingRules
 from .options import Options
 from .sampler import Sampler
 
@@ -23,15 +23,14 @@ class DiffusionGenerateOutput(ModelOutput):
     Args:
         sequences (`torch.LongTensor` of shape `(B, T)`): Prompt and answer.
         num_forward_passes (`int`):
-            Network evaluations per row: one for each step, two with guidance, none for an ancestral step that no
-            position needs logits for.
+            Network evaluations per row: one for each step, two with guidance, none for an ancestral step that needs no
+            logits.
         num_edits (`torch.LongTensor` of shape `(B,)`): Filled tokens that were replaced by another token.
         num_remasked (`torch.LongTensor` of shape `(B,)`): Filled tokens that became holes again.
         row_forward_passes (`torch.LongTensor` of shape `(B,)`):
-            Evaluations in which the row still had something to do; fewer than `num_forward_passes` for one that was
-            full, or at its end, before others.
+            Evaluations in which the row was active; fewer than `num_forward_passes` if it was done before others.
         tokens_per_forward (`torch.FloatTensor` of shape `(B,)`):
-            Tokens of the answer, up to its end-of-text token, for each of these.
+            Tokens of the answer, up to its end-of-text token, per active evaluation of the row.
         history (`tuple[torch.LongTensor]`, *optional*):
             The `(B, T)` ids before the first step and after each, with `output_history=True`.
     """
@@ -45,15 +44,16 @@ class DiffusionGenerateOutput(ModelOutput):
     history: tuple[torch.LongTensor, ...] | None = None
 
 
-class Watcher:
-    """Shows the whole batch to history and streamer after each step."""
+class StepObserver:
+    """Passes the ids of the whole batch to the history and the streamer after each step."""
 
-    def __init__(self, options: Options, streamer: Any, sampler: Sampler, finished: Finished, start: int):
+    def __init__(self, options: Options, streamer: Any, sampler: Sampler, stopping: StoppingRules, start: int):
         if streamer is not None:
             _check_streamer(streamer, options)
-        self.streamer, self.finished, self.shown = streamer, finished, start
+        self.streamer, self.stopping = streamer, stopping
+        self.num_put = start  # columns that the streamer got by `put`
         # A block is final when it ends, unless a later step may still edit it.
-        self.in_blocks = not sampler.may_edit
+        self.puts_blocks = not sampler.may_edit
         self._history: list[Tensor] | None = [] if options.output_history else None
 
     @property
@@ -64,7 +64,7 @@ class Watcher:
         if self._history is not None:
             self._history.append(ids)
         if self.streamer is not None:
-            self.streamer.put(ids[:, : self.shown].cpu())
+            self.streamer.put(ids[:, : self.num_put].cpu())
 
     def __call__(self, ids: Tensor, block_end: int | None) -> None:
         if self._history is not None:
@@ -72,20 +72,20 @@ class Watcher:
         if self.streamer is None:
             return
         if hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(value=ids[:, self.shown :].cpu())
-        if self.in_blocks and block_end is not None and self.shown < block_end < ids.shape[1]:
-            self._put(self.finished.pad(ids)[:, :block_end])
+            self.streamer.put_draft(value=ids[:, self.num_put :].cpu())
+        if self.puts_blocks and block_end is not None and self.num_put < block_end < ids.shape[1]:
+            self._put(self.stopping.pad(ids)[:, :block_end])
 
     def end(self, ids: Tensor) -> None:
         if self.streamer is None:
             return
-        if self.shown < ids.shape[1]:
+        if self.num_put < ids.shape[1]:
             self._put(ids)
         self.streamer.end()
 
     def _put(self, ids: Tensor) -> None:
-        self.streamer.put(ids[:, self.shown :].cpu())
-        self.shown = ids.shape[1]
+        self.streamer.put(ids[:, self.num_put :].cpu())
+        self.num_put = ids.shape[1]
 
 
 def _check_streamer(streamer: Any, options: Options) -> None:
@@ -93,9 +93,8 @@ def _check_streamer(streamer: Any, options: Options) -> None:
     if missing:
         raise ValueError(f"streamer={streamer!r} has no method {missing[0]}(); pass a BaseStreamer.")
     if getattr(streamer, "_takes_logits", False):
-        raise ValueError(f"streamer={streamer!r} wants the drafts as logits; here drafts are token ids.")
+        raise ValueError(f"streamer={streamer!r} takes drafts as logits, but drafts are token ids; pass another one.")
     if options.reference_compat:
         raise ValueError(
-            "reference_compat=True may edit the prompt, which a streamer has been given by then; leave out one of the "
-            "two."
+            "reference_compat=True may edit the prompt, which the streamer gets at the start; leave out one of them."
         )

@@ -1,6 +1,6 @@
-"""The protocol for models: all that generation, training, planning and evaluation ask of a network.
+"""Interface of models: what generation, training, planning and evaluation require of a network.
 
-Of its config, under Transformers' names:
+Its config has, under Transformers' names:
 
     vocab_size                          tokens; also N, the rows of the output layer, unless there is `output_rows`
     num_hidden_layers, hidden_size      for the cache and for operation counts
@@ -8,12 +8,12 @@ Of its config, under Transformers' names:
     mask_token_id                       [MASK], needed for k < 1; pad_token_id, bos_token_id and eos_token_id if any
     mixing_ratio, noise_schedule        the noise it was trained with; without them k = 0 and "linear"
 
-Of the network: `get_input_embeddings()`, `get_output_embeddings()`, and `forward(input_ids, ...)`, whose output has
-`.logits` (B, L, N). Where forward takes them by name it is given `attention_mask` (B, L) for padded rows, with
-`position_ids` (B, L) that count text alone, and `logits_to_keep`, the positions whose logits are wanted. All else are
-the members of `DiffusionModel`, with defaults.
+The network has `get_input_embeddings()`, `get_output_embeddings()`, and `forward(input_ids, ...)`, whose output has
+`.logits` (B, L, N). If `forward` has these parameters, it gets `attention_mask` (B, L) for padded rows, with
+`position_ids` (B, L) that do not count padding, and `logits_to_keep`, the positions whose logits are needed. The rest
+are the members of `DiffusionModel`, which have defaults.
 
-Shapes: B batch, R rows, L length, C columns, M positions asked for, N rows of the output layer.
+Shapes: B batch, R rows, L length, C columns, M requested positions, N rows of the output layer.
 """
 
 import functools
@@ -32,16 +32,16 @@ ATTENTION = ("full", "block_causal")
 
 
 class DiffusionModel:
-    """Base of every model class of the package; a family overrides what is not so for it.
+    """Base of every model class of the package; a model family overrides the members that differ.
 
     Attributes:
-        conditioning: Inputs of `forward` besides ids that must be given: of "timesteps" (B,), see `timesteps`, and
-            "class_labels" (B,).
-        predicts_next: Whether the logits at a position are about the next one, as in models that were autoregressive;
-            by default they are about the position itself.
-        attention: "full", or "block_causal": a position sees its own block and those before it.
+        conditioning: Required inputs of `forward` besides ids: "timesteps" (B,), see `timesteps`, or "class_labels"
+            (B,).
+        predicts_next: Whether the logits at a position predict the next one, as in converted autoregressive models; by
+            default they predict the position itself.
+        attention: "full", or "block_causal": a position attends to its own block and those before it.
         supports_canvas_cache: Whether `forward` takes a `CanvasCache` as `past_key_values`.
-        lora_targets: What adapters are put on, as peft's `target_modules`.
+        lora_targets: Modules that get LoRA adapters, as peft's `target_modules`.
     """
 
     conditioning: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class DiffusionModel:
     def noise_process(
         self, mixing_ratio: float | None = None, noise_schedule: str | None = None, mask_token_id: int | None = None
     ) -> NoiseProcess:
-        """The noise that the model was trained with; the config says what is not given.
+        """The noise that the model was trained with; the config gives the defaults.
 
         Args:
             mixing_ratio (`float`, *optional*): Another k, in [0, 1].
@@ -81,12 +81,12 @@ class DiffusionModel:
         return process.kernel
 
     def timesteps(self, t: Tensor) -> Tensor:
-        """What `forward` takes as `timesteps` at the times t (B,): sigma_t = -log alpha_t, (B,) float32."""
+        """The input `timesteps` of `forward` at the times t (B,): sigma_t = -log alpha_t, (B,) float32."""
         return -self.noise_process().alpha(t.double()).log().float()
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Of the config
+# Config
 
 
 def output_rows(config: Any) -> int:
@@ -115,19 +115,19 @@ def default_mixing_ratio(config: Any) -> float:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Of the network
+# Network
 
 
 def check_conditioning(model: Any, given: Collection[str], who: str) -> None:
-    """Refuse a model that takes inputs which nobody gives it.
+    """Refuse a model with required inputs that the caller does not provide.
 
     Args:
         model: A `DiffusionModel`, or a wrapper that passes its attributes on.
-        given: Names of the inputs that `who` gives.
-        who: For the message.
+        given: Names of the inputs that are provided.
+        who: Name of the caller, for the message.
 
     Raises:
-        ValueError: Naming the input.
+        ValueError: If an input is missing; names it.
     """
     for name in model.conditioning:
         if name not in given:
@@ -135,12 +135,12 @@ def check_conditioning(model: Any, given: Collection[str], who: str) -> None:
 
 
 def check_trainable(model: Any) -> None:
-    """Raise ValueError for a model whose loss needs more than noisy ids and times."""
+    """Raise ValueError for a model that needs more than noisy ids and times, or predicts the next position."""
     check_conditioning(model, ("timesteps",), "XDLMTrainer")
     if model.predicts_next:
         raise ValueError(
-            f"{type(model).__name__} has predicts_next=True, and XDLMTrainer reads logits as being about the position "
-            "itself; give the family a forward that moves them."
+            f"{type(model).__name__} has predicts_next=True, but XDLMTrainer needs logits that predict the position "
+            "itself; shift them in the model's forward."
         )
 
 
@@ -148,7 +148,7 @@ def check_cache(model: Any, use_cache: str) -> None:
     """Raise ValueError for a model that cannot take a `CanvasCache`, naming why and the remedy."""
     name = type(model).__name__
     if not model.supports_canvas_cache:
-        raise ValueError(f"use_cache={use_cache!r}: {name} takes no cache of a whole canvas; leave out use_cache.")
+        raise ValueError(f"use_cache={use_cache!r}: {name} does not support CanvasCache; leave out use_cache.")
     for member, value, wanted in (
         ("attention", model.attention, "full"),
         ("predicts_next", model.predicts_next, False),
@@ -162,7 +162,7 @@ def check_cache(model: Any, use_cache: str) -> None:
 
 @functools.cache
 def forward_arguments(model_class: type[nn.Module]) -> frozenset[str]:
-    """Names that `forward` takes; one with **kwargs is read as passing them on to its base class'."""
+    """Names of the parameters of `forward`; one with **kwargs is assumed to pass them to its base class."""
     names: set[str] = set()
     for cls in model_class.__mro__:
         if "forward" in vars(cls):
@@ -173,16 +173,27 @@ def forward_arguments(model_class: type[nn.Module]) -> frozenset[str]:
     return frozenset(names)
 
 
-def check_padding(model: nn.Module, attention_mask: Tensor) -> None:
-    """Raise ValueError for padded rows (R, T) if the model's `forward` takes no attention mask."""
-    if "attention_mask" not in forward_arguments(type(model)) and not attention_mask.all():
+def padding_inputs(model: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Arguments of `forward` for padded rows, (R, T) each; none without padding, where attention runs faster.
+
+    The position ids do not count padding, so that a padded row computes the same as the row alone.
+
+    Raises:
+        ValueError: If rows are padded and `forward` has no attention mask.
+    """
+    if attention_mask.all():
+        return {}
+    arguments = forward_arguments(type(model))
+    if "attention_mask" not in arguments:
         raise ValueError(
-            f"{type(model).__name__} takes no attention_mask, and the rows are padded; pass rows of one length."
+            f"{type(model).__name__} takes no attention_mask, but the rows are padded; pass rows of one length."
         )
+    inputs = {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(-1) - 1).clamp_min(0)}
+    return {name: value for name, value in inputs.items() if name in arguments}
 
 
 def logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor | int) -> Tensor:
-    """One forward pass; logits about some positions, (R, C, N), or (M, N) in row-major order for a mask.
+    """One forward pass; logits that predict some positions, (R, C, N), or (M, N) in row-major order for a mask.
 
     Args:
         model: The network.
@@ -192,7 +203,7 @@ def logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor | int)
     if not model.predicts_next and "logits_to_keep" in forward_arguments(type(model)):
         return model(**inputs, logits_to_keep=positions).logits
     logits = model(**inputs).logits
-    if model.predicts_next:  # nothing stands before the first position, which keeps its own
+    if model.predicts_next:  # no position predicts the first, which keeps its own logits
         logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
     if isinstance(positions, int):
         return logits[:, logits.shape[1] - positions :]
@@ -200,21 +211,20 @@ def logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor | int)
 
 
 def plain_output_layer(forward: Callable) -> Callable:
-    """Mark a `forward` whose logits are `get_output_embeddings()` of `base_model`'s last hidden state, nothing else.
+    """Mark a `forward` whose logits are `get_output_embeddings()` applied to `base_model`'s last hidden state.
 
-    Then hidden states may be computed once and the output layer run on some of them at a time. A subclass with a
-    `forward` of its own is without the mark.
+    Then `base_model` can run once and the output layer on some positions at a time. A subclass that overrides `forward`
+    does not inherit the mark.
     """
     forward.plain_output_layer = True
     return forward
 
 
 def runs_in_parts(model: nn.Module) -> bool:
-    """Whether calling the model is calling its backbone, then its output layer.
+    """Whether the backbone and the output layer may be called one by one instead of the model.
 
-    FSDP, accelerate (autocast, models spread over devices) and torch.compile put themselves around a model; then parts
-    of it must not be called alone. Nor where a class or an instance has a `forward` without `plain_output_layer`, or
-    the logits are about the next position.
+    They must not if FSDP, accelerate (autocast, several devices) or torch.compile wraps the model, if its `forward` is
+    not marked by `plain_output_layer`, or if the logits predict the next position.
     """
     around = model._forward_pre_hooks or model._forward_hooks or model._compiled_call_impl
     plain = getattr(type(model).forward, "plain_output_layer", False) and "forward" not in vars(model)
@@ -222,7 +232,7 @@ def runs_in_parts(model: nn.Module) -> bool:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Device that ids go to: the embedding's, or the one on which accelerate runs an embedding that it offloads."""
+    """Device of the input ids: the embedding's, or the one where accelerate runs an offloaded embedding."""
     embedding = model.get_input_embeddings()
     for module in (embedding, model):
         hook = getattr(module, "_hf_hook", None)

@@ -1,10 +1,10 @@
 """Policies that revise committed tokens, by editing or re-masking them; one class each.
 
-A policy sees a `StepView`: what the network says in this step about the columns it was asked for. `edit` picks filled
-tokens that become the predicted ones, `remask` filled tokens that become holes again. Policies hold no state; what one
-must remember per position lives in `Canvas.memory`. Any policy works with any weights; only XDLM's budget follows k.
+A policy gets a `StepView`, the predictions of one step. `edit` selects filled tokens to replace by the predicted ones,
+`remask` filled tokens to turn into holes again. Policies are stateless; state per position is in `Canvas.memory`. Any
+policy works with any weights; only XDLM's budget depends on k.
 
-Shapes: B batch, T whole length, C columns of a step. Confidences are probabilities under the untempered softmax.
+Shapes: B batch, T total length, C columns of a step. Confidences are probabilities under the untempered softmax.
 """
 
 from abc import ABC, abstractmethod
@@ -21,26 +21,26 @@ REMASK_SCHEDULES = ("cap", "rescale", "confidence")
 
 
 class Refinement(ABC):
-    """Interface. Both methods return (B, C) bool."""
+    """Interface of refinement policies. `edit` and `remask` return (B, C) bool."""
 
     edits = True  # False: never edits, so filled positions need no logits
     remasks = False  # True: filled tokens of the current block may become holes again
 
     @abstractmethod
     def edit(self, view: StepView, fill: Tensor) -> Tensor:
-        """Filled tokens to replace by the predicted ones; `fill` are the holes that this step fills."""
+        """Filled tokens to replace by the predicted ones; `fill` (B, C) are the holes that this step fills."""
 
     def remask(self, view: StepView) -> Tensor:
-        """Filled tokens to turn into holes again; the step fills as many holes more, as far as there are any."""
+        """Filled tokens to turn into holes again; the step fills as many holes in addition, if there are enough."""
         return torch.zeros_like(view.holes)
 
     def remember(self, view: StepView, filled: Tensor, edited: Tensor) -> dict[str, Tensor]:
-        """What the canvas remembers after the step, by name, (B, T) each."""
+        """`Canvas.memory` after the step."""
         return view.canvas.memory
 
 
 class NoRefinement(Refinement):
-    """A token once filled stays: LLaDA's sampler, XDLM at k = 0."""
+    """Filled tokens never change: LLaDA's sampler, XDLM at k = 0."""
 
     edits = False
 
@@ -51,8 +51,8 @@ class NoRefinement(Refinement):
 class BudgetRefinement(Refinement):
     """XDLM's refinement, Algorithm 1 of the paper: the most confident disagreements, within a budget.
 
-    After a step at most floor(k / (1 - k) * tokens filled so far) edits, none at the first step; what finds no
-    candidate carries over. Steps that only refine spread what is left evenly. Without limit at k = 1.
+    The number of edits up to a step is at most floor(k / (1 - k) * tokens filled so far), and 0 at the first step; an
+    unused budget carries over. Steps that only refine spread the remaining budget evenly. At k = 1 it is unlimited.
 
     Args:
         mixing_ratio: k in [0, 1].
@@ -65,22 +65,22 @@ class BudgetRefinement(Refinement):
         return most_confident(view.conf_predicted, view.disagrees, self.allowance(view, fill))
 
     def allowance(self, view: StepView, fill: Tensor) -> Tensor:
-        """u_i, (B,): edits that this step may make."""
+        """u_i, (B,): maximum number of edits in this step."""
         canvas = view.canvas
         if view.step == 0 and not view.polish_steps_left:
             return torch.zeros_like(canvas.num_edits)
         filled = (canvas.generated & ~canvas.holes).sum(-1) + fill.sum(-1)
         if self.mixing_ratio == 1:
             return filled
-        # The nudge keeps whole numbers whole: 0.1 / 0.9 * 9 may come out just below 1.
-        # In float64: an integer tensor times a Python float would be float32, and the nudge lost in its rounding.
+        # 1e-9 corrects rounding: 0.1 / 0.9 * 9 may come out just below 1. In float64, because an integer tensor times a
+        # Python float is float32, which would round 1e-9 away.
         budget = (filled.double() * (self.mixing_ratio / (1 - self.mixing_ratio)) + 1e-9).floor().long()
         left = budget - canvas.num_edits
         return -(-left // view.polish_steps_left) if view.polish_steps_left else left
 
 
 class ThresholdRefinement(Refinement):
-    """Threshold editing, as in LLaDA2.1: every filled token whose replacement's confidence reaches the threshold.
+    """Threshold editing, as in LLaDA2.1: every disagreement whose prediction has at least the threshold's confidence.
 
     Args:
         threshold: In (0, 1].
@@ -96,13 +96,13 @@ class ThresholdRefinement(Refinement):
 class RemaskingRefinement(Refinement):
     """ReMDM's re-masking (Wang et al., arXiv 2503.00307): a block's filled tokens become holes with probability sigma.
 
-    A block of n steps goes from alpha_t = j / n to alpha_s = (j + 1) / n. The largest sigma that keeps the marginals is
-    sigma_max = min(1, (1 - alpha_s) / alpha_t), 0 in the last step; so no hole is left.
+    Step j of a block of n steps goes from alpha_t = j / n to alpha_s = (j + 1) / n. The largest sigma that preserves
+    the marginals is sigma_max = min(1, (1 - alpha_s) / alpha_t). It is 0 in the last step, so that no hole is left.
 
         cap           sigma = min(rate, sigma_max)
         rescale       sigma = rate * sigma_max
-        confidence    sigma = rate * sigma_max * softmax(-psi), psi the confidence a token was filled with: on average
-                      `rate` tokens at most, the least sure ones first
+        confidence    sigma = rate * sigma_max * softmax(-psi), psi the confidence with which a token was filled: at
+                      most `rate` tokens on average, preferably those of low confidence
 
     Args:
         schedule: One of `REMASK_SCHEDULES`.
@@ -123,7 +123,7 @@ class RemaskingRefinement(Refinement):
         return candidates & (u < self.sigma(view, candidates))
 
     def sigma(self, view: StepView, candidates: Tensor) -> Tensor | float:
-        """Probability of each candidate to become a hole, float or (B, C)."""
+        """Probability that a candidate becomes a hole, float or (B, C)."""
         alpha_t, alpha_s = view.done / view.steps_per_block, (view.done + 1) / view.steps_per_block
         largest = min(1.0, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 1.0
         if self.schedule == "cap":
@@ -141,12 +141,12 @@ class RemaskingRefinement(Refinement):
         return {**view.canvas.memory, "confidence": remembered(view, "confidence", confidence)}
 
 
-class SwitchedOff(Refinement):
-    """Another policy, but for the last steps that fill: what they do is final (k = 0 from there on).
+class OffInLastSteps(Refinement):
+    """Wraps a policy and switches it off in the last filling steps (as with k = 0).
 
     Args:
         policy: The policy.
-        last_steps: Steps at the end of filling in which it is silent.
+        last_steps: Number of these steps.
     """
 
     def __init__(self, policy: Refinement, last_steps: int):
@@ -166,15 +166,15 @@ class SwitchedOff(Refinement):
         return self.policy.remember(view, filled, edited)
 
 
-class LoopGuard(Refinement):
-    """Another policy, with a bound on the edits of a position.
+class EditLimit(Refinement):
+    """Wraps a policy and limits the edits of each position.
 
-    A position is edited at most `max_edits` times, and never back to the token that its last edit replaced: without
-    this, two tokens that each favour the other's replacement swap for ever.
+    A position is edited at most `max_edits` times, and never back to the token that its last edit replaced. Otherwise a
+    position could alternate between two tokens without end.
 
     Args:
         policy: The policy.
-        max_edits: Edits of one position, at least 1.
+        max_edits: Maximum number of edits of a position, at least 1.
     """
 
     def __init__(self, policy: Refinement, max_edits: int):
@@ -191,7 +191,7 @@ class LoopGuard(Refinement):
 
     def remember(self, view: StepView, filled: Tensor, edited: Tensor) -> dict[str, Tensor]:
         memory = dict(self.policy.remember(view, filled, edited))
-        # float64 holds every id exactly, and one dtype serves all memories.
+        # float64 represents every id exactly, and all memories have one dtype.
         edits = view.recall("edits", 0).double() + edited
         replaced = torch.where(edited, view.ids.double(), view.recall("replaced", -1).double())
         memory["edits"] = remembered(view, "edits", edits)
@@ -207,7 +207,7 @@ def remembered(view: StepView, name: str, values: Tensor, empty: float = 0) -> T
 
 
 def make_refinement(options: Any) -> Refinement:
-    """The policy that resolved options describe, Algorithm 1's budget by default."""
+    """The policy of resolved options."""
     name = options.policy
     if name == "none":
         return NoRefinement()
@@ -218,14 +218,14 @@ def make_refinement(options: Any) -> Refinement:
     else:
         policy = RemaskingRefinement(name.removeprefix("remdm_"), options.remask_rate)
     if options.max_edits_per_token is not None:
-        policy = LoopGuard(policy, options.max_edits_per_token)
+        policy = EditLimit(policy, options.max_edits_per_token)
     if options.refinement_off_steps is not None:
-        policy = SwitchedOff(policy, options.refinement_off_steps)
+        policy = OffInLastSteps(policy, options.refinement_off_steps)
     return policy
 
 
 def most_confident(priority: Tensor, candidates: Tensor, count: Tensor) -> Tensor:
-    """Mask of the `count` candidates of highest priority in each row; equal priorities: the lower position first.
+    """Mask of the `count` candidates of highest priority in each row; ties go to the lower position.
 
     Args:
         priority: (B, C), finite.

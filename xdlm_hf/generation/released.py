@@ -1,20 +1,20 @@
-"""`reference_compat=True`: the authors' released samplers, as they run, to audit published numbers.
+"""The authors' released samplers, reproduced token for token with `reference_compat=True`, to audit published numbers.
 
-Everything that the released code does otherwise than the exact samplers is in this module:
+All differences from the default samplers are in this module:
 
-    confidence sampler   any [MASK] is a hole and any other token may be edited, in prompt and padding too; the mask row
-                         is not excluded; confidences are a softmax in the dtype of the logits; `torch.topk` over the
-                         whole row decides ties; edits are budgeted for each block, and what a block leaves is dropped
-    guidance             the unconditional text hides every token that was not [MASK] at the start, padding included;
-                         both texts are one batch, and their logits are combined in their own dtype
+    confidence sampler   any [MASK] is a hole and any other token may be edited, also in prompt and padding; the mask
+                         row is not excluded; confidences are a softmax in the dtype of the logits; `torch.topk` over
+                         the whole row decides ties; each block has its own edit budget, whose unused part is dropped
+    guidance             in the unconditional text every token that was not [MASK] at the start is masked, padding
+                         included; both texts are one batch, and their logits are combined in their own dtype
     padding              is masked in attention, but counted in positions; nothing becomes padding after end-of-text
-    ancestral sampler    T + 1 passes on the release's time grid and log-linear schedule; the dense posterior is drawn
+    ancestral sampler    T + 1 passes on the release's time grid and log-linear schedule, the dense posterior sampled
                          with Gumbel noise
 
-At temperature 0 the confidence sampler gives the released tokens wherever the network gives the released logits, on the
-same kind of device: a GPU's `torch.topk` breaks ties in another way than a CPU's.
+At temperature 0 the confidence sampler gives the released tokens if the network gives the released logits, on the same
+kind of device: `torch.topk` breaks ties differently on a GPU and a CPU.
 
-Shapes: B batch, T whole length (prompt and answer), N rows of the output layer, M positions asked for.
+Shapes: B batch, T total length (prompt and answer), N rows of the output layer.
 """
 
 from collections.abc import Iterable
@@ -39,7 +39,7 @@ _LAST_TIME = 1e-5
 
 
 def make_released_sampler(options: Any, process: NoiseProcess | None, **common: Any) -> Sampler:
-    """The released sampler that the options ask for; `process` is the ancestral sampler's, `common` go to either."""
+    """The released sampler for these options; only the ancestral one uses `process`, `common` are of both."""
     if options.sampler == "ancestral":
         if isinstance(process, StationaryProcess):  # GIDD has a schedule of its own, also there
             process = StationaryProcess(process.kernel, LogLinearSchedule())
@@ -55,20 +55,21 @@ def make_released_sampler(options: Any, process: NoiseProcess | None, **common: 
 
 
 class ReferenceNetwork(Network):
-    """Logits as the released code computes them: its guidance, and the positions that it gives padded rows."""
+    """Logits as the released code computes them: its guidance, and its position ids of padded rows."""
 
-    def _hidden(self, attention_mask: Tensor, canvas: Canvas) -> Tensor:
+    counts_padding = True
+
+    def _guidance_mask(self, attention_mask: Tensor, canvas: Canvas) -> Tensor:
         return canvas.ids != self.options.mask_token_id
 
-    def _positions(self, attention_mask: Tensor) -> None:
-        return None
-
-    def _widened(self, logits: Tensor) -> Tensor:
+    def _upcast(self, logits: Tensor) -> Tensor:
         return logits
 
-    def _streams(self, ids: Tensor, positions: Tensor, columns: Tensor | None, t: float | None) -> tuple[Tensor, ...]:
-        """One pass over both texts: in low precision the size of a batch can decide how a product is rounded."""
-        texts = self._texts(ids)
+    def _stream_logits(
+        self, ids: Tensor, positions: Tensor, columns: Tensor | None, t: float | None
+    ) -> tuple[Tensor, ...]:
+        """One pass over both streams, because in low precision the batch size can change the rounding of a product."""
+        texts = self._stream_ids(ids)
         self.num_forward_passes += len(texts)
         inputs = {"input_ids": torch.cat(list(texts))}
         if self.attention_mask is not None:
@@ -79,16 +80,16 @@ class ReferenceNetwork(Network):
 class ReferenceConfidenceSampler(Sampler):
     """The released LLaDA-XDLM sampler.
 
-    A step fills the most confident holes up to the end of the block and replaces the most confident disagreements,
-    both chosen from the same logits. The first i steps of a block make at most floor(k / (1 - k) n_i) edits, n_i being
-    the tokens that they fill, and its first step makes none.
+    A step fills the most confident holes up to the end of the block and replaces the most confident disagreements, by
+    the same logits. The first i steps of a block make at most floor(k / (1 - k) n_i) edits, where n_i is the number of
+    tokens that they fill; its first step makes none.
 
     Args:
         mask_token_id: m.
         mixing_ratio: k in [0, 1).
         steps: Forward passes; a multiple of the number of blocks.
         start, length: The answer is the columns [start, start + length).
-        block_length: Columns that are filled together, left to right; divides `length`.
+        block_length: Columns of a block; divides `length`.
         temperature: 0 predicts the argmax; above it, Gumbel-max in float64.
         remasking: "low_confidence", or "random" to choose the holes to fill at random, with k = 0 alone.
         generator: Source of randomness.
@@ -132,7 +133,7 @@ class ReferenceConfidenceSampler(Sampler):
         return first, first + self.block_length
 
     def request(self, canvas: Canvas, i: int) -> Request:
-        """All columns: ties fall by the width of the row."""
+        """All columns, because `torch.topk` breaks ties by the width of the row."""
         return Request(i, columns=torch.arange(canvas.ids.shape[1], device=canvas.ids.device))
 
     def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
@@ -147,14 +148,14 @@ class ReferenceConfidenceSampler(Sampler):
         conf_predicted[:, end:] = -torch.inf
         # 2.
         filled = [self._filled(n) for n in (done, done + 1)]
-        chosen = surest(conf_predicted, holes, [filled[1] - filled[0]] * len(ids))
+        chosen = topk_mask(conf_predicted, holes, [filled[1] - filled[0]] * len(ids))
         # 3.
         spent = canvas.memory["spent"] if done else torch.zeros_like(canvas.num_edits)
         if self.mixing_ratio and done:
             wanted = ~holes & (predicted != ids) & (conf_predicted >= conf_current)
             left = edit_budget(filled[1], self.mixing_ratio, ids.device) - spent
             edits = torch.minimum(left, wanted.sum(-1))
-            chosen |= surest(conf_predicted, wanted, edits.tolist())
+            chosen |= topk_mask(conf_predicted, wanted, edits.tolist())
             canvas, spent = replace(canvas, num_edits=canvas.num_edits + edits), spent + edits
         # 4.
         ids = torch.where(chosen, predicted, ids)
@@ -173,21 +174,21 @@ class ReferenceConfidenceSampler(Sampler):
         return predicted, *(p.gather(-1, x[..., None]).squeeze(-1) for x in (predicted, ids))
 
     def _filled(self, done: int) -> int:
-        """Tokens of a block that its first `done` steps fill, earlier steps taking the remainder."""
+        """Number of tokens that the first `done` steps of a block fill; earlier steps take the remainder."""
         whole, rest = divmod(self.block_length, self.steps_per_block)
         return done * whole + min(done, rest)
 
 
 def edit_budget(filled: int, k: float, device: torch.device) -> Tensor:
-    """floor(filled k / (1 - k)), (1,) int64, rounded as there: an integer tensor times a float is float32.
+    """floor(filled k / (1 - k)), (1,) int64, in float32 as in the release (an integer tensor times a float).
 
-    On the device, because division by a number is rounded differently on a GPU.
+    Computed on the device, because a GPU rounds division by a scalar differently.
     """
     return (torch.tensor([filled], device=device) * k / (1 - k)).floor().long()
 
 
-def surest(confidence: Tensor, candidates: Tensor, counts: list[int]) -> Tensor:
-    """(B, T) bool: in each row the `counts` most confident candidates, ties broken as `torch.topk` of the row does."""
+def topk_mask(confidence: Tensor, candidates: Tensor, counts: list[int]) -> Tensor:
+    """(B, T) bool: the `counts` most confident candidates of each row; `torch.topk` over the row breaks ties."""
     ranked, chosen = torch.where(candidates, confidence, -torch.inf), torch.zeros_like(candidates)
     for row, count in enumerate(counts):
         chosen[row, ranked[row].topk(count).indices] = True
@@ -203,18 +204,18 @@ def gumbel_argmax(logits: Tensor, temperature: float, generator: torch.Generator
 
 
 class ReferenceAncestralSampler(AncestralSampler):
-    """The released ancestral chain: `steps` steps and one pass more, the dense posterior drawn with Gumbel noise.
+    """The released ancestral chain: `steps` steps and one more pass, the dense posterior sampled with Gumbel noise.
 
     Times are `linspace(1, 1e-5, steps + 1)`; the additional pass goes from the last one to alpha = 1. For k < 1 the
-    noise is float32 and comes in steps of 6e-8 where it matters, which starves tokens of small probability, above all
-    the uniform part of the kernel; for k = 1, UDLM, posterior and noise are float64. Against a winner of weight 1, a
-    token of odds r keeps the share y / (e^y - 1) of its probability, y = 2^-24 / r.
+    noise is float32, whose resolution of 6e-8 makes tokens of small probability too rare, above all those of the
+    uniform noise; for k = 1, UDLM, posterior and noise are float64. Against a winner of weight 1, a token of odds r
+    keeps the fraction y / (e^y - 1) of its probability, y = 2^-24 / r.
 
-    The release trains and samples GIDD with p_u = 0 and ends it at s = 1e-8; here its last pass, too, ends at s = 0.
+    The release trains and samples GIDD with p_u = 0 and ends at s = 1e-8; here the last pass ends at s = 0.
 
     Args:
         process: The noise, over the model's N rows; the release's schedule is `LogLinearSchedule()`.
-        steps: Steps before the additional pass, as the release counts them.
+        steps: Steps, not counting the additional pass.
         start, length, generator: As in `AncestralSampler`.
     """
 
@@ -240,7 +241,7 @@ class ReferenceAncestralSampler(AncestralSampler):
         return ids if k == 1 else ids.masked_fill(masked, self.process.mask_token_id)
 
     def request(self, canvas: Canvas, i: int) -> Request:
-        """Every position, as the released step reads them all."""
+        """All positions of the answer, as in the release."""
         return Request(i, mask=canvas.generated, t=self.times(i)[1].item())
 
     def step(self, canvas: Canvas, logits: Iterable[Tensor], request: Request) -> Canvas:
@@ -254,7 +255,7 @@ class ReferenceAncestralSampler(AncestralSampler):
         # Gumbel-max without its logarithm: argmax of p / E, E exponential.
         drawn = (probs / (1e-10 - (u + 1e-10).log())).argmax(-1)
         z_s = canvas.ids.masked_scatter(canvas.generated, drawn[0])
-        return self._moved(canvas, z_s, noise.absorbing_ids)
+        return self._with_ids(canvas, z_s, noise.absorbing_ids)
 
     def times(self, i: int) -> tuple[Tensor, Tensor]:
         """s and t of step `i`, (1, 1) each, float32, on the CPU; the additional pass ends at s = 0, alpha_s = 1."""

@@ -1,7 +1,7 @@
-"""From what a call, a config and a checkpoint say to one set of options: precedence, and what does not go together.
+"""Resolution of the options of call, config and checkpoint: precedence and conflicts.
 
-One list of rules serves all: where two options do not go together, what the call chose is refused and what only the
-checkpoint stores is switched off.
+`RULES` lists the conflicts. An option in conflict is refused if the call or its config set it, and switched off if only
+the checkpoint stores it.
 """
 
 import copy
@@ -19,51 +19,51 @@ from .options import REMDM_POLICIES, TABLE, Options, draws, policy
 from .protocol import check_cache, check_conditioning, default_mixing_ratio, output_rows
 from .spelling import canonical, check_values, flatten
 
-# What a checkpoint's config.json says when no generation config does.
+# Options whose default is the field of the same name in the model's config.json.
 _FROM_MODEL_CONFIG = ("mixing_ratio", "mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
-_WHAT = {"holes": "holes are", "revision": "a revision is"}
 
 
-class Rows(SimpleNamespace):
-    """Rows of the table while they are settled, with what the user called them."""
+class DraftOptions(SimpleNamespace):
+    """Options that are being resolved, and the names under which the user gave them."""
 
     labels: Mapping[str, str] = {}
 
-    def say(self, name: str) -> str:
+    def assignment(self, name: str) -> str:
+        """`name=value` as the user wrote it, for messages."""
         return f"{self.labels.get(name, canonical(name))}={getattr(self, name)!r}"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Options that do not go together.
+    """A conflict of an option with others.
 
     Args:
-        loser: The row that is switched off, or refused if the call chose it.
-        broken: Whether the rule is broken; called only where `loser` is on.
-        message: Names values and remedy.
-        other: The row that is switched off instead, if the call chose `loser` and not this one.
-        always: Refuse also what the checkpoint stores.
+        option: The row that is refused or switched off.
+        conflicts: Whether there is a conflict; called only if `option` is on.
+        message: The error message.
+        instead: The row to switch off instead, if only the checkpoint stores it.
+        refuse_stored: Whether to refuse the option also if only the checkpoint stores it.
     """
 
-    loser: str
-    broken: Callable[[Any], bool]
+    option: str
+    conflicts: Callable[[Any], bool]
     message: Callable[[Any], str]
-    other: str | None = None
-    always: bool = False
+    instead: str | None = None
+    refuse_stored: bool = False
 
 
-def _unfit_for_sampler(name: str) -> Rule:
+def _not_in_sampler(name: str) -> Rule:
     return Rule(
         name,
         lambda o: o.sampler is not None and o.sampler not in TABLE[name].samplers,
-        lambda o: f"sampler={o.sampler!r} has no option {o.say(name)}; leave it out.",
+        lambda o: f"sampler={o.sampler!r} has no option {o.assignment(name)}; leave it out.",
     )
 
 
 def _not_released(name: str) -> Rule:
     return Rule(
         name,
-        # The ancestral sampler's own temperature is 1.
+        # Temperature 1 is the default of the ancestral sampler.
         lambda o: (
             bool(o.reference_compat)
             and (o.sampler or "confidence") not in TABLE[name].released
@@ -71,46 +71,49 @@ def _not_released(name: str) -> Rule:
             and not (name == "temperature" and o.temperature in (0, 1))
         ),
         lambda o: (
-            f"the released sampler, which reference_compat=True reproduces, has no option {o.say(name)}; leave one "
-            "of them out."
+            f"the released sampler, which reference_compat=True reproduces, has no option {o.assignment(name)}; leave "
+            "out one of them."
         ),
     )
 
 
-def _no_draw(name: str) -> Rule:
+def _needs_sampling(name: str) -> Rule:
     return Rule(
         name,
         lambda o: o.sampler == "confidence" and o.temperature == 0,
         lambda o: (
-            f"top_k={o.top_k}, top_p={o.top_p} filter a draw, and temperature=0 draws nothing; set a temperature above "
-            "0 or leave them out."
+            f"top_k={o.top_k}, top_p={o.top_p} need sampling, but temperature=0 is greedy; set a temperature above 0 "
+            "or leave them out."
         ),
     )
 
 
-def _by_chance(name: str) -> Rule:
+def _needs_confidence_order(name: str) -> Rule:
     return Rule(
         name,
         lambda o: o.remasking == "random",
-        lambda o: f"remasking='random' chooses holes by chance, {o.say(name)} by confidence; leave out one of the two.",
-        other="remasking",
+        lambda o: (
+            f"remasking='random' chooses holes at random, {o.assignment(name)} by confidence; leave out one of them."
+        ),
+        instead="remasking",
     )
 
 
-def _belongs(name: str, policies: tuple[str, ...]) -> tuple[Rule, ...]:
-    def lacks(o: Any) -> bool:
-        return o.refinement in policies and getattr(o, name) is None
-
+def _policy_setting(name: str, policies: tuple[str, ...]) -> tuple[Rule, ...]:
+    """Rules for a required setting of some refinement policies."""
     key = TABLE[name].of[1]
     return (
         Rule(
             name,
             lambda o: o.refinement not in policies,
-            lambda o: f"{o.say(name)} belongs to refinement={' or '.join(map(repr, policies))}.",
+            lambda o: (
+                f"{o.assignment(name)} is a setting of refinement={' or '.join(map(repr, policies))}; add it or leave "
+                "the setting out."
+            ),
         ),
         Rule(
             "refinement",
-            lacks,
+            lambda o: o.refinement in policies and getattr(o, name) is None,
             lambda o: (
                 f"refinement={o.refinement!r} needs {name}, a number in (0, 1]: "
                 f"refinement={{'policy': {o.refinement!r}, {key!r}: ...}}."
@@ -119,136 +122,136 @@ def _belongs(name: str, policies: tuple[str, ...]) -> tuple[Rule, ...]:
     )
 
 
-def _bounds(name: str, without: tuple[str, ...]) -> Rule:
+def _needs_refinement(name: str, without: tuple[str, ...]) -> Rule:
     return Rule(
         name,
         lambda o: (o.refinement is not None or o.mixing_ratio is not None) and policy(o) in without,
         lambda o: (
-            f"{o.say(name)} bounds a refinement, and there is none to bound with mixing_ratio={o.mixing_ratio} and "
-            f"refinement={o.refinement!r}; leave it out."
+            f"{o.assignment(name)} has no effect with mixing_ratio={o.mixing_ratio} and refinement={o.refinement!r}; "
+            "leave it out."
         ),
     )
 
 
 RULES: tuple[Rule, ...] = (
-    *(_unfit_for_sampler(name) for name, row in TABLE.items() if len(row.samplers) < 2),
+    *(_not_in_sampler(name) for name, row in TABLE.items() if len(row.samplers) < 2),
     *(_not_released(name) for name, row in TABLE.items() if len(row.released) < 2 and name != "block_length"),
     Rule(
         "temperature",
         lambda o: o.sampler == "ancestral" and o.temperature == 0,
-        lambda o: f"{o.say('temperature')} must be positive for sampler='ancestral', which draws; leave it out.",
+        lambda o: f"{o.assignment('temperature')} must be positive for sampler='ancestral'; leave it out.",
     ),
     Rule(
         "remasking",
         lambda o: bool(o.reference_compat) and o.remasking == "random" and bool(o.mixing_ratio),
         lambda o: (
-            f"remasking='random' with mixing_ratio={o.mixing_ratio}: the released sampler, which "
-            "reference_compat=True reproduces, ends with an error there, because its edits need confidences. Leave out "
-            "reference_compat or remasking, or set mixing_ratio=0."
+            f"remasking='random' with mixing_ratio={o.mixing_ratio} raises an error in the released sampler, which "
+            "reference_compat=True reproduces. Leave out reference_compat or remasking, or set mixing_ratio=0."
         ),
     ),
     Rule(
         "reference_compat",
         lambda o: o.sampler == "confidence" and o.mixing_ratio == 1,
         lambda _: (
-            "mixing_ratio=1 has no released sampler to reproduce: its edit budget k / (1 - k) divides by 0. Leave out "
+            "reference_compat=True with mixing_ratio=1: the released edit budget k / (1 - k) divides by 0. Leave out "
             "reference_compat, or use sampler='ancestral'."
         ),
-        always=True,
+        refuse_stored=True,
     ),
-    _no_draw("top_k"),
-    _no_draw("top_p"),
-    _by_chance("confidence_threshold"),
-    _by_chance("confidence_factor"),
+    _needs_sampling("top_k"),
+    _needs_sampling("top_p"),
+    _needs_confidence_order("confidence_threshold"),
+    _needs_confidence_order("confidence_factor"),
     Rule(
         "cache_refresh",
         lambda o: o.use_cache is None,
-        lambda o: f"{o.say('cache_refresh')} refreshes no cache; add use_cache='prefix' or 'dual'.",
+        lambda o: f"{o.assignment('cache_refresh')} needs a cache; add use_cache='prefix' or 'dual'.",
     ),
     Rule(
         "refinement",
         lambda o: o.refinement == "budget" and o.mixing_ratio == 0,
-        lambda _: "refinement='budget' allows k / (1 - k) edits, none at mixing_ratio=0; pass a larger one.",
+        lambda _: "refinement='budget' allows no edits at mixing_ratio=0; pass a larger mixing_ratio.",
     ),
-    *_belongs("edit_threshold", ("threshold",)),
-    *_belongs("remask_rate", REMDM_POLICIES),
-    _bounds("max_edits_per_token", ("none", *REMDM_POLICIES)),
-    _bounds("refinement_off_steps", ("none",)),
+    *_policy_setting("edit_threshold", ("threshold",)),
+    *_policy_setting("remask_rate", REMDM_POLICIES),
+    _needs_refinement("max_edits_per_token", ("none", *REMDM_POLICIES)),
+    _needs_refinement("refinement_off_steps", ("none",)),
     Rule(
         "polish_steps",
         lambda o: o.refinement in ("none", *REMDM_POLICIES),
-        lambda o: f"{o.say('polish_steps')} only edit, and refinement={o.refinement!r} edits nothing.",
+        lambda o: (
+            f"{o.assignment('polish_steps')} only edit, but refinement={o.refinement!r} does not edit; leave one out."
+        ),
     ),
     Rule(
         "polish_steps",
         lambda o: o.refinement is None and o.mixing_ratio == 0,
         lambda o: (
-            f"{o.say('polish_steps')} only edit, and mixing_ratio=0 edits nothing; pass mixing_ratio, or "
+            f"{o.assignment('polish_steps')} only edit, but mixing_ratio=0 does not edit; pass mixing_ratio, or "
             "refinement='threshold' with edit_threshold."
         ),
     ),
 )
 
 
-def settle(rows: Rows, chosen: Collection[str]) -> None:
-    """Switch off what the checkpoint stores and what the call chose contradicts.
+def resolve_conflicts(rows: DraftOptions, chosen: Collection[str]) -> None:
+    """Apply `RULES`: switch off conflicting rows that are not in `chosen`.
 
     Raises:
-        ValueError: If what the call chose contradicts itself or the model.
+        ValueError: If a conflicting row is in `chosen`.
     """
     for rule in RULES:
-        if TABLE[rule.loser].is_off(getattr(rows, rule.loser)) or not rule.broken(rows):
+        if TABLE[rule.option].is_off(getattr(rows, rule.option)) or not rule.conflicts(rows):
             continue
-        if rule.loser not in chosen and not rule.always:
-            setattr(rows, rule.loser, None)
-        elif rule.other is not None and rule.other not in chosen:
-            setattr(rows, rule.other, None)
+        if rule.option not in chosen and not rule.refuse_stored:
+            setattr(rows, rule.option, None)
+        elif rule.instead is not None and rule.instead not in chosen:
+            setattr(rows, rule.instead, None)
         else:
             raise ValueError(rule.message(rows))
 
 
 def check_options(values: Mapping[str, Any], labels: Mapping[str, str]) -> None:
-    """Raise ValueError for options, as `flatten` gives them, that are wrong whatever the model."""
+    """Raise ValueError for options, as `flatten` returns them, that are invalid for every model."""
     check_values(values, labels)
     on = {name: value for name, value in values.items() if not TABLE[name].is_off(value)}
-    settle(Rows(**dict.fromkeys(TABLE) | on, labels=labels), TABLE)
+    resolve_conflicts(DraftOptions(**dict.fromkeys(TABLE) | on, labels=labels), TABLE)
 
 
 def merged(*sources: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[int]]:
-    """Rows of several sources, the first that says something, also None, winning: values, labels, and by which."""
+    """Rows of several sources, of which the first that has a row wins, also with None.
+
+    Returns:
+        The values, the user's names of the rows, and the index of the source of each row.
+    """
     values: dict[str, Any] = {}
     labels: dict[str, str] = {}
-    by: dict[str, int] = {}
+    source_of: dict[str, int] = {}
     for number, source in enumerate(sources):
         rows, names = flatten(source)
         for name, value in rows.items():
             if name not in values:
-                values[name], labels[name], by[name] = value, names[name], number
-    return values, labels, by
-
-
-def stored_under(config: Any, call: Mapping[str, Any]) -> SimpleNamespace:
-    """What is in force with these options in a call over a generation config, but for defaults and conflicts."""
-    values, _, _ = merged(call, config.given())
-    return SimpleNamespace(**dict.fromkeys(TABLE) | values)
+                values[name], labels[name], source_of[name] = value, names[name], number
+    return values, labels, source_of
 
 
 def draws_with(config: Any, call: Mapping[str, Any]) -> bool:
     """Whether a call with these options over a generation config draws random numbers."""
-    return draws(stored_under(config, call))
+    values, _, _ = merged(call, config.given())
+    return draws(SimpleNamespace(**dict.fromkeys(TABLE) | values))
 
 
 def resolve(
     model: Any, given: Any, call: Mapping[str, Any], generator: torch.Generator | None = None, task: str = "answer"
 ) -> Options:
-    """Options of one call: its keywords over the config given, over the model's, over the defaults; then checked.
+    """Options of one call. Its keywords win over the config given, that over the model's, that over the defaults.
 
     Args:
         model: Has `config` and `generation_config`.
         given: An `XDLMGenerationConfig`, or None.
-        call: Keywords; None and an "off" value switch off what the configs say.
-        generator: The caller's, which takes the place of a seed.
-        task: "answer", "holes" or "revision"; some of what a checkpoint stores is about answers alone.
+        call: Keywords; None or an "off" value switches off a stored option.
+        generator: The caller's generator, which replaces a stored seed.
+        task: "answer", "holes" or "revision"; some stored options apply to answers only.
 
     Raises:
         ValueError: Names the value and the remedy.
@@ -257,21 +260,21 @@ def resolve(
         raise ValueError(f"generation_config must be an XDLMGenerationConfig, not {type(given).__name__}.")
     stored, _ = flatten(model.generation_config.given())
     stored = {name: value for name, value in stored.items() if task in TABLE[name].stored_for}
-    values, labels, by = merged(call, {} if given is None else given.given(), stored)
+    values, labels, source_of = merged(call, {} if given is None else given.given(), stored)
     check_values(values, labels)
     on = {name: value for name, value in values.items() if not TABLE[name].is_off(value)}
-    chosen = {name for name in on if by[name] < 2}
+    chosen = {name for name in on if source_of[name] < 2}
     defaults = {name: row.value for name, row in TABLE.items()}
     defaults |= {name: getattr(model.config, name, None) for name in _FROM_MODEL_CONFIG}
     defaults["mixing_ratio"] = default_mixing_ratio(model.config)
-    rows = Rows(**defaults | on, labels={name: labels[name] for name in chosen})
-    _refuse_unfit(rows, chosen, task)
+    rows = DraftOptions(**defaults | on, labels={name: labels[name] for name in chosen})
+    _check_task(rows, chosen, task)
     if rows.temperature is None:
         rows.temperature = 1.0 if rows.sampler == "ancestral" else 0.0
     if generator is not None and "seed" not in chosen:
         rows.seed = None
-    settle(rows, chosen)
-    # What the rules switched off has its default again.
+    resolve_conflicts(rows, chosen)
+    # Rows that the rules switched off get their defaults.
     final = {name: defaults[name] if getattr(rows, name) is None else getattr(rows, name) for name in TABLE}
     if final["temperature"] is None:
         final["temperature"] = 1.0 if final["sampler"] == "ancestral" else 0.0
@@ -283,29 +286,23 @@ def resolve(
     return replace(options, eos_token_id=[]) if options.reference_compat else options
 
 
-def _refuse_unfit(rows: Rows, chosen: Collection[str], task: str) -> None:
-    """Options about an answer or about filling, where there is none."""
+def _check_task(rows: DraftOptions, chosen: Collection[str], task: str) -> None:
+    """Refuse options that do not apply to the task."""
     for name in TABLE:
-        if name not in chosen or task in TABLE[name].given_for:
-            continue
-        if name == "max_new_tokens":
-            reason = f"{_WHAT[task]} about the text given, nothing is added; leave it out"
-        elif name == "reference_compat":
-            reason = f"the released sampler knows only answers, and {_WHAT[task]} about a text; leave it out"
-        else:
-            raise ValueError(f"{rows.say(name)} is about filling holes, and a revision fills none; leave it out.")
-        raise ValueError(f"{rows.say(name)}: {reason}.")
+        if name in chosen and task not in TABLE[name].given_for:
+            without = "a revision" if task == "revision" else "generation with holes"
+            raise ValueError(f"{rows.assignment(name)} does not apply to {without}; leave it out.")
 
 
 def _check_against_model(model: Any, options: Options) -> None:
-    """Raise ValueError for options that this model cannot do."""
+    """Raise ValueError for options that this model does not support."""
     if options.sampler == "confidence" and options.mask_token_id is None:
         raise ValueError(
             "sampler='confidence' needs a mask token, and neither the model config nor the call gives "
             "mask_token_id; for a uniform-noise model (k = 1) use sampler='ancestral'."
         )
     if options.cfg_scale and options.mask_token_id is None:
-        raise ValueError(f"cfg_scale={options.cfg_scale} masks the prompt and needs a mask_token_id.")
+        raise ValueError(f"cfg_scale={options.cfg_scale} masks the prompt; pass mask_token_id.")
     check_conditioning(
         model,
         ("timesteps",) if options.sampler == "ancestral" and not options.reference_compat else (),
@@ -329,7 +326,7 @@ def _check_against_model(model: Any, options: Options) -> None:
         check_cache_attention(model.config._attn_implementation)
         if model.training and model.is_gradient_checkpointing:
             raise ValueError(
-                f"use_cache={options.use_cache!r}: gradient checkpointing keeps no cache in training mode; call "
+                f"use_cache={options.use_cache!r} does not work with gradient checkpointing in training mode; call "
                 "model.eval() first."
             )
     rows = output_rows(model.config)
@@ -337,8 +334,8 @@ def _check_against_model(model: Any, options: Options) -> None:
         if getattr(options, name) is not None:
             validate_ids(name, torch.tensor([getattr(options, name)]), rows)
     if options.pad_token_id is not None and options.pad_token_id == options.mask_token_id:
-        raise ValueError(f"pad_token_id={options.pad_token_id} is the mask token, which no answer may hold.")
+        raise ValueError(f"pad_token_id={options.pad_token_id} is the mask token; pass another pad_token_id.")
     if options.suppress_tokens:
         validate_ids("suppress_tokens", torch.tensor(options.suppress_tokens), rows)
         if len({options.mask_token_id, *options.suppress_tokens} - {None}) == rows:
-            raise ValueError(f"suppress_tokens leaves none of the {rows} tokens to predict; suppress fewer.")
+            raise ValueError(f"suppress_tokens excludes all {rows} tokens; suppress fewer.")

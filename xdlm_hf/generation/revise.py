@@ -1,4 +1,4 @@
-"""`model.revise()`: the refinement policies over a text that is given.
+"""`model.revise()`: edits of a given text by a refinement policy.
 
 Shapes: B batch, P given text.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.generation import LogitsProcessorList
 
 from .config import XDLMGenerationConfig
-from .layout import Layout
+from .layout import Layout, padded
 from .options import Options
 from .output import DiffusionGenerateOutput
 from .refinement import make_refinement
@@ -21,7 +21,7 @@ from .spans import character_mask, check_disjoint, position_mask
 
 
 class RevisionMixin:
-    """Gives `revise` to a model that generates."""
+    """Adds `revise` to a model that generates."""
 
     @torch.no_grad()
     def revise(
@@ -38,25 +38,25 @@ class RevisionMixin:
         **kwargs: Any,
     ) -> str | list[str] | Tensor | DiffusionGenerateOutput:
         """
-        Let the model correct a given text: no hole is made, only edits by the refinement policy.
+        Correct a given text by edits of the refinement policy, without holes.
 
         Args:
-            text (`str`, `list[str]` or `torch.LongTensor` of shape `(B, P)`): What to correct; ids padded on any side.
+            text (`str`, `list[str]` or `torch.LongTensor` of shape `(B, P)`): Text to correct; ids padded on any side.
             editable (*optional*, defaults to everything):
-                Where it may change. For a `str`, a list of `(first, end)` characters, for a list of texts a list of
-                such lists: a token may change when it lies wholly inside. For ids, a bool mask `(B, P)` or a list of
+                Parts that may change. For a `str`, a list of `(first, end)` characters, for a list of texts a list of
+                such lists: a token may change if it lies wholly inside. For ids, a bool mask `(B, P)` or a list of
                 columns `(first, end)`.
-            locked (*optional*): Where it must not, in the same form; overlaps are refused.
+            locked (*optional*): Parts that must not change, in the same form; overlaps are refused.
             tokenizer (*optional*): A fast tokenizer; needed for texts.
             attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): For ids, 0 at padding.
             generation_config, logits_processor, generator, streamer, kwargs:
-                As for `generate`. `steps` (by default 8) bounds the passes; at temperature 0 they end when a
-                step changes nothing. What a step may change is up to `refinement`: with the budget, at most
-                k / (1 - k) edits for each editable token, spread over the steps.
+                As for `generate`. `steps` (by default 8) is the maximum number of steps; at temperature 0 they end when
+                a step changes nothing. `refinement` decides what a step may change: with the budget, at most
+                k / (1 - k) edits per editable token, spread over the steps.
 
         Returns:
-            In the form of `text`, a list where one `str` has several answers; with `return_dict_in_generate=True` a
-            [`DiffusionGenerateOutput`].
+            The type of `text`, or a list for one `str` with `num_return_sequences` above 1; with
+            `return_dict_in_generate=True` a [`DiffusionGenerateOutput`].
 
         Raises:
             ValueError: If the policy edits nothing (k = 0 without `refinement="threshold"`), spans leave the text or
@@ -67,16 +67,16 @@ class RevisionMixin:
         generator = make_generator(generator, options.seed)
         if isinstance(text, Tensor):
             ids, attention_mask = self._prepare_prompt(text, attention_mask, options, False)
-            open_ = None if editable is None else position_mask("editable", editable, attention_mask)
-            closed = None if locked is None else position_mask("locked", locked, attention_mask)
-            if open_ is not None and closed is not None and (open_ & closed).any():
-                row, column = (open_ & closed).nonzero()[0].tolist()
+            may_change = None if editable is None else position_mask("editable", editable, attention_mask)
+            fixed = None if locked is None else position_mask("locked", locked, attention_mask)
+            if may_change is not None and fixed is not None and (may_change & fixed).any():
+                row, column = (may_change & fixed).nonzero()[0].tolist()
                 raise ValueError(f"editable and locked overlap at row {row} column {column}; take it out of one.")
         else:
-            ids, attention_mask, open_, closed = self._tokenized(text, editable, locked, tokenizer, options)
-        open_ = attention_mask.bool() if open_ is None else open_
-        open_ = open_ if closed is None else open_ & ~closed
-        layout = Layout(ids, attention_mask, open_, torch.zeros_like(open_), 0, open_ended=False)
+            ids, attention_mask, may_change, fixed = self._tokenize(text, editable, locked, tokenizer, options)
+        may_change = attention_mask.bool() if may_change is None else may_change
+        may_change = may_change if fixed is None else may_change & ~fixed
+        layout = Layout(ids, attention_mask, may_change, torch.zeros_like(may_change), 0, open_ended=False)
         polishing = replace(options, steps=0, polish_steps=options.steps or 8)
         sampler = self._make_sampler(polishing, layout, generator)
         output = self._run(layout, sampler, options, logits_processor, None, streamer)
@@ -89,43 +89,44 @@ class RevisionMixin:
         ]
         return texts[0] if isinstance(text, str) and len(texts) == 1 else texts
 
-    def _tokenized(
+    def _tokenize(
         self, text: str | Sequence[str], editable: Any, locked: Any, tokenizer: Any, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Ids, attention mask, and which tokens the character spans, if any, open and close, (B, P) each."""
+        """Ids, attention mask, and masks of the editable and the locked tokens or None, (B, P) each."""
         if not getattr(tokenizer, "is_fast", False):
-            raise ValueError("revise() of a text needs tokenizer=..., a fast one: it finds tokens by their characters.")
+            raise ValueError(
+                "revise() of a str needs a fast tokenizer, which gives character offsets; pass tokenizer=."
+            )
         texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError("the list of texts to revise is empty; pass at least one text.")
         if isinstance(text, str):
             editable, locked = ([spans] if spans is not None else None for spans in (editable, locked))
         if editable is not None and locked is not None:
             check_disjoint(editable, locked)
         encoding = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=False)
-        longest = max(map(len, encoding["input_ids"]), default=0)
-        ids = torch.full((len(texts), longest), options.pad_token_id or 0)
-        attention_mask = torch.zeros_like(ids)
         for row, tokens in enumerate(encoding["input_ids"]):
             if tokenizer.decode(tokens, clean_up_tokenization_spaces=False) != texts[row]:
                 raise ValueError(
-                    f"the tokenizer does not give text {row} back as it was, so locked characters could change; revise "
-                    "ids instead."
+                    f"the tokenizer does not decode text {row} to the same text, so locked characters could change; "
+                    "revise ids instead."
                 )
-            ids[row, : len(tokens)], attention_mask[row, : len(tokens)] = torch.tensor(tokens), 1
+        ids, attention_mask = padded(encoding["input_ids"], options.pad_token_id or 0, side="right")
         ids, attention_mask = self._prepare_prompt(ids, attention_mask, options, False)
-        open_, closed = (
+        may_change, fixed = (
             None if given is None else character_mask(name, given, texts, encoding, attention_mask)
             for name, given in (("editable", editable), ("locked", locked))
         )
-        return ids, attention_mask, open_, closed
+        return ids, attention_mask, may_change, fixed
 
 
 def _check_revision(options: Options) -> None:
     if options.sampler != "confidence":
-        raise ValueError(f"sampler={options.sampler!r} cannot revise a text; leave it out.")
+        raise ValueError(f"sampler={options.sampler!r} cannot revise a text; use sampler='confidence'.")
     if not make_refinement(options).edits:
         raise ValueError(
             f"mixing_ratio={options.mixing_ratio} with refinement={options.refinement!r} edits nothing; pass "
-            "mixing_ratio, or refinement={'policy': 'threshold', 'threshold': 0.9}, say."
+            "mixing_ratio, or for example refinement={'policy': 'threshold', 'threshold': 0.9}."
         )
 
 
@@ -135,5 +136,5 @@ def make_generator(generator: torch.Generator | None, seed: int | None) -> torch
         return generator
     if generator is not None:
         raise ValueError(f"pass either seed={seed} or a generator, not both.")
-    # On the CPU whatever the model's device: only (B, T) numbers are drawn, and one seed gives one text everywhere.
+    # On the CPU, so that a seed gives the same draws for every device; only (B, T) numbers are drawn.
     return torch.Generator().manual_seed(int(seed))

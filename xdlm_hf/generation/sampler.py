@@ -1,10 +1,9 @@
-"""The interface of samplers: `begin` a canvas, then for each step `request`, run the network, `step`.
+"""Interface of samplers: `begin` a canvas, then for each step `request`, run the network, `step`.
 
-A sampler owns a `Canvas`, the whole sequence of every row. `request` says where a step needs logits, `step` uses them;
-in between the caller runs the network. Everything is vectorised over the batch: no step loops over rows or synchronizes
-with the device because of one.
+A `Canvas` holds the sequences of all rows. `request` returns the positions whose logits a step needs; the caller runs
+the network there, and `step` uses the logits. Steps are vectorised over the batch and do not loop over rows.
 
-Shapes: B batch, T whole length (prompt and answer), C columns or M positions asked for, N vocabulary.
+Shapes: B batch, T total length (prompt and answer), C columns or M positions of a request, N vocabulary.
 """
 
 from abc import ABC, abstractmethod
@@ -20,62 +19,67 @@ from .canvas import Canvas
 
 @dataclass(frozen=True)
 class Request:
-    """What step `i` needs of the network: logits of columns, or of a mask; the other one is None."""
+    """Positions whose logits step `i` needs: either `columns` or `mask`; the other is None."""
 
     i: int
-    columns: Tensor | None = None  # (C,), or (B, C) for each row: answered by logits (B, C, N)
-    valid: Tensor | None = None  # (B, C) bool, columns that count, where some only fill a row up
-    mask: Tensor | None = None  # (B, T) bool, M positions: answered by their logits in row-major order, chunks (m, N)
-    t: float | None = None  # the time of the step, for networks that take it; None: the sampler knows none
-    draw: StepDraw | None = None  # what an ancestral step has drawn already
+    columns: Tensor | None = None  # (C,), or (B, C) by row; their logits are (B, C, N)
+    valid: Tensor | None = None  # (B, C) bool, False for columns that only pad a row; None: all are valid
+    mask: Tensor | None = None  # (B, T) bool, M positions; their logits come in row-major order, in chunks (m, N)
+    t: float | None = None  # time of the step, for networks with time conditioning; None if the sampler has no times
+    draw: StepDraw | None = None  # random choices that an ancestral step has made
 
 
 class Sampler(ABC):
-    """Interface: `begin` a canvas, then for each step `request`, run the network, `step`."""
+    """Interface of samplers, see the module."""
 
     steps: int
-    may_edit = True  # False: no token outside the current block changes any more
-    may_remask = False  # True: a token inside it may become a hole again
-    adaptive = False  # True: a block may end before its steps are used up, so each step waits for the device
+    may_edit = True  # False: no token before the current block changes
+    may_remask = False  # True: a token of the current block may become a hole again
+    adaptive = False  # True: a block may end before its last step, so each step synchronizes with the device
 
     @abstractmethod
     def begin(self, ids: Tensor, generated: Tensor, holes: Tensor | None = None) -> Canvas:
-        """Canvas before the first step; `ids` are (B, T), `generated` (B, T) marks the positions that may change, and
-        `holes` those of them to fill, by default all."""
+        """Canvas before the first step.
+
+        Args:
+            ids: (B, T).
+            generated: (B, T) bool, positions that may change.
+            holes: (B, T) bool, those of them to fill; default all.
+        """
 
     @abstractmethod
     def request(self, canvas: Canvas, i: int) -> Request:
-        """First half of step `i`, from 0: where logits are needed."""
+        """First half of step `i`, counted from 0: the positions whose logits it needs."""
 
     @abstractmethod
     def step(self, canvas: Canvas, logits: Tensor | Iterable[Tensor], request: Request) -> Canvas:
-        """Second half: the logits asked for in, the next canvas out."""
+        """Second half: the next canvas, from the logits of the request."""
 
     @abstractmethod
     def block(self, i: int) -> tuple[int, int]:
-        """The columns [first, end) that step `i` is about."""
+        """The columns [first, end) of the block of step `i`."""
 
     def first_step(self, canvas: Canvas) -> int:
-        """The step to begin with; `steps` when there is nothing to do."""
+        """The first step to run; `steps` if there is none."""
         return 0
 
     def next_step(self, before: Canvas, after: Canvas, i: int) -> int:
-        """The step that follows `i`, which led from one canvas to the other; `steps` when there is none."""
+        """The step after `i`, given the canvas before and after `i`; `steps` if there is none."""
         return i + 1
 
     def polishing(self, i: int) -> bool:
         """Whether step `i` comes after the last one that fills."""
         return False
 
-    def settled_rows(self, before: Canvas, after: Canvas, i: int) -> Tensor | None:
-        """(B,) bool, the rows that no step after `i` will change; None where that is not known."""
+    def final_rows(self, before: Canvas, after: Canvas, i: int) -> Tensor | None:
+        """(B,) bool, the rows that no step after `i` will change; None if unknown."""
         return None
 
-    def working_rows(self, canvas: Canvas, i: int) -> Tensor:
-        """(B,) bool, the rows that step `i` has something to do for; the others wait for them."""
+    def active_rows(self, canvas: Canvas, i: int) -> Tensor:
+        """(B,) bool, the rows that step `i` may change."""
         return torch.ones_like(canvas.num_edits, dtype=torch.bool)
 
     def block_end(self, i: int, following: int) -> int | None:
-        """End column of the block of step `i` when the step `following` it belongs to another, else None."""
+        """End column of the block of step `i` if the next step, `following`, belongs to another block; else None."""
         block = self.block(i)
         return block[1] if following >= self.steps or self.block(following) != block else None

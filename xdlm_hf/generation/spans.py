@@ -1,4 +1,4 @@
-"""Which positions of a text a person means: bool masks, column spans, and character spans through a tokenizer.
+"""Positions of a text as bool masks, from masks, column spans or character spans.
 
 A span is (first, end), end not included. Shapes: B batch, P length of the text.
 """
@@ -16,12 +16,12 @@ def position_mask(name: str, given: Tensor | Spans, attention_mask: Tensor) -> T
     """(B, P) bool from a mask of that shape, or from column spans, the same for every row.
 
     Args:
-        name: What the error messages call it.
+        name: Name of the argument, for messages.
         given: The mask or the spans.
         attention_mask: (B, P), 0 at padding.
 
     Raises:
-        ValueError: If the mask has another shape or dtype, a span leaves the text or is empty, or one is padding.
+        ValueError: If the mask has another shape or dtype, a span leaves the text or is empty, or includes padding.
     """
     rows, length = attention_mask.shape
     if isinstance(given, Tensor):
@@ -38,7 +38,7 @@ def position_mask(name: str, given: Tensor | Spans, attention_mask: Tensor) -> T
     padded = mask & (attention_mask == 0)
     if padded.any():
         row, column = padded.nonzero()[0].tolist()
-        raise ValueError(f"{name} include padding, row {row} column {column}: that is outside the text; leave it out.")
+        raise ValueError(f"{name} include padding at row {row} column {column}; leave it out.")
     return mask
 
 
@@ -48,17 +48,17 @@ def character_mask(
     """(B, P) bool, the tokens that lie wholly inside a character span of their row's text.
 
     Args:
-        name: What the error messages call it.
+        name: Name of the argument, for messages.
         spans: A list of spans for each text.
         texts: B texts.
-        encoding: What a fast tokenizer returned for them with `return_offsets_mapping=True`.
+        encoding: Their encoding by a fast tokenizer with `return_offsets_mapping=True`.
         attention_mask: (B, P).
 
     Raises:
         ValueError: If the lists differ in number, or a span leaves its text or is empty.
     """
     if len(spans) != len(texts):
-        raise ValueError(f"{name} has spans for {len(spans)} texts, and there are {len(texts)}: give a list for each.")
+        raise ValueError(f"{name} has {len(spans)} lists of spans for {len(texts)} texts; give a list for each text.")
     mask = torch.zeros(attention_mask.shape, dtype=torch.bool)
     for row, (text, row_spans) in enumerate(zip(texts, spans, strict=True)):
         checked = _checked(name, row_spans, len(text), f"characters of text {row}")
@@ -69,9 +69,9 @@ def character_mask(
 
 def check_disjoint(editable: Sequence[Spans], locked: Sequence[Spans]) -> None:
     """Raise ValueError for the first editable span that overlaps a locked one of the same text."""
-    for row, (open_spans, closed_spans) in enumerate(zip(editable, locked, strict=False)):
-        for first, end in open_spans:
-            for start, stop in closed_spans:
+    for row, (editable_spans, locked_spans) in enumerate(zip(editable, locked, strict=False)):
+        for first, end in editable_spans:
+            for start, stop in locked_spans:
                 if first < stop and start < end:
                     raise ValueError(
                         f"editable span ({first}, {end}) of text {row} overlaps the locked span ({start}, {stop}); "
@@ -85,8 +85,8 @@ def _checked(name: str, spans: Spans, length: int, unit: str) -> list[tuple[int,
         try:
             first, end = (int(x) for x in span)
         except (TypeError, ValueError):
-            raise ValueError(f"{name}: {span!r} is no span; give pairs (first, end).") from None
+            raise ValueError(f"{name} holds {span!r}; give pairs (first, end).") from None
         if not 0 <= first < end <= length:
-            raise ValueError(f"{name}: span ({first}, {end}) lies outside the text, which has {length} {unit}.")
+            raise ValueError(f"{name} holds ({first}, {end}); a span needs 0 <= first < end <= {length}, in {unit}.")
         checked.append((first, end))
     return checked

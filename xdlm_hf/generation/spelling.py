@@ -1,31 +1,30 @@
-"""How options are spelled: the user's options, among them dicts and former names, as rows of the table and back."""
+"""Conversion between the user's options, with groups and former names, and rows of the table."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from .options import ACCEPTED, GROUPS, HEADS, OPTIONS, TABLE
+from .options import ACCEPTED, GROUPS, MAIN_KEYS, OPTIONS, TABLE
 from .refinement import REMASK_SCHEDULES
 
-# Former names of ReMDM's policies, too close to `remasking`, which is about something else.
+# Former names of ReMDM's policies, which are still read.
 _OLD_POLICIES = {f"remask_{schedule}": f"remdm_{schedule}" for schedule in REMASK_SCHEDULES}
 
 
 def canonical(name: str) -> str:
-    """What a row is called in the options: `refinement['threshold']` for edit_threshold."""
+    """Name of a row as an option: `refinement['threshold']` for edit_threshold."""
     of = TABLE[name].of
-    if of is None or HEADS.get(of[0]) == of[1]:
+    if of is None or MAIN_KEYS.get(of[0]) == of[1]:
         return name if of is None else of[0]
     return f"{of[0]}[{of[1]!r}]"
 
 
 def flatten(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Options as rows of the table, and what the user called each.
+    """Options as rows of the table, and the name that the user gave to each row.
 
-    The dict form of an option sets all of its rows, None where it says nothing; a plain name sets that row alone.
-    None sets all rows to None.
+    A dict sets all rows of its group, to None for missing keys; a plain name sets one row; None sets all to None.
 
     Raises:
-        ValueError: For an unknown option, or one said in two spellings.
+        ValueError: For an unknown option, or a setting that is given twice.
     """
     unknown = {name: value for name, value in given.items() if name not in ACCEPTED}
     if unknown:
@@ -36,12 +35,11 @@ def flatten(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         if group not in given:
             continue
         values = _group_values(group, given[group])
-        twice = [row for key, row in keys.items() if row in rows and values.get(key) is not None]
-        if isinstance(given[group], Mapping):
-            twice = [row for row in keys.values() if row in rows]
+        is_dict = isinstance(given[group], Mapping)
+        twice = [row for key, row in keys.items() if row in rows and (is_dict or values.get(key) is not None)]
         if twice:
             raise ValueError(
-                f"{twice[0]}={rows[twice[0]]!r} is a setting of {group}={given[group]!r}, which says it already; "
+                f"{twice[0]}={rows[twice[0]]!r} is a setting of {group}={given[group]!r}, which is also given; "
                 f"leave out {twice[0]}."
             )
         for key, value in values.items():
@@ -53,7 +51,7 @@ def flatten(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _group_values(group: str, value: Any) -> dict[str, Any]:
-    """What the value of a group says about each of its keys."""
+    """Values of the keys of a group that is given as a dict, a plain name or None."""
     keys = GROUPS[group]
     if value is None:
         return dict.fromkeys(keys)
@@ -62,30 +60,30 @@ def _group_values(group: str, value: Any) -> dict[str, Any]:
         if unknown:
             raise ValueError(f"{group}={dict(value)!r} has no setting {unknown[0]!r}; settings: {', '.join(keys)}.")
         return {key: value.get(key) for key in keys}
-    if group in HEADS:
-        return {HEADS[group]: value}
+    if group in MAIN_KEYS:
+        return {MAIN_KEYS[group]: value}
     raise ValueError(f"{group}={value!r} must be a dict with one of {', '.join(map(repr, keys))}.")
 
 
 def compose(rows: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`: rows as options, a group as a dict, or as a plain name where that says it all."""
+    """The inverse of `flatten`: rows as options, a group as a dict, or as a plain name if only its main key is set."""
     options = {name: rows.get(name) for name in OPTIONS if name not in GROUPS}
     for group, keys in GROUPS.items():
-        said = {key: rows[row] for key, row in keys.items() if rows.get(row) is not None}
-        plain = said[HEADS[group]] if group in HEADS and list(said) == [HEADS[group]] else said
-        options[group] = plain if said else None
+        values = {key: rows[row] for key, row in keys.items() if rows.get(row) is not None}
+        plain = values[MAIN_KEYS[group]] if group in MAIN_KEYS and list(values) == [MAIN_KEYS[group]] else values
+        options[group] = plain if values else None
     return {name: options[name] for name in OPTIONS}
 
 
 def check_values(rows: Mapping[str, Any], labels: Mapping[str, str] | None = None) -> None:
-    """Raise ValueError for a value that is impossible by itself."""
+    """Raise ValueError for a value outside its option's range."""
     for name, value in rows.items():
         if not TABLE[name].is_off(value):
             TABLE[name].check((labels or {}).get(name, canonical(name)), value)
 
 
 def unknown_options(unknown: Mapping[str, Any]) -> str:
-    """The message for options that do not exist, with what to use instead where that is known."""
+    """The message for options that do not exist, with a remedy if one is known."""
     hints = {
         "max_length": "use max_new_tokens",
         "do_sample": "temperature=0 is greedy, temperature > 0 samples",

@@ -20,8 +20,8 @@ from ..generation.cache import CanvasCache
 def rotary_angles(position_ids: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding, float32.
 
-    Computed on every call: a buffer would be garbage after `from_pretrained` (models are built on the meta device) and
-    wrong after `.to(bfloat16)`, by 7 rad at position 4096.
+    Computed on every call: a buffer would be uninitialised after `from_pretrained`, which builds models on the meta
+    device, and rounded by `.to(bfloat16)`, by 7 rad at position 4096.
 
     Args:
         position_ids: Positions, (B, L) or (1, L).
@@ -38,7 +38,7 @@ def rotary_angles(position_ids: Tensor, width: int, theta: float) -> tuple[Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + W/2}) of queries or keys (B, H, L, W) by their angles, in float32 or wider."""
+    """Rotate the pairs (x_i, x_{i + W/2}) of queries or keys (B, H, L, W) by their angles, in float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     first, second = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
@@ -71,9 +71,9 @@ def eager_attention_forward(
 
 
 class BidirectionalAttention(nn.Module):
-    """Bidirectional attention over ready queries, keys and values.
+    """Bidirectional attention over projected queries, keys and values.
 
-    It holds no parameters, because the formats keep the projections directly in the block.
+    It has no parameters, because the checkpoint formats have the projections directly in the block.
     """
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
@@ -94,7 +94,8 @@ class BidirectionalAttention(nn.Module):
         past_key_values: CanvasCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
-        """Queries (B, H, L, W), keys and values (B, key heads, L, W) to (B, L, D) and, in eager, the weights."""
+        """Result (B, L, D), and with eager attention the weights, of queries (B, H, L, W), keys and values
+        (B, key heads, L, W)."""
         query, key = (rotate(x, *position_embeddings) for x in (query, key))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -115,7 +116,7 @@ class BidirectionalAttention(nn.Module):
 
 
 def prepare_mask(config: PreTrainedConfig, attention_mask: Any, inputs_embeds: Tensor) -> Any:
-    """The mask that the config's attention implementation takes, or None when nothing is padded.
+    """The mask in the form that the config's attention implementation takes, or None without padding.
 
     Args:
         config: Of the model.
@@ -129,14 +130,14 @@ def prepare_mask(config: PreTrainedConfig, attention_mask: Any, inputs_embeds: T
         return _as_bias(config, attention_mask, inputs_embeds)
     if isinstance(attention_mask, Tensor) and attention_mask.shape != inputs_embeds.shape[:2]:
         raise ValueError(
-            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit an input of "
-            f"{tuple(inputs_embeds.shape[:2])} tokens: pass (B, L), 1 for text and 0 for padding, or (B, 1, L, L)."
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit an input of shape "
+            f"{tuple(inputs_embeds.shape[:2])}; pass (B, L), 1 for text and 0 for padding, or (B, 1, L, L)."
         )
     return create_bidirectional_mask(config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
 
 
 def _as_bias(config: PreTrainedConfig, attention_mask: Tensor, inputs_embeds: Tensor) -> Tensor:
-    """A ready (B, 1, L, L) mask as numbers to add to the scores: eager and flex would add True as 1."""
+    """A (B, 1, L, L) mask as a bias of the attention scores: eager and flex would add True as 1."""
     if "flash" in config._attn_implementation:
         raise ValueError(
             f"attn_implementation={config._attn_implementation!r} takes no 4-D attention_mask; "

@@ -11,9 +11,7 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, TransformersKwa
 
 
 def refuse_unknown_arguments(name: str, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for arguments that `forward` does not have.
-
-    Transformers models swallow any keyword; a misspelt mask or an ignored `labels` is a silent wrong result.
+    """Raise ValueError for unknown arguments: a misspelt mask or unused `labels` would silently give wrong results.
 
     Args:
         name: Of the model family, for the message.
@@ -22,12 +20,12 @@ def refuse_unknown_arguments(name: str, kwargs: dict[str, Any]) -> None:
     for argument, value in kwargs.items():
         if argument == "labels" and value is not None:
             raise ValueError(
-                "labels are not used: the diffusion loss needs the noise level too. "
+                "labels are not supported, because the diffusion loss also needs the noise level. "
                 "Train with XDLMTrainer, or call xdlm_hf.diffusion_loss on the logits."
             )
-        # use_cache=False, past_key_values=None and the like ask for nothing.
+        # use_cache=False, past_key_values=None and the like have no effect.
         if argument not in TransformersKwargs.__annotations__ and value is not None and value is not False:
-            raise ValueError(f"unknown argument {argument!r}: {name}'s forward does not take it; remove it.")
+            raise ValueError(f"{name}'s forward has no argument {argument!r}; remove it.")
 
 
 def check_text(input_ids: Tensor | None, inputs_embeds: Tensor | None, logits_to_keep: int | Tensor = 0) -> None:
@@ -35,7 +33,7 @@ def check_text(input_ids: Tensor | None, inputs_embeds: Tensor | None, logits_to
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("pass exactly one of input_ids (B, L) and inputs_embeds (B, L, D).")
     if isinstance(logits_to_keep, int) and logits_to_keep < 0:
-        raise ValueError(f"logits_to_keep={logits_to_keep} is negative; it counts positions from the end.")
+        raise ValueError(f"logits_to_keep={logits_to_keep} must not be negative; it counts positions from the end.")
 
 
 def text_positions(position_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
@@ -48,17 +46,17 @@ def text_positions(position_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor
 def check_rows_hold_mask(rows: int | None, mask_token_id: int | None) -> None:
     """Raise ValueError if an embedding of so many rows (None: as many as it has) would have none for [MASK]."""
     if rows is not None and mask_token_id is not None and rows <= mask_token_id:
-        raise ValueError(f"{rows} rows would cut off mask_token_id={mask_token_id}; keep at least {mask_token_id + 1}.")
+        raise ValueError(f"{rows} rows would remove mask_token_id={mask_token_id}; keep at least {mask_token_id + 1}.")
 
 
 def refuse_copying_code(cls: type) -> None:
-    """Refuse Transformers' way to save a model with its code, which copies the files of one folder alone.
+    """Refuse Transformers' `register_for_auto_class`, which saves only the code files of one folder.
 
     Raises:
-        ValueError: For a class of this package; code that was loaded from the Hub stands in one folder already.
+        ValueError: For a class of this package; code loaded from the Hub is in one folder.
     """
     if not cls.__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
         raise ValueError(
-            f"{cls.__name__}.register_for_auto_class would save a part of the model's code; "
+            f"{cls.__name__}.register_for_auto_class would save only a part of the model's code; "
             "use xdlm_hf.export_for_hub(model, folder)."
         )

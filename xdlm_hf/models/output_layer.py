@@ -1,4 +1,4 @@
-"""Output layer that can hand its input and weight to a reduction, such as the fused loss, instead of making logits.
+"""Output layer that can apply a reduction of its input and weight, such as the fused loss, instead of computing logits.
 
 Shapes: B batch, n positions, D width, N rows of the output layer.
 """
@@ -16,10 +16,10 @@ Reduction = Callable[..., tuple[Tensor, Tensor]]
 
 
 class OutputLayer(nn.Linear):
-    """Linear layer; with `reduction`, returns `reduction(hidden, weight[, bias])` and makes no logits.
+    """Linear layer; with `reduction`, returns `reduction(hidden, weight[, bias])` instead of logits.
 
-    The reduction runs inside the layer's own forward, because DDP, FSDP and ZeRO-3 gather weights and reduce gradients
-    in hooks on module calls: outside of them ZeRO-3's weight is an empty shard.
+    The reduction runs in the layer's forward, because DDP, FSDP and ZeRO-3 gather weights and reduce gradients in hooks
+    on module calls; outside of the call, ZeRO-3's weight is an empty shard.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, **options):
@@ -27,15 +27,15 @@ class OutputLayer(nn.Linear):
 
     @classmethod
     def around(cls, layer: nn.Module) -> nn.Module:
-        """A plain `nn.Linear` as an output layer that shares its weight and bias; any other module as it is."""
+        """An output layer that shares weight and bias of a plain `nn.Linear`; any other module unchanged."""
         if type(layer) is not nn.Linear:
             return layer
-        ours = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        ours.weight, ours.bias = layer.weight, layer.bias
-        return ours
+        output_layer = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        output_layer.weight, output_layer.bias = layer.weight, layer.bias
+        return output_layer
 
     def forward(self, hidden: Tensor, reduction: Reduction | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, n, N) of hidden states (B, n, D), or the two tensors that `reduction` makes of them."""
+        """Logits (B, n, N) of hidden states (B, n, D), or the two tensors that `reduction` returns."""
         if reduction is None:
             return super().forward(hidden)
         return reduction(hidden, self.weight) if self.bias is None else reduction(hidden, self.weight, self.bias)
@@ -43,11 +43,11 @@ class OutputLayer(nn.Linear):
 
 @dataclass
 class ReducedOutput(ModelOutput):
-    """Output of a network whose output layer was given a reduction.
+    """Output of a network whose output layer applied a reduction.
 
     Args:
-        loss (`torch.FloatTensor` of shape `()`): What the reduction sums up; carries the gradient.
-        token_losses (`torch.FloatTensor` of shape `(B, n)`): Its parts by position, detached.
+        loss (`torch.FloatTensor` of shape `()`): The reduced loss; carries the gradient.
+        token_losses (`torch.FloatTensor` of shape `(B, n)`): Loss of each position, detached.
         hidden_states, attentions: As everywhere in Transformers.
     """
 
@@ -75,5 +75,5 @@ def run_output_layer(
     if reduction is None:
         return MaskedLMOutput(None, head(hidden), *captured)
     if not isinstance(head, OutputLayer):
-        raise ValueError(f"output_reduction needs an OutputLayer, and the output layer is {head}: leave it out.")
+        raise ValueError(f"output_reduction needs an OutputLayer, but the output layer is {head}; leave it out.")
     return ReducedOutput(*head(hidden, reduction=reduction), *captured)

@@ -8,15 +8,15 @@ from .dit.modeling_dit import DiTForDiffusionLM, DUOForDiffusionLM, UDLMForDiffu
 from .llada.configuration_llada import LLaDAConfig
 from .llada.modeling_llada import LLaDAForDiffusionLM
 
-# Configuration, and the network with logits.
+# Configuration class -> class of the network with logits.
 MODEL_FAMILIES: dict[type[PreTrainedConfig], type[DiffusionModel]] = {}
 
 
 def register_family(config: type[PreTrainedConfig], model: type[DiffusionModel]) -> None:
-    """Make the Auto classes, and all that loads checkpoints here, know a model type.
+    """Register a model type with the Auto classes and for loading, export and training here.
 
-    Registered classes win over a checkpoint's remote code and need no trust_remote_code. Both Auto classes of models
-    give the network with logits, as the auto_map of the public LLaDA checkpoints does.
+    Registered classes win over a checkpoint's remote code and need no trust_remote_code. Both AutoModel and
+    AutoModelForCausalLM give the network with logits, like the auto_map of the public LLaDA checkpoints.
     """
     MODEL_FAMILIES[config] = model
     AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -41,6 +41,6 @@ def model_class(config: PreTrainedConfig) -> type[DiffusionModel]:
     if type(config) not in MODEL_FAMILIES:
         known = ", ".join(repr(family.model_type) for family in MODEL_FAMILIES)
         raise ValueError(
-            f"model_type={config.model_type!r} is not a diffusion model that is known here; known are {known}."
+            f"model_type={config.model_type!r} is not a registered diffusion model; registered are {known}."
         )
     return MODEL_FAMILIES[type(config)]

@@ -1,4 +1,4 @@
-"""Loading of weights that refuses pickles, damaged files, and files that do not belong to the config."""
+"""Loading of weights that refuses pickles, damaged files, and weights that do not fit the config."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 
 class StrictLoading:
-    """Comes before `PreTrainedModel` among the bases of a model class."""
+    """Mixin; list it before `PreTrainedModel` in the bases of a model class."""
 
     @classmethod
     def from_pretrained(
@@ -20,9 +20,9 @@ class StrictLoading:
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> PreTrainedModel:
-        """Transformers' `from_pretrained`, with every doubt about the file an error instead of a warning.
+        """Transformers' `from_pretrained`, with errors where it only warns.
 
-        Transformers initialises at random what a file lacks, ignores what the model lacks, and reads pickles.
+        Transformers initialises missing tensors at random, ignores unknown ones, and reads pickles.
 
         Raises:
             ValueError: If the weights are pickles; if a safetensors file is damaged; if a tensor is missing, unknown
@@ -35,14 +35,13 @@ class StrictLoading:
                 source,
                 *model_args,
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # so that the report comes back and can be named below
+                ignore_mismatched_sizes=True,  # they are returned in `info`, and refused below
                 output_loading_info=True,
                 **kwargs,
             )
         except SafetensorError as error:
             raise ValueError(
-                f"{_damaged_file(source)} is not a whole safetensors file ({error}); it was probably cut short. "
-                "Copy or download it again."
+                f"{_damaged_file(source)} is not a complete safetensors file ({error}); copy or download it again."
             ) from error
         mismatched = set() if ignore_mismatched_sizes else info["mismatched_keys"]
         _refuse_foreign_tensors(source, info["missing_keys"], info["unexpected_keys"], mismatched)
@@ -59,8 +58,8 @@ class StrictLoading:
 def _refuse_pickle(source: str | Path | None, use_safetensors: bool | None) -> None:
     if use_safetensors is False:
         raise ValueError(
-            "use_safetensors=False asks for pickle weights, which run code when loaded and are refused; "
-            "convert them to model.safetensors and drop the argument."
+            "use_safetensors=False reads pickles, which run code when loaded and are refused; convert the weights to "
+            "model.safetensors and remove the argument."
         )
     folder = Path(source) if source is not None else None
     if folder is None or not folder.is_dir() or any(folder.rglob("*.safetensors*")):
@@ -74,7 +73,7 @@ def _refuse_pickle(source: str | Path | None, use_safetensors: bool | None) -> N
 
 
 def _damaged_file(source: str | Path | None) -> str:
-    """The first safetensors file of a folder that does not open, or the source itself when it is no folder."""
+    """The first safetensors file of a folder that cannot be opened, or the source itself if it is not a folder."""
     if source is not None and Path(source).is_dir():
         for path in sorted(Path(source).rglob("*.safetensors")):
             try:
@@ -90,16 +89,16 @@ def _refuse_foreign_tensors(
 ) -> None:
     problems = []
     if missing:
-        problems.append(f"lacks {_some(missing)}")
+        problems.append(f"The checkpoint lacks {_some(missing)}.")
     if unexpected:
-        problems.append(f"holds {_some(unexpected)}, unknown to this model")
+        problems.append(f"The model does not have {_some(unexpected)}.")
     if mismatched:
-        shapes = {f"{name} {tuple(theirs)} where the config gives {tuple(ours)}" for name, theirs, ours in mismatched}
-        problems.append(f"holds {_some(shapes)}")
+        shapes = {f"{name} {tuple(file)} instead of {tuple(model)}" for name, file, model in mismatched}
+        problems.append(f"The checkpoint has {_some(shapes)}.")
     if problems:
         raise ValueError(
-            f"{source}: the checkpoint {'; it '.join(problems)}. Nothing was loaded; check that config.json belongs to "
-            "these weights and that all files are there."
+            f"{source} does not fit its config. {' '.join(problems)} Nothing was loaded; check that config.json "
+            "belongs to these weights and that no file is missing."
         )
 
 

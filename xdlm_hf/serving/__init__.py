@@ -1,12 +1,12 @@
-"""Checkpoints at work: the HTTP server and the terminal chat.
+"""Serving a checkpoint: an HTTP server and a terminal chat.
 
-server       `xdlm-serve`: the command line, the port, the end
+server       `xdlm-serve`: command line, socket, shutdown
 app          OpenAI's HTTP API: routes and replies
-requests     from JSON to what `generate` is asked
+requests     JSON to prompts and options of `generate`
 fields       validation of a request's fields
-prompts      prompts to ids, within the limits
-answers      from ids, block by block, to text that can be sent
-engine       the queue, and the thread that runs batches
+prompts      prompts to ids, within the length limit
+answers      ids of an answer, block by block, to text
+engine       the queue and the thread that runs batches
 chat         `xdlm-chat`: a conversation in the terminal, drawn live
 """
 

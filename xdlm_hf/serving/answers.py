@@ -1,7 +1,6 @@
-"""From the ids of an answer, block by block, to the text that a client may see already.
+"""Incremental decoding of an answer: ids, block by block, to text that can be sent.
 
-A text is sent once and never taken back: parts of characters wait for the rest, and so does what might become a stop
-string.
+Sent text is never revised: an incomplete character is held back, and so is a possible beginning of a stop string.
 """
 
 import bisect
@@ -21,9 +20,9 @@ class Answer:
         max_tokens: Its length in tokens at most.
 
     Attributes:
-        text: All that was handed out.
-        finish_reason: None while it goes on, then "stop" (end of text, or a stop string) or "length".
-        tokens: Tokens that were needed: those of the text, the end of text and the stop string included.
+        text: The text sent so far.
+        finish_reason: None while it is generated, then "stop" (end of text, or a stop string) or "length".
+        tokens: Tokens used, end of text and stop string included.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], stops: Sequence[str], max_tokens: int):
@@ -37,7 +36,7 @@ class Answer:
         self.tokens = 0
 
     def feed(self, ids: Iterable[int]) -> str:
-        """Take the next final ids; what can be sent now."""
+        """Add the next final ids; return the new text that can be sent."""
         if self.finish_reason is not None:
             return ""
         for token_id in ids:
@@ -55,7 +54,7 @@ class Answer:
             text, self.finish_reason = text[: min(found)], "stop"
             self.tokens = self._tokens_until_stop()
         elif self.finish_reason is None:
-            text = text[: self._sure(text)]
+            text = text[: self._settled_length(text)]
         new = text[len(self.text) :]
         self.text += new
         return new
@@ -70,8 +69,8 @@ class Answer:
 
         return bisect.bisect_left(range(len(self.ids) + 1), True, key=has_stop)
 
-    def _sure(self, text: str) -> int:
-        """Length of the text without parts of a character, and without what may be the beginning of a stop string."""
+    def _settled_length(self, text: str) -> int:
+        """Length of the text without an incomplete character or a possible beginning of a stop string at its end."""
         length = len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
         longest = max((len(stop) for stop in self.stops), default=0)
         for held in range(min(longest - 1, length), 0, -1):

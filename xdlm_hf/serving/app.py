@@ -24,20 +24,20 @@ from .fields import RequestError
 from .prompts import TokenFloor
 from .requests import Defaults, GenerationRequest, Limits, parse
 
-DISCARDED = 16  # times `max_body` is read before hanging up: a client reads no answer while it still sends
-LONG_BODY = 1 << 16  # bytes; larger ones are tokenized apart, so that they hold up no small one
-GONE = 499  # nginx's status for a client that closed the connection; nobody reads it but the metrics
+DISCARDED = 16  # times `max_body` is read, and discarded, of a longer body: while it sends, a client reads no reply
+LONG_BODY = 1 << 16  # bytes; larger bodies are tokenized in a thread of their own and do not delay smaller ones
+CLIENT_GONE = 499  # nginx's status for a connection that the client closed; only the metrics show it
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What the server allows; bytes, seconds.
+    """Settings of the server; sizes in bytes, times in seconds.
 
     Attributes:
         cors: Origins whose web pages may use the server, "*" for all.
-        header_timeout: For the head of a request, from the connection or the end of the request before.
-        drain_timeout: For the requests in progress, from the signal to stop.
-        keep_alive: Between comments on a stream that has no text yet.
+        header_timeout: For the head of a request, from the connection or the end of the previous request.
+        drain_timeout: For requests in progress at shutdown.
+        keep_alive: Between comments that keep a stream without text open.
     """
 
     name: str
@@ -53,7 +53,7 @@ class ServerSettings:
 
 
 def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
-    """The application; starts and stops the engine with itself."""
+    """The application; its lifespan starts and stops the engine."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -66,7 +66,7 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     app = FastAPI(title="xdlm-serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(RequestError, service.refuse)
     app.add_exception_handler(HTTPException, service.refuse_http)
-    app.add_exception_handler(ClientDisconnect, service.forget)
+    app.add_exception_handler(ClientDisconnect, service.client_gone)
     app.add_exception_handler(Exception, service.refuse_unexpected)
     if settings.cors:
         # Every header may be sent: OpenAI's client adds some of its own. Credentials (cookies) are not used.
@@ -91,8 +91,8 @@ class _Service:
     def __init__(self, engine: Engine, settings: ServerSettings):
         self.engine, self.settings, self.created = engine, settings, int(time.time())
         self.floor = TokenFloor.of(engine.tokenizer)
-        engine.tokenizer("")  # sets what a call sets, e.g. no truncation, before two threads use it at once
-        # Beside the event loop, and large bodies in a thread of their own: they wait for each other alone.
+        engine.tokenizer("")  # a first call sets state, e.g. no truncation, which two threads must not do at once
+        # Requests are parsed outside the event loop, large bodies in a thread of their own.
         self.small, self.large = (ThreadPoolExecutor(1, f"xdlm-parse-{size}") for size in ("small", "large"))
 
     def close(self) -> None:
@@ -131,8 +131,8 @@ class _Service:
     async def refuse_http(self, request: Request, error: HTTPException) -> Response:
         return await self.refuse(request, RequestError(f"{error.detail}: {request.url.path}", error.status_code))
 
-    async def forget(self, request: Request, error: ClientDisconnect) -> Response:
-        return self._counted(request, Response(status_code=GONE))
+    async def client_gone(self, request: Request, error: ClientDisconnect) -> Response:
+        return self._counted(request, Response(status_code=CLIENT_GONE))
 
     async def refuse_unexpected(self, request: Request, error: Exception) -> Response:
         return await self.refuse(request, RequestError("internal error", 500, kind="server_error"))
@@ -148,7 +148,7 @@ class _Service:
 
     def _counted(self, request: Request, response: Response) -> Response:
         route = request.scope.get("route")
-        path = route.path if route is not None else "unknown"  # not the path asked for: that may be anything
+        path = route.path if route is not None else "unknown"  # not the requested path: each would be a new label
         self.engine.metrics.requests.labels(path, response.status_code).inc()
         return response
 
@@ -201,7 +201,7 @@ class _Service:
     def _parse(self, received: bytearray, chat: bool) -> GenerationRequest:
         engine, settings = self.engine, self.settings
         try:
-            # Decoded here because json.loads() lets surrogates in UTF-8 pass; invalid UTF-8 is a ValueError too.
+            # Decoded here because json.loads() accepts surrogates in UTF-8; invalid UTF-8 is a ValueError too.
             body = json.loads(received.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the body is not JSON: {error}") from error
@@ -209,13 +209,13 @@ class _Service:
         return parse(body, chat, *model, settings.limits, settings.defaults, self.floor)
 
     async def _whole(self, request: Request, job: Job, reply: "_Reply") -> Response:
-        """The answers when all are there; the job is given up when the client goes away before."""
+        """The complete reply; the job is cancelled if the client disconnects."""
         collecting = asyncio.create_task(_collect(job))
         watching = asyncio.create_task(_disconnected(request))
         try:
             await asyncio.wait({collecting, watching}, return_when=asyncio.FIRST_COMPLETED)
             if not collecting.done():
-                return Response(status_code=GONE)
+                return Response(status_code=CLIENT_GONE)
             collecting.result()
             return JSONResponse(reply.whole(job))
         finally:
@@ -246,9 +246,9 @@ class _Service:
 
 
 class _EventStream(StreamingResponse):
-    """Calls `close` when it is over, however that comes about.
+    """A stream that calls `close` when it ends, for whatever reason.
 
-    The generator cannot do that itself: where the client is gone before the first byte, it is never started.
+    The generator cannot do that itself: if the client disconnects before the first byte, it is never started.
     """
 
     def __init__(self, events: AsyncIterator[str], close: Callable[[], None]):

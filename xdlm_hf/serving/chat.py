@@ -2,15 +2,14 @@
 
     xdlm-chat --model PATH [--steps 64] [--mixing_ratio 0.1]
 
-Lines that begin with a slash are commands; /help lists them. Ctrl-C stops the answer that is being generated, and
-leaves where there is none. Needs the extra `watch`.
+Lines that begin with a slash are commands; /help lists them. Ctrl-C stops the answer being generated, and at the
+prompt the program. Needs the extra `watch`.
 """
 
 import argparse
 import contextlib
 import io
 import os
-import readline
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,12 +24,13 @@ from ..generation.blocks import check_blocks
 from ..generation.config import XDLMGenerationConfig
 from ..generation.protocol import length_limit
 from ..loading import DTYPES, end_ids, end_of_turn_ids, load
-from ..watch.display import harmless
-from ..watch.streamers import LiveStreamer
-from ..watch.trace import save_trace
 
 try:
     from rich.console import Console
+
+    from ..watch.display import without_controls
+    from ..watch.streamers import LiveStreamer
+    from ..watch.trace import save_trace
 except ModuleNotFoundError as error:
     raise SystemExit(f"xdlm-chat: {error}; install the extra: pip install 'xdlm_hf[watch]'") from error
 with contextlib.suppress(ImportError):
@@ -43,8 +42,8 @@ HELP = """\
 /length N        tokens per answer                 /block N   tokens filled together
 /temperature T   0 is greedy                       /clear     forget the conversation
 /history         show the conversation             /save FILE the last answer, step by step, as HTML
-/help            this                              /quit      leave; so do Ctrl-D and Ctrl-C
-Without a value, a setting is shown; `default` takes it back to the checkpoint's."""
+/help            this list                         /quit      leave; so do Ctrl-D and Ctrl-C
+Without a value, a setting is shown; `default` restores the checkpoint's."""
 
 
 class Stopped(Exception):
@@ -89,8 +88,8 @@ class Chat:
         self._say(f"{self.model.name_or_path or 'model'}; /help lists the commands, /quit leaves.")
         if not self.tokenizer.chat_template:
             self._say(
-                "Its tokenizer has no chat template, so this is a base model: it continues your text, what was said "
-                "before included, rather than answering it."
+                "Its tokenizer has no chat template, so this is a base model: it continues the text of the whole "
+                "conversation instead of answering."
             )
         while True:
             try:
@@ -101,23 +100,23 @@ class Chat:
             except KeyboardInterrupt:
                 self.console.print()
                 if _typed():
-                    continue  # only the line is given up
+                    continue  # clears the line only
                 return INTERRUPTED
             if line == "/quit":
                 return 0
             try:
-                self._take(line)
+                self._handle(line)
             except KeyboardInterrupt:
                 self.console.print()
                 return INTERRUPTED
             except (ValueError, OSError) as error:
                 self.console.print(str(error), style="red", markup=False, highlight=False)
 
-    def _take(self, line: str) -> None:
-        """One line: a command or a message.
+    def _handle(self, line: str) -> None:
+        """Handle one line, a command or a message.
 
         Raises:
-            ValueError: If it is not UTF-8, there is no such command, or its value is not possible.
+            ValueError: If it is not UTF-8, or the command or its value is invalid.
             KeyboardInterrupt: On the second Ctrl-C during an answer.
         """
         try:
@@ -145,9 +144,9 @@ class Chat:
             self.answer(line)
 
     def answer(self, text: str) -> None:
-        """Answer a message, drawn live; one that is stopped leaves the conversation as it was."""
+        """Answer a message, drawn live; a stopped answer leaves the conversation unchanged."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        ids = self._fitting(messages)
+        ids = self._encode_fitting(messages)
         steps = self.settings.get("steps", self._option("steps")) or self._length
         streamer = LiveStreamer(self.tokenizer, self.model.config.mask_token_id, steps=steps, console=self.console)
         self.streamer = streamer
@@ -168,14 +167,14 @@ class Chat:
     def _option(self, name: str) -> Any:
         return getattr(self.model.generation_config, name, None)
 
-    def _fitting(self, messages: list[dict[str, str]]) -> Tensor:
-        """Ids of the conversation, (1, P), without its oldest turns where it has grown too long.
+    def _encode_fitting(self, messages: list[dict[str, str]]) -> Tensor:
+        """Ids of the conversation, (1, P), without the oldest turns if it is too long.
 
         Raises:
             ValueError: If the last message alone is too long.
         """
         room = length_limit(self.model.config) - self._length
-        ids = self._encode(messages[-1:])  # first, because a long message takes long, and longer with every turn before
+        ids = self._encode(messages[-1:])  # first: a long message is slow to encode, and slower with earlier turns
         if ids.shape[1] > room:
             raise ValueError(
                 f"this message of {ids.shape[1]} tokens and an answer of {self._length} do not fit the model's "
@@ -212,13 +211,13 @@ class Chat:
             check_blocks(
                 self.settings.get("steps", self._length), self._length, self.settings.get("block_length", self._length)
             )
-        except ValueError as error:  # not refused: the setting that makes it fit may come next
+        except ValueError as error:  # not refused: the next command may make the settings fit
             self._say(f"Before the next answer: {error}")
 
     def _show(self) -> None:
         for message in self.messages:
             self.console.print(f"{message['role']}: ", style="dim", end="")
-            self.console.print(harmless(message["content"]), markup=False, highlight=False)
+            self.console.print(without_controls(message["content"]), markup=False, highlight=False)
         if not self.messages:
             self._say("Nothing was said yet.")
 
@@ -239,7 +238,7 @@ class Chat:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C is only noted, for the end of the step; the second raises KeyboardInterrupt."""
+    """Context in which the first Ctrl-C is recorded, until the step ends; the second raises KeyboardInterrupt."""
     noted = False
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -256,7 +255,7 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def _raise_when(streamer: LiveStreamer, stop: Callable[[], bool]) -> None:
-    """Lets the streamer leave `generate` between two steps."""
+    """Make the streamer raise `Stopped` after a step, once `stop()` is true."""
     draw = streamer.put_draft
 
     def put_draft(value: Tensor) -> None:
@@ -268,7 +267,7 @@ def _raise_when(streamer: LiveStreamer, stop: Callable[[], bool]) -> None:
 
 
 def _typed() -> bool:
-    """Whether something stands in the line that is being edited."""
+    """Whether the line being edited holds text."""
     return "readline" in globals() and bool(readline.get_line_buffer())
 
 
@@ -283,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     options = vars(parser.parse_args(argv))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # an undecodable line is refused, and does not end the chat
+        sys.stdin.reconfigure(errors="surrogateescape")  # such a line is refused and does not end the chat
     try:
         model, tokenizer = load(options.pop("model"), options.pop("dtype"), options.pop("device"))
         chat = Chat(model, tokenizer, options)

@@ -1,8 +1,8 @@
-"""The queue of `xdlm-serve`, and the one thread that runs the model on batches of requests with equal settings.
+"""The request queue of `xdlm-serve`, and the thread that runs the model on batches of requests with equal settings.
 
-A request becomes a `Job`, a job as many rows of a batch as it asks for answers. What happens to it comes back as
-events on an asyncio queue: pieces of text as they become final, then the end or an error. A batch stops as soon as none
-of its rows is wanted any more: finished by an end of text or stop string, or given up by its client.
+A request becomes a `Job`, with one row of a batch for each answer. Its events arrive on an asyncio queue: pieces of
+final text, then `Done` or an error. A batch stops once each of its rows is finished (end of text, stop string) or
+cancelled.
 
 Shapes: B rows of a batch, P prompt, n columns of a block.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from ..generation.layout import padded
 from ..loading import end_ids, end_of_turn_ids
 from .answers import Answer
 from .fields import RequestError
@@ -49,7 +50,7 @@ Event = Piece | Done | RequestError
 
 
 class Metrics:
-    """What /metrics shows, in a registry of its own."""
+    """The figures of /metrics, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -95,14 +96,14 @@ class Job:
 
 
 class Engine:
-    """Runs jobs, oldest first, together with those that wait for the same settings.
+    """Runs jobs, oldest first, in batches with other waiting jobs of equal settings.
 
     Args:
-        model, tokenizer: What answers; the model is used by the engine's thread alone.
+        model, tokenizer: The model is used by the engine's thread alone.
         max_batch_rows: Answers generated together.
         max_queue: Jobs that may wait.
         batch_wait: Seconds that a batch which is not full waits for more.
-        metrics: Where figures go.
+        metrics: Updated by the engine; by default new ones.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Engine:
         self._thread.start()
 
     def stop(self, timeout: float = 30) -> None:
-        """Ends the batch at its next step, refuses what waits, and waits for the thread."""
+        """Stop the batch at its next step, refuse waiting jobs, and wait for the thread."""
         with self._changed:
             self._stopping = True
             waiting = list(self._waiting)
@@ -149,20 +150,22 @@ class Engine:
         return len(self._waiting)
 
     def submit(self, request: GenerationRequest) -> Job:
-        """Put a request into the queue; to be called on the event loop.
+        """Queue a request; call it on the event loop.
 
         Raises:
             RequestError: 429 if the queue is full, 503 if the engine has stopped.
         """
         ends = self.turn_ends if request.chat else self.ends
-        answers = [Answer(self.tokenizer, ends, request.stops, request.max_tokens) for _ in range(request.rows)]
+        answers = [
+            Answer(self.tokenizer, ends, request.stops, request.settings.max_new_tokens) for _ in range(request.rows)
+        ]
         job = Job(request, answers, asyncio.get_running_loop())
         with self._changed:
             if not self.alive:
                 raise _shutting_down()
             if len(self._waiting) >= self.max_queue:
                 raise RequestError(
-                    f"{self.max_queue} requests are waiting, which is all this server lets wait; try again later.",
+                    f"{self.max_queue} requests are waiting, the most that this server queues; try again later.",
                     429,
                     code="queue_full",
                     kind="rate_limit_error",
@@ -173,7 +176,7 @@ class Engine:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Give a job up; without effect once it is over."""
+        """Cancel a job; no effect once it is over."""
         with self._changed:
             if not job.wanted:
                 return
@@ -193,11 +196,11 @@ class Engine:
             self.metrics.batch_rows.observe(sum(job.request.rows for job in batch))
             try:
                 self._generate(batch)
-            except _NobodyWaits:
+            except _BatchOver:
                 pass
             except ValueError as error:  # generate() refuses the settings, which are the same for all of the batch
                 _fail(batch, RequestError(str(error)))
-            except Exception as error:  # whatever it is, out of memory for one: the next batch deserves its chance
+            except Exception as error:  # e.g. out of memory; the next batch may succeed
                 logger.exception("a batch failed")
                 _fail(batch, RequestError(f"generation failed: {type(error).__name__}", 500, kind="server_error"))
                 if torch.cuda.is_available():
@@ -208,7 +211,7 @@ class Engine:
                     _fail(batch, _shutting_down())
 
     def _next_batch(self) -> list[Job] | None:
-        """The oldest job with all that fit beside it; empty if it was given up, None when the engine stops."""
+        """The oldest job with all that fit beside it; empty if it was cancelled, None when the engine stops."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._stopping)
             if self._stopping:
@@ -244,26 +247,23 @@ class Engine:
     def _generate(self, batch: list[Job]) -> None:
         rows = [(job, index) for job in batch for index in range(job.request.rows)]
         prompts = [job.request.prompts[index // job.request.n] for job, index in rows]
-        width = max(map(len, prompts))
-        padding = [width - len(prompt) for prompt in prompts]
-        ids = [[self._pad_token_id] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
-        mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+        input_ids, attention_mask = padded(prompts, self._pad_token_id)
         self.model.generate(
-            input_ids=torch.tensor(ids, dtype=torch.long).reshape(len(rows), width),
-            attention_mask=torch.tensor(mask, dtype=torch.long).reshape(len(rows), width),
-            streamer=_ToJobs(rows, self.metrics, lambda: self._stopping),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            streamer=_JobStreamer(rows, self.metrics, lambda: self._stopping),
             num_return_sequences=1,
             reference_compat=False,
             **batch[0].request.settings.options(),
         )
 
 
-class _NobodyWaits(Exception):
-    """Leaves `generate` when no row of the batch is wanted any more."""
+class _BatchOver(Exception):
+    """Raised by the streamer to leave `generate` when each row is finished or cancelled."""
 
 
-class _ToJobs(BaseStreamer):
-    """Hands the final columns of a batch to its jobs, row by row."""
+class _JobStreamer(BaseStreamer):
+    """Passes the final columns of a batch to its jobs, row by row."""
 
     def __init__(self, rows: list[tuple[Job, int]], metrics: Metrics, stopping: Callable[[], bool]):
         self.rows, self.metrics, self.stopping = rows, metrics, stopping
@@ -301,7 +301,7 @@ class _ToJobs(BaseStreamer):
         wanted = sum(job.wanted and job.answers[index].finish_reason is None for job, index in self.rows)
         self.metrics.running.set(wanted)
         if not wanted or self.stopping():
-            raise _NobodyWaits
+            raise _BatchOver
 
 
 def _fail(batch: list[Job], error: RequestError) -> None:

@@ -1,22 +1,21 @@
-"""The fields of a request to `xdlm-serve`, checked one by one: OpenAI's that apply, and the sampler's own.
+"""Validation of a request's fields: those of OpenAI's API that apply, and options of `generate`.
 
-A field that is not known, or known and without effect here, is refused rather than ignored, unless it has the value
-that asks for nothing. Errors have OpenAI's form.
+An unknown field, or one without effect here, is refused rather than ignored, unless it has a neutral value. Errors have
+OpenAI's form.
 """
 
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..generation.options import SAMPLERS, section_names
+from ..generation.options import section_names
 from ..generation.spelling import check_values, flatten
 
-MAX_STOPS = 4  # as OpenAI has it
+MAX_STOPS = 4  # as in OpenAI's API
 MAX_STOP_LENGTH = 256  # characters
 MAX_POLISH_STEPS = 64  # each is a forward pass beyond `steps`
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-# Fields without effect here, with the values that ask for nothing; 0 stands for 0.0 too. OpenAI's, then those that
-# clients of vLLM and SGLang send.
+# Fields without effect here and their neutral values; 0 stands for 0.0 too. OpenAI's, then those of vLLM and SGLang.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -69,13 +68,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
 }
 _NO_CONSTRAINTS = (
-    "answers cannot be bound to a JSON schema or grammar: a diffusion model does not write from left to right, as "
-    "constrained decoding needs it"
+    "constrained decoding (JSON schema, grammar) generates from left to right, which a diffusion model does not"
 )
-_NO_LOGPROBS = "log-probabilities are not supported: the order of filling leaves no factors to report"
-_NO_PENALTIES = "tokens are filled in no fixed order, so none counts as repeated; use temperature and top_p"
+_NO_LOGPROBS = "log-probabilities need a left-to-right factorization, which a diffusion model does not have"
+_NO_PENALTIES = "tokens are filled in no fixed order, so that none counts as a repetition; use temperature and top_p"
 REASONS = {
-    "best_of": "without log-probabilities no answer is the best; use n",
+    "best_of": "there are no log-probabilities to choose by; use n",
     "frequency_penalty": _NO_PENALTIES,
     "logprobs": _NO_LOGPROBS,
     "min_p": "use top_p and a temperature above 0",
@@ -84,7 +82,7 @@ REASONS = {
     "repetition_penalty": _NO_PENALTIES,
     "response_format": _NO_CONSTRAINTS,
     "stop_token_ids": "use stop, which takes special tokens too",
-    "tools": "tools are not supported",
+    "tools": "the model's output is plain text",
     "top_k": "use top_p and a temperature above 0",
     "top_logprobs": _NO_LOGPROBS,
     "truncate_prompt_tokens": "shorten the prompt",
@@ -125,10 +123,10 @@ class RequestError(Exception):
 
 
 def read_fields(body: Any, chat: bool) -> dict[str, Any]:
-    """The fields given, checked one by one; null means not given.
+    """The given fields, validated one by one; null means not given.
 
     Raises:
-        RequestError: For a body that is no object, a field that is not known, or a value that is not possible.
+        RequestError: If the body is no object, a field is unknown or its value invalid.
     """
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object.")
@@ -223,15 +221,6 @@ def _string(name: str, value: Any) -> str:
     return value
 
 
-def _choice(*choices: str) -> Callable[[str, Any], str]:
-    def check(name: str, value: Any) -> str:
-        if value not in choices:
-            raise RequestError(f"{name}={_short(value)} is not known; choose one of {', '.join(choices)}.", 400, name)
-        return value
-
-    return check
-
-
 def _stops(name: str, value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     if (
@@ -280,7 +269,7 @@ def _message(name: str, message: Any) -> dict[str, str]:
 
 
 def _content(name: str, content: Any) -> str:
-    """Text, or a list of parts of type text, as OpenAI's clients send it too."""
+    """Text, given as a string or as a list of parts of type text."""
     if isinstance(content, str):
         return content
     parts: Sequence[Any] = content if isinstance(content, list) else [None]
@@ -296,7 +285,7 @@ def _short(value: Any) -> str:
 
 
 def _option(name: str, value: Any) -> Any:
-    """An option of `generate`, checked by itself as its table of options says."""
+    """An option of `generate`, checked alone against the table of options."""
     try:
         check_values(*flatten({name: value}))
     except ValueError as error:
@@ -310,7 +299,7 @@ def _polish_steps(name: str, value: Any) -> Any:
     return _option(name, value)
 
 
-# Options of `generate` that a client passes as they are; what does not go together `generate` refuses.
+# Options passed on to `generate`, which refuses combinations that do not go together.
 ENGINE: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(section_names("speed", "refinement"), _option),
     "polish_steps": _polish_steps,
@@ -326,12 +315,9 @@ COMMON: dict[str, Callable[[str, Any], Any]] = {
     "temperature": _number(0, 2),
     "top_p": _number(1e-6, 1),
     "user": _string,
-    "prompt_cache_key": _string,  # these two say who asks, as `user` does
+    "prompt_cache_key": _string,  # these two identify the client, as `user` does; no effect
     "safety_identifier": _string,
-    "steps": _integer(1),
-    "mixing_ratio": _number(0, 1),
-    "block_length": _integer(1),
-    "sampler": _choice(*SAMPLERS),
+    **dict.fromkeys(("steps", "mixing_ratio", "block_length", "sampler"), _option),
     **ENGINE,
 }
 COMPLETION = {"prompt": _prompt}

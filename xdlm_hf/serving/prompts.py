@@ -1,4 +1,4 @@
-"""The prompts of a request as token ids, none longer than there is room for.
+"""Prompts of a request as token ids, within the length limit.
 
 Tokenizing takes about a second per megabyte, so a prompt that cannot fit is refused from a count of its bytes where
 the tokenizer allows one.
@@ -16,8 +16,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .fields import RequestError, is_integer
 
-# What divides a text and keeps all of it.
-DIVIDING = ("Digits", "Punctuation", "Split")
+# Pre-tokenizers that split a text, all of which they can keep.
+SPLITTING = ("Digits", "Punctuation", "Split")
 
 
 class TokenFloor:
@@ -69,7 +69,7 @@ class TokenFloor:
 
 
 def _is_byte_level(pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Whether it turns text into bytes, and drops none of it."""
+    """Whether the pre-tokenizer turns text into bytes without dropping any."""
     if pre_tokenizer is None:
         return False
     parts = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
@@ -78,7 +78,7 @@ def _is_byte_level(pre_tokenizer: dict[str, Any] | None) -> bool:
 
 
 def _keeps_text(part: dict[str, Any]) -> bool:
-    return part["type"] in DIVIDING and part.get("behavior") != "Removed"
+    return part["type"] in SPLITTING and part.get("behavior") != "Removed"
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,14 @@ class PromptReader:
     Args:
         tokenizer: The model's.
         rows: Rows of its embedding; ids must be below.
-        canvas: Tokens generated behind a prompt, for messages.
+        answer: Tokens of an answer, for messages.
         room: Tokens that a prompt may have.
         floor: The tokenizer's `TokenFloor`, if there is one.
     """
 
     tokenizer: PreTrainedTokenizerBase
     rows: int
-    canvas: int
+    answer: int
     room: int
     floor: TokenFloor | None = None
 
@@ -148,7 +148,7 @@ class PromptReader:
     def _check_length(self, about: str, tokens: int, field: str) -> None:
         if tokens > self.room:
             raise RequestError(
-                f"a prompt of {about}{tokens} tokens is too long: with {self.canvas} tokens for the answer, "
+                f"a prompt of {about}{tokens} tokens is too long: with {self.answer} tokens for the answer, "
                 f"{max(self.room, 0)} are left of this server's limits; shorten the prompt or max_tokens.",
                 400,
                 field,

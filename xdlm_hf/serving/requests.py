@@ -1,13 +1,12 @@
-"""What a client may ask of `xdlm-serve`: a request as prompts and options of `generate`, checked against the limits."""
+"""Requests of `xdlm-serve`: JSON to prompts and options of `generate`, checked against the server's limits."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..generation.blocks import check_blocks
+from ..generation.blocks import check_blocks, num_blocks
 from ..generation.config import XDLMGenerationConfig
 from ..generation.protocol import length_limit, output_rows
 from ..generation.resolution import draws_with
@@ -18,28 +17,28 @@ from .prompts import PromptReader, TokenFloor, check_rows
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for; in tokens, and rows of a batch."""
+    """Limits of one request, in tokens and rows of a batch."""
 
     max_new_tokens: int = 1024
-    max_prompt_tokens: int | None = None  # what the model's length leaves, by default
+    max_prompt_tokens: int | None = None  # default: the model's length limit less the answer
     max_rows: int = 8  # prompts times n
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds where a request says nothing."""
+    """Values for what a request leaves out."""
 
     max_tokens: int = 128
     block_length: int | None = None
     tokens_per_step: int = 1
-    # As the checkpoint has it: what fits a request, and whether its seed matters, depends on it.
+    # The checkpoint's: which options go together, and whether a seed has an effect, depends on it.
     stored: XDLMGenerationConfig = field(default_factory=XDLMGenerationConfig)
 
     @classmethod
     def of(
         cls, stored: XDLMGenerationConfig, max_tokens: int, block_length: int | None, tokens_per_step: int
     ) -> "Defaults":
-        """The server's options over what the checkpoint stores."""
+        """The server's options, which override those that the checkpoint stores."""
         block_length = stored.block_length if block_length is None else block_length
         return cls(max_tokens, block_length, tokens_per_step, stored)
 
@@ -77,12 +76,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A request that was understood: prompts as ids, each answered `n` times."""
+    """A valid request: prompts as ids, each answered `n` times."""
 
     chat: bool
     prompts: tuple[tuple[int, ...], ...]
     n: int
-    max_tokens: int
     stops: tuple[str, ...]
     stream: bool
     include_usage: bool
@@ -107,7 +105,7 @@ def parse(
     defaults: Defaults,
     floor: TokenFloor | None = None,
 ) -> GenerationRequest:
-    """Check a request and tokenize its prompts, which comes last: it can take seconds.
+    """Check a request, then tokenize its prompts, which can take seconds.
 
     Args:
         body: The JSON value received.
@@ -118,7 +116,7 @@ def parse(
         floor: The tokenizer's, to refuse prompts that are far too long without tokenizing them.
 
     Raises:
-        RequestError: If anything in it cannot be done, naming the field.
+        RequestError: If the request is invalid or beyond the limits, naming the field.
     """
     fields = read_fields(body, chat)
     if fields.get("model") != model_name:
@@ -131,17 +129,16 @@ def parse(
             f"{length_field}={max_tokens} is above this server's {limits.max_new_tokens}.", 400, length_field
         )
     settings = _settings(fields, max_tokens, limits, defaults)
-    n, canvas = fields.get("n", 1), settings.max_new_tokens
+    n = fields.get("n", 1)
     check_rows(1, n, limits.max_rows)
-    room = length_limit(config) - canvas
+    room = length_limit(config) - max_tokens
     room = room if limits.max_prompt_tokens is None else min(room, limits.max_prompt_tokens)
-    reader = PromptReader(tokenizer, output_rows(config), canvas, room, floor)
+    reader = PromptReader(tokenizer, output_rows(config), max_tokens, room, floor)
     prompts = reader.conversation(fields) if chat else reader.prompts(fields, n, limits.max_rows)
     return GenerationRequest(
         chat,
         prompts,
         n,
-        max_tokens,
         fields.get("stop", ()),
         fields.get("stream", False),
         fields.get("stream_options", {}).get("include_usage", False),
@@ -150,33 +147,31 @@ def parse(
 
 
 def _settings(fields: Mapping[str, Any], max_tokens: int, limits: Limits, defaults: Defaults) -> Settings:
-    """Options of `generate`: a canvas of whole blocks that holds `max_tokens`, and steps that fit it."""
+    """Options of `generate` for an answer of `max_tokens`; by default as many steps for each block."""
     ancestral = fields.get("sampler", defaults.stored.sampler) == "ancestral"
     block = fields.get("block_length", None if ancestral else defaults.block_length)
-    canvas, blocks = max_tokens, 1
+    blocks = 1
     if block is not None and not ancestral:
         block = min(block, max_tokens)
-        blocks = math.ceil(max_tokens / block)
-        canvas = blocks * block
+        blocks = num_blocks(max_tokens, block)
     steps = fields.get("steps")
     if steps is None:
-        steps = max(1, canvas // defaults.tokens_per_step // blocks) * blocks
+        steps = max(1, max_tokens // defaults.tokens_per_step // blocks) * blocks
     temperature, top_p = fields.get("temperature"), fields.get("top_p")
     if top_p == 1:
         top_p = None  # keeps every token
     if top_p is not None and not ancestral and not fields.get("temperature", defaults.stored.temperature):
         raise RequestError(f"top_p={top_p} filters a draw and needs a temperature above 0.", 400, "top_p")
-    most = max(canvas, limits.max_new_tokens)
-    if steps > most:
-        raise RequestError(f"steps={steps} is above this server's {most}.", 400, "steps")
+    if steps > limits.max_new_tokens:
+        raise RequestError(f"steps={steps} is above this server's {limits.max_new_tokens}.", 400, "steps")
     own = [fields.get(name) for name in ("mixing_ratio", "sampler")]
     seed = fields.get("seed") if defaults.draws(fields) else None
     try:
         engine = tuple(sorted(flatten({name: fields[name] for name in ENGINE if name in fields})[0].items()))
-        settings = Settings(canvas, steps, block, *own, temperature, top_p, seed, engine)
+        settings = Settings(max_tokens, steps, block, *own, temperature, top_p, seed, engine)
         XDLMGenerationConfig(**settings.options())
         if not ancestral:
-            check_blocks(steps, canvas, block or canvas)
+            check_blocks(steps, max_tokens, block or max_tokens)
     except ValueError as error:
         raise RequestError(str(error)) from error
     return settings

@@ -1,9 +1,9 @@
-"""`xdlm-serve`: a checkpoint behind the part of OpenAI's HTTP API that applies to it.
+"""`xdlm-serve`: an HTTP server for a checkpoint, with the part of OpenAI's API that applies to it.
 
     xdlm-serve --model PATH [--port 8000] [--api_key KEY]
 
-/v1/completions, /v1/chat/completions and /v1/models, with server-sent events for `stream`; /health and /metrics
-beside. `transformers serve` cannot run these models (docs/serving.md). Needs the extra `serve`.
+/v1/completions, /v1/chat/completions and /v1/models, with server-sent events for `stream`; also /health and
+/metrics. `transformers serve` cannot run these models (docs/serving.md). Needs the extra `serve`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class TimedProtocol(AutoHTTPProtocol):
-    """Uvicorn's HTTP protocol, which hangs up on a client that does not finish the head of a request.
+    """Uvicorn's HTTP protocol with a timeout for the head of a request, after which it closes the connection.
 
     Uvicorn's own timer, `timeout_keep_alive`, starts after a response and stops at the next byte.
 
@@ -66,7 +66,7 @@ class TimedProtocol(AutoHTTPProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _set_timer(self) -> None:
-        """Runs from the first call without a request to answer, until there is one."""
+        """Start the timer while no request is being answered, stop it otherwise."""
         if self._answering:
             self._stop_timer()
         elif self._timer is None:
@@ -83,15 +83,14 @@ class TimedProtocol(AutoHTTPProtocol):
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, which lets requests in progress finish when it is told to stop.
+    """Uvicorn with a graceful shutdown: it accepts no more connections, and requests in progress finish.
 
-    It accepts no more connections then. After `drain_timeout` the requests that still run or wait are told that the
-    server is shutting down, instead of being cut off.
+    After `drain_timeout` the requests that still run or wait get an error instead of a closed connection.
     """
 
     def __init__(self, engine: Engine, settings: ServerSettings, **options: Any):
         protocol = functools.partial(TimedProtocol, header_timeout=settings.header_timeout)
-        hang_up = settings.drain_timeout + 10  # on those that do not read what they are told
+        hang_up = settings.drain_timeout + 10  # closes connections of clients that do not read the error
         app = create_app(engine, settings)
         super().__init__(uvicorn.Config(app, http=protocol, timeout_graceful_shutdown=hang_up, **options))
         self.engine, self.drain_timeout = engine, settings.drain_timeout
@@ -115,7 +114,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--served_name", help="its name in the API; by default the last part of --model")
     add("--dtype", default="auto", choices=DTYPES)
     add("--device", default="auto", help="auto, cpu, cuda:0, ...")
-    add("--host", default="127.0.0.1", help="address to listen on; others than loopback let other machines in")
+    add("--host", default="127.0.0.1", help="address to listen on; any but loopback is open to other machines")
     add("--port", type=int, default=8000)
     add("--api_key", default=os.environ.get("XDLM_API_KEY"), help="key that clients must send; or XDLM_API_KEY")
     add("--cors", nargs="+", default=[], metavar="ORIGIN", help="origins whose web pages may use the server")
@@ -125,13 +124,17 @@ def arguments() -> argparse.ArgumentParser:
     add("--max_new_tokens", type=int, default=1024, help="longest answer a request may ask for")
     add("--max_prompt_tokens", type=int, help="longest prompt; by default what the model's length leaves")
     add("--max_tokens", type=int, default=128, help="length of an answer where the request names none")
-    add("--block_length", type=int, help="tokens filled together where the request names none; k = 0 streams by block")
+    add(
+        "--block_length",
+        type=int,
+        help="default block_length; at k = 0 streams are sent by block",
+    )
     add("--tokens_per_step", type=int, default=1, help="steps = length / this where the request names no steps")
     return parser
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse values that are not possible.
+    """Refuse values out of range.
 
     Raises:
         ValueError: Naming the option.
@@ -160,7 +163,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket; made before the model is loaded, so that a busy port is known at once.
 
     Raises:
-        ValueError: If the address cannot be had.
+        ValueError: If the address is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -181,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     logging.basicConfig(level=logging.INFO)
     if options.host not in LOOPBACK and not options.api_key:
-        logger.warning(f"listening on {options.host} without an API key: whoever reaches this machine can use it.")
+        logger.warning(f"listening on {options.host} without an API key: anyone who can reach this machine can use it.")
     with contextlib.ExitStack() as stack:
         try:
             listening = stack.enter_context(listen(options.host, options.port))
@@ -205,7 +208,7 @@ def _serve(model: Any, tokenizer: Any, options: argparse.Namespace, listening: s
     )
     host, port = listening.getsockname()[:2]
     logger.info(f"serving {settings.name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1")
-    # Once everything is closed, Uvicorn raises the signal that ended it again: exit with status 0.
+    # Uvicorn raises the signal again after its shutdown: exit with status 0.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with contextlib.suppress(KeyboardInterrupt):
         Server(engine, settings).run(sockets=[listening])

@@ -1,9 +1,9 @@
 """LoRA adapters, also on weights in 4 bits (QLoRA), and the noise they were trained with, stored beside them.
 
-An adapter changes a checkpoint whose config.json says k = 0 into a model trained at another k. peft saves only the
-adapter's weights, so k would be lost: `save_noise` writes it to `xdlm_noise.json` in the adapter's folder, and
-`load_adapter` gives it to the model. (A config.json there would do harm: Transformers would take the folder for a whole
-model.) Needs peft; 4 bits need bitsandbytes.
+An adapter may be trained at another k than its base model's config.json says, and peft saves the adapter's weights
+alone. `save_noise` therefore writes k and schedule to `xdlm_noise.json` in the adapter's folder, and `load_adapter`
+sets them in the model's config. (With a config.json there, Transformers would take the folder for a whole model.) Needs
+peft; 4 bits need bitsandbytes.
 """
 
 import importlib.util
@@ -26,9 +26,9 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float, dropout: float
 
     Args:
         model: A `DiffusionModel`, in any dtype or in 4 bits.
-        rank: Of the two matrices of each adapter.
-        alpha: Scale of the adapters, times `rank`.
-        dropout: Before the adapters.
+        rank: Rank r of the adapters.
+        alpha: Scale of the adapters, times r.
+        dropout: Dropout of the adapters' inputs.
 
     Raises:
         ValueError: If `rank` is not positive.
@@ -59,7 +59,7 @@ def save_noise(config: PreTrainedConfig, folder: str | Path) -> None:
 
 
 def load_adapter(model: PreTrainedModel, adapter: str | Path, **options: Any) -> "PeftModel":
-    """Put a saved adapter on a model, and give the model's config the noise that the adapter was trained with.
+    """Add a saved adapter to a model, and set the noise that it was trained with in the model's config.
 
     Args:
         model: The base model; the adapter's layers go into it, and its config is changed.
@@ -69,7 +69,7 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, **options: Any) ->
 
     Raises:
         ValueError: If the file holds anything but a mixing ratio and a known schedule, or they do not fit the model,
-            which is then as before.
+            which is not changed then.
     """
     from peft import PeftModel
 
@@ -109,8 +109,8 @@ def quantization_4bit(device: str | torch.device, compute_dtype: torch.dtype) ->
     The embedding and the output layer keep their dtype: the fused loss reads the latter as a matrix.
 
     Args:
-        device: Where the model will be.
-        compute_dtype: Of the products with the weights.
+        device: The model's.
+        compute_dtype: Dtype of the products with the weights.
 
     Raises:
         ValueError: If bitsandbytes is not installed, or cannot work in 4 bits on this device.
@@ -128,7 +128,7 @@ def quantization_4bit(device: str | torch.device, compute_dtype: torch.dtype) ->
 
 
 def _probe_4bit(device: torch.device) -> None:
-    """Quantize a few numbers: what a device or a build can do is not written down anywhere."""
+    """Quantize a few numbers: bitsandbytes does not report what a device or a build supports."""
     from bitsandbytes import functional
 
     try:

@@ -23,29 +23,28 @@ class XDLMTrainingArguments(TrainingArguments):
         t_eps (`float`, *optional*, defaults to `1e-3`): Training times are (1 - t_eps) t + t_eps, t in [0, 1].
         time_sampling (`str`, *optional*, defaults to `"independent"`): One t per row, drawn `"independent"`ly, as in
             the paper's LLaDA run, or `"stratified"` over the global batch: one row in each of its G equal intervals
-            of time, in random order. `"antithetic"`, the name of the same thing in small-scale MDLM code, is
-            accepted for it.
-        noise_seed (`int`, *optional*, defaults to `seed`): Seed of noise levels and noise.
+            of time, in random order. `"antithetic"`, its name in MDLM's code, is accepted too.
+        noise_seed (`int`, *optional*, defaults to `seed`): Seed of times and noise.
         random_length_probability (`float`, *optional*, defaults to `0.0`): Probability that all rows of a step are cut
-            to one random length, uniform in 1..L (0.01 in LLaDA's pretraining). Drawn from the noise seed and the
-            step, so that all processes agree. For packed rows only.
+            to one random length, uniform in 1..L (0.01 in LLaDA's pretraining). A function of noise seed and step, so
+            that all processes agree. For packed rows only.
         global_batch_size (`int`, *optional*): Rows per optimizer step over all processes. Sets
             `gradient_accumulation_steps`; refused when it does not divide.
-        nelbo_samples (`int`, *optional*, defaults to `4`): Noise levels per row in evaluation.
+        nelbo_samples (`int`, *optional*, defaults to `4`): Times per row in evaluation.
         fused_loss (`bool`, *optional*): Compute head and loss together, without the logits of whole rows. By default
-            wherever possible: when the head is a plain `OutputLayer`. It runs between the graphs of a compiled model.
+            wherever the head is a plain `OutputLayer`. In a compiled model it breaks the graph.
         loss_chunk_size (`int`, *optional*): Tokens per chunk of the fused loss; its own default otherwise.
-        peak_tflops (`float`, *optional*): What one device can do at best, for the logged utilisation; by default from
+        peak_tflops (`float`, *optional*): Peak TFLOP/s of one device, for the logged utilisation; by default from
             a table of GPUs, and none for others.
         save_seconds (`float`, *optional*): Write a checkpoint at the end of a step when so many seconds have passed
-            since the last one, beside those of `save_strategy`.
+            since the last one, in addition to `save_strategy`.
         accept_repaired_data (`bool`, *optional*, defaults to `False`): Resume a stream although local files of it were
-            repaired or removed. What was read of a repaired file must be the same.
+            repaired or removed. What was read of a repaired file must be unchanged.
 
-    These defaults of `TrainingArguments` change: `remove_unused_columns=False` (the collator reads them),
-    `ddp_find_unused_parameters=False` (every parameter is used), `logging_nan_inf_filter=False` (a NaN is shown, not
-    replaced by an average), `include_num_input_tokens_seen=True` (logs tokens per second), and
-    `logging_first_step=True` with `logging_steps=10` (a loss is shown after the first step).
+    Defaults that differ from `TrainingArguments`: `remove_unused_columns=False` (the collator reads the columns),
+    `ddp_find_unused_parameters=False` (every parameter is used), `logging_nan_inf_filter=False` (a NaN is logged, not
+    replaced by an average), `include_num_input_tokens_seen=True` (logs tokens per second), `logging_first_step=True`,
+    `logging_steps=10`.
 
     Raises:
         ValueError: If an option is out of range, or the global batch does not divide.
@@ -57,14 +56,14 @@ class XDLMTrainingArguments(TrainingArguments):
     time_sampling: str = field(
         default="independent", metadata={"help": "independent, or stratified over the global batch."}
     )
-    noise_seed: int | None = field(default=None, metadata={"help": "Seed of noise levels and noise; default: seed."})
+    noise_seed: int | None = field(default=None, metadata={"help": "Seed of times and noise; default: seed."})
     random_length_probability: float = field(
         default=0.0, metadata={"help": "Share of steps whose rows are cut to one random length; LLaDA: 0.01."}
     )
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Rows per optimizer step; sets gradient_accumulation_steps."}
     )
-    nelbo_samples: int = field(default=4, metadata={"help": "Noise levels per row in evaluation."})
+    nelbo_samples: int = field(default=4, metadata={"help": "Times per row in evaluation."})
     fused_loss: bool | None = field(
         default=None, metadata={"help": "Compute head and loss together; default: wherever possible."}
     )
@@ -73,14 +72,14 @@ class XDLMTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "TFLOP/s of one device at best, for the logged utilisation; default: a table."}
     )
     save_seconds: float | None = field(
-        default=None, metadata={"help": "A checkpoint at least every so many seconds, beside those of save_strategy."}
+        default=None, metadata={"help": "A checkpoint at least every so many seconds, in addition to save_strategy."}
     )
     accept_repaired_data: bool = field(
         default=False, metadata={"help": "Resume a stream although files of it were repaired or removed."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false: the collator reads them."})
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Look for parameters without a gradient; every one has one here."}
+        default=False, metadata={"help": "Look for parameters without a gradient; there are none."}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses; off here."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step; on here."})
@@ -129,12 +128,10 @@ class XDLMTrainingArguments(TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop what the collator needs; leave it False.")
         if not self.average_tokens_across_devices:
-            raise ValueError(
-                "average_tokens_across_devices=False would weigh tokens by the process they fall on; leave it True."
-            )
+            raise ValueError("average_tokens_across_devices=False would weight tokens by their process; leave it True.")
 
     def _check_optimization(self) -> None:
-        """Refuse numbers with which a run would take no step, or spoil its weights, without a word."""
+        """Refuse values with which a run would silently take no step, or damage its weights."""
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps={self.max_steps} must be positive, or -1 for num_train_epochs.")
         if not 0 < self.num_train_epochs < math.inf:

@@ -1,4 +1,4 @@
-"""The training loss of a noisy batch: fused with the output layer where that is possible, else from logits.
+"""Training loss of a noisy batch, fused with the output layer or from logits.
 
 Shapes: B batch, L length, D width, N rows of the output layer.
 """
@@ -13,10 +13,9 @@ from ..models.output_layer import OutputLayer
 
 
 class FusedLoss:
-    """`process.fused_loss` of one batch, as the reduction that an `OutputLayer` takes.
+    """`process.fused_loss` of one batch, as the `output_reduction` of a model.
 
-    A class and no closure: torch.compile compares functions by identity and would compile the network anew at every
-    step.
+    A class instead of a closure: torch.compile compares functions by identity and would recompile at every step.
 
     Args:
         process: The noise.

@@ -1,8 +1,7 @@
-"""A Trainer whose checkpoints are whole or absent, and whose resumed runs repeat uninterrupted ones bit for bit."""
+"""A Trainer with atomic checkpoints, whose resumed runs equal uninterrupted ones bit for bit."""
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,14 @@ from .checkpoints import (
     RUN_RECORD,
     UNFINISHED,
     check_same_run,
-    explained_failure,
+    explain_disk_errors,
     last_checkpoint,
     last_whole_checkpoint,
     optimization_record,
     publish,
     refuse_other_run,
     tokenizer_checksum,
+    unfinished_folder,
     whole_model,
 )
 from .checksums import write_checksums
@@ -42,7 +42,7 @@ class CheckpointingTrainer(Trainer):
     files.
 
     Args:
-        args: The run.
+        args: Arguments of the run.
         optimizers: As in `Trainer`.
         others: As in `Trainer`, by keyword.
     """
@@ -79,40 +79,45 @@ class CheckpointingTrainer(Trainer):
             dispatch_batches=False,
         )
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *, verified: bool = False, **kwargs):
         """As in `Trainer`; resuming repeats the uninterrupted run bit for bit, a stream without re-reading.
+
+        Args:
+            resume_from_checkpoint: A folder, or True for the last whole checkpoint in `output_dir`.
+            verified: Whether `last_whole_checkpoint` returned that folder, so that its checksums were compared.
+            kwargs: As in `Trainer`.
 
         Raises:
             ValueError: If `output_dir` holds another run and `resume_from_checkpoint` is not given, or the checkpoint
                 is missing, incomplete or of another run (`checkpoints.check_same_run` says what may differ).
             NonFiniteError: If a loss, a gradient or a weight to be saved is not finite.
-            OSError: If a checkpoint cannot be written; earlier ones stay as they are.
-            Preempted: If SIGTERM arrived, after the step that was running and a checkpoint of it.
+            OSError: If a checkpoint cannot be written; earlier ones are kept.
+            Preempted: If SIGTERM arrived, after the current step and its checkpoint.
         """
         self._save_on_request.catch_signals()
         try:
-            return self._train(resume_from_checkpoint, **kwargs)
+            return self._train(resume_from_checkpoint, verified, **kwargs)
         finally:
             self._save_on_request.release()
 
-    def _train(self, resume_from_checkpoint: str | bool | None, **kwargs):
+    def _train(self, resume_from_checkpoint: str | bool | None, verified: bool, **kwargs):
         if not resume_from_checkpoint:
             refuse_other_run(self.args.output_dir)
             self._stream_position = StreamPosition()
             return super().train(**kwargs)
         checkpoint, shared = resume_from_checkpoint, not self.args.save_on_each_node
         if checkpoint is True:
-            checkpoint = last_whole_checkpoint(self.args.output_dir, shared)
+            checkpoint, verified = last_whole_checkpoint(self.args.output_dir, shared), True
             if checkpoint is None:
                 raise ValueError(f"output_dir={str(self.args.output_dir)!r} holds no complete checkpoint to resume.")
         checkpoint = Path(checkpoint)
         reshards = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        check_same_run(checkpoint, self._run_record(), reshards, shared, self.args.accept_repaired_data)
+        check_same_run(checkpoint, self._run_record(), reshards, shared, self.args.accept_repaired_data, verified)
         if not isinstance(self.train_dataset, PackedStream):
             return super().train(resume_from_checkpoint=str(checkpoint), **kwargs)
         path = checkpoint / f"stream_state_{self.args.process_index}.json"
         self._stream_position = StreamPosition(**json.loads(path.read_text(encoding="utf-8")))
-        # The stream starts where it stood: nothing is to be read and thrown away.
+        # The stream itself resumes at its position: no batches are to be skipped.
         self.args.ignore_data_skip, before = True, self.args.ignore_data_skip
         try:
             return super().train(resume_from_checkpoint=str(checkpoint), **kwargs)
@@ -120,16 +125,16 @@ class CheckpointingTrainer(Trainer):
             self.args.ignore_data_skip = before
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        """As in `Trainer`, which takes a step too many when it resumes from the checkpoint of the last one."""
+        """As in `Trainer`, which takes one step too many when it resumes from the last step's checkpoint."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
-        """As in `Trainer`; leaves training here once what SIGTERM asked for is saved.
+        """As in `Trainer`; ends training after the checkpoint that SIGTERM asked for.
 
-        Not at the end of training, where the Trainer deletes the last checkpoint with `save_total_limit=1` and
+        Not at the end of `train`, where the Trainer deletes the last checkpoint with `save_total_limit=1` and
         `load_best_model_at_end`.
         """
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -138,21 +143,23 @@ class CheckpointingTrainer(Trainer):
             raise Preempted(step, str(Path(self.args.output_dir) / f"checkpoint-{step}"))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`; one whole safetensors model under FSDP too, whose checkpoints hold a part per process.
+        """As in `Trainer`; under FSDP too one whole safetensors model, unlike in checkpoints.
 
         Raises:
-            OSError: If it cannot be written; the folder and the checkpoints stay as they are.
-            NonFiniteError: If a weight is not finite; they stay as they are too.
+            OSError: If it cannot be written; the folder and the checkpoints are not changed.
+            NonFiniteError: If a weight is not finite; nothing is changed either.
         """
         if self._saving:  # part of a checkpoint
             return super().save_model(output_dir, _internal_call)
         self._check_weights()
         run_dir = Path(self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        needs = model_bytes(model, trained_only=hasattr(model, "peft_config"))
-        with whole_model(
-            Path(output_dir or run_dir), run_dir, self.state.global_step, needs, self.args.should_save
-        ) as unfinished:
+        model = self._unwrapped_model()
+        folder, needs = Path(output_dir or run_dir), model_bytes(model, trained_only=hasattr(model, "peft_config"))
+        message = (
+            f"step {self.state.global_step}: the model could not be written to {str(folder)!r}. It needs "
+            f"{needs / 2**30:.1f} GiB."
+        )
+        with whole_model(folder, run_dir, message, self.args.should_save) as unfinished:
             self.accelerator.wait_for_everyone()
             self._save_whole_model(str(unfinished))
             self.accelerator.wait_for_everyone()
@@ -171,9 +178,9 @@ class CheckpointingTrainer(Trainer):
             plugin.set_state_dict_type(before)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As in `Trainer`; beside an adapter also the noise, which else only the whole model's config would know."""
+        """As in `Trainer`; beside an adapter also the noise, which is otherwise only in the model's config."""
         super()._save(output_dir, state_dict)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self._unwrapped_model()
         if self.args.should_save and hasattr(model, "peft_config"):
             save_noise(model.config, output_dir or self.args.output_dir)
 
@@ -183,7 +190,7 @@ class CheckpointingTrainer(Trainer):
         Raises:
             NonFiniteError: Naming the step and the parameters.
         """
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self._unwrapped_model()
         bad = non_finite_weights(model, lambda flags: self._all_sum(flags.to(self.args.device)))
         if bad:
             last = last_checkpoint(self.args.output_dir)
@@ -193,12 +200,12 @@ class CheckpointingTrainer(Trainer):
             )
 
     def _run_record(self) -> dict[str, Any]:
-        """What `check_same_run` compares, as JSON."""
+        """The record that `check_same_run` compares, as JSON."""
         args, data = self.args, self.train_dataset
         stream = isinstance(data, PackedStream)
         fingerprint = getattr(data, "fingerprint", None) or {"rows": len(data) if has_length(data) else None}
         plain = ("mixing_ratio", "noise_schedule", "t_eps", "time_sampling", "random_length_probability")
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self._unwrapped_model()
         return {
             **{name: getattr(args, name) for name in plain},
             **optimization_record(args, model, self._optimizer_given),
@@ -217,7 +224,7 @@ class CheckpointingTrainer(Trainer):
         return str(run_dir / UNFINISHED if self._saving else run_dir)
 
     @contextlib.contextmanager
-    def _written_aside(self) -> Iterator[None]:
+    def _redirected_output(self) -> Iterator[None]:
         self._saving = True
         try:
             yield
@@ -225,17 +232,20 @@ class CheckpointingTrainer(Trainer):
             self._saving = False
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in `Trainer`, but under another name until it is complete, and never with weights that are not finite."""
+        """As in `Trainer`, under another name until it is complete, and only with finite weights."""
         self._check_weights()
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        unfinished = run_dir / UNFINISHED / name
-        with explained_failure(self.state.global_step, run_dir / UNFINISHED, run_dir, self.args.should_save):
-            if self.args.should_save:  # what a killed process left
-                shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
-                unfinished.mkdir(parents=True)
+        message = f"step {self.state.global_step}: the checkpoint could not be written to {str(run_dir)!r}."
+        with (
+            explain_disk_errors(message, run_dir, run_dir),
+            unfinished_folder(run_dir, self.args.should_save) as aside,
+        ):
+            unfinished = aside / name
+            if self.args.should_save:
+                unfinished.mkdir()
             self.accelerator.wait_for_everyone()
-            with self._written_aside():
+            with self._redirected_output():
                 super()._save_checkpoint(model, trial)
             self._save_record(unfinished, run_dir)
             self.accelerator.wait_for_everyone()
@@ -243,7 +253,6 @@ class CheckpointingTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish(unfinished, run_dir / name)
-                shutil.rmtree(run_dir / UNFINISHED)
                 rotate_checkpoints(
                     output_dir=str(run_dir),
                     save_total_limit=self.args.save_total_limit,
@@ -252,12 +261,12 @@ class CheckpointingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save_record(self, unfinished: Path, run_dir: Path) -> None:
-        """What this class adds to a checkpoint, each process its own part."""
+        """Write this class' files of a checkpoint, each process its own."""
         if isinstance(self.train_dataset, PackedStream):
             position = json.dumps(self._stream_position.as_json())
             (unfinished / f"stream_state_{self.args.process_index}.json").write_text(position, encoding="utf-8")
         best = self.state.best_global_step
-        if best:  # the Trainer looked for it beside the unfinished one
+        if best:  # the Trainer looked for it in the unfinished folder
             folder = run_dir / f"checkpoint-{best}"
             found = best == self.state.global_step or folder.is_dir()
             self.state.best_model_checkpoint = str(folder) if found else None
@@ -265,12 +274,15 @@ class CheckpointingTrainer(Trainer):
             self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
             (unfinished / RUN_RECORD).write_text(json.dumps(self._run_record(), indent=1), encoding="utf-8")
 
+    def _unwrapped_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
     def _all_sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum")
 
 
 def model_bytes(model: nn.Module, trained_only: bool = False) -> int:
-    """Bytes of a model's parameters, also where ZeRO-3 keeps only a part of each in this process."""
+    """Bytes of a model's parameters, including the parts that ZeRO-3 keeps in other processes."""
     return sum(
         getattr(p, "ds_numel", p.numel()) * p.element_size()
         for p in model.parameters()

@@ -1,15 +1,15 @@
-"""What a checkpoint promises: it is whole, it says which run it belongs to, and that run goes on exactly from it.
+"""Atomic checkpoints and resume checks.
 
 A checkpoint is written under `_unfinished/`, flushed to the disk, and then renamed: a folder called `checkpoint-N` is
-complete, whenever the process was killed. So is the model at the end: its files are moved out of `_unfinished/`, and
-the config, without which nothing loads them, is the last. Beside what Transformers' Trainer writes, it holds
+complete, whenever the process was killed. The final model's files are moved out of `_unfinished/`, the config last,
+without which they cannot be loaded. Besides the files of Transformers' Trainer, a checkpoint holds
 
-    xdlm_run.json          what the run is, compared on resuming (`check_same_run`)
-    stream_state_R.json    for a stream: where each reader of rank R stands
+    xdlm_run.json          record of the run, compared on resuming (`check_same_run`)
+    stream_state_R.json    for a stream: position of each reader of rank R
     checksums.json         size and CRC-32 of every other file, compared on resuming
 
-All are JSON. Optimizer and random states are the Trainer's `.pt` files, which it reads with `weights_only=True`:
-nothing in a checkpoint is unpickled into code.
+All are JSON. Optimizer and random states are the Trainer's `.pt` files, which it reads with `weights_only=True`, so
+that no code is unpickled.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ UNFINISHED = "_unfinished"  # the leading underscore keeps it out of uploads to 
 RUN_RECORD = "xdlm_run.json"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # as `save_pretrained` names them
 _NEW_RUN = "start a new run from the checkpoint's weights (model_name_or_path) to change it"
-# What may not differ between a checkpoint and the run that resumes it, and why.
+# Differences between a checkpoint and the resuming run that are refused, and why.
 _REFUSED = {
     "mixing_ratio": "the optimizer's state belongs to another objective",
     "noise_schedule": "the optimizer's state belongs to another objective",
@@ -45,29 +45,29 @@ _REFUSED = {
     "data": "documents would be seen twice or never",
     "seed": "rows would come in another order, some of them a second time",
     "global_batch_size": "rows would be seen twice or never",
-    "readers": "a stream is dealt out to readers (processes x workers), each of which goes on where it stood",
-    "optimizer": "its state means nothing to another one",
+    "readers": "a stream is split over readers (processes x workers), each of which resumes at its own position",
+    "optimizer": "another optimizer cannot use its state",
     "weight_dtype": "weights and optimizer state would be rounded to another precision",
-    "lora": "the adapters' weights would mean another change of the model",
+    "lora": "the adapters' weights would have another effect",
 }
-# What may, with a warning.
+# Differences that are allowed with a warning.
 _ALLOWED = {
-    "t_eps": "times are drawn differently from here on",
-    "time_sampling": "times are drawn differently from here on",
-    "random_length_probability": "lengths are drawn differently from here on",
-    "noise_seed": "noise is drawn differently from here on",
-    "learning_rate": "the former stays in force, as part of the optimizer's state",
-    "weight_decay": "the former stays in force, as part of the optimizer's state",
-    "adam_beta1": "the former stays in force, as part of the optimizer's state",
-    "adam_beta2": "the former stays in force, as part of the optimizer's state",
-    "adam_epsilon": "the former stays in force, as part of the optimizer's state",
-    "max_grad_norm": "gradients are clipped differently from here on",
-    "lr_scheduler": "the learning rate follows another schedule from here on",
-    "precision": "the network is computed in another precision from here on",
-    "lora_dropout": "adapters are trained with other dropout from here on",
+    "t_eps": "times are drawn differently from now on",
+    "time_sampling": "times are drawn differently from now on",
+    "random_length_probability": "lengths are drawn differently from now on",
+    "noise_seed": "noise is drawn differently from now on",
+    "learning_rate": "the former value stays in force, as part of the optimizer's state",
+    "weight_decay": "the former value stays in force, as part of the optimizer's state",
+    "adam_beta1": "the former value stays in force, as part of the optimizer's state",
+    "adam_beta2": "the former value stays in force, as part of the optimizer's state",
+    "adam_epsilon": "the former value stays in force, as part of the optimizer's state",
+    "max_grad_norm": "gradients are clipped differently from now on",
+    "lr_scheduler": "the learning rate follows another schedule from now on",
+    "precision": "the network is computed in another precision from now on",
+    "lora_dropout": "adapters are trained with other dropout from now on",
     "world_size": "the same rows and the same noise, but sums are rounded in another order and dropout is drawn anew",
 }
-# What records that were written before there was such an option would say; others are not compared.
+# Values for records that are older than an option; other missing ones are not compared.
 _BEFORE = {"random_length_probability": 0.0}
 
 
@@ -78,24 +78,24 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def last_whole_checkpoint(output_dir: str | Path, shared: bool = True) -> Path | None:
-    """The last checkpoint whose files are as they were written. Every process must call this.
+    """The last checkpoint whose files match their checksums. Every process must call this.
 
-    Later ones that are damaged are renamed to `damaged-checkpoint-N`, with a warning that names their files: otherwise
-    the rotation of checkpoints would keep them and delete whole ones.
+    Later ones, which are damaged, are renamed to `damaged-checkpoint-N`, with a warning that names their files:
+    otherwise the rotation of checkpoints would keep them and delete whole ones.
 
     Args:
         output_dir: Folder of the run.
         shared: Whether all processes see the same folder.
 
     Returns:
-        None if there is no checkpoint at all.
+        None if there is no checkpoint.
 
     Raises:
-        ValueError: If there are checkpoints and all of them are damaged; they are left as they are.
+        ValueError: If there are checkpoints and all of them are damaged; none is renamed.
     """
     damaged = {}
     for checkpoint in _newest_first(output_dir):
-        problems = damage(checkpoint, shared)
+        problems = _known_damage(checkpoint, shared)
         if not problems:
             _set_aside(damaged, checkpoint, shared)
             return checkpoint
@@ -160,12 +160,12 @@ def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
 
 
 def optimization_record(args: TrainingArguments, model: PreTrainedModel, optimizer: str | None) -> dict[str, Any]:
-    """What `check_same_run` compares of the optimization, as JSON.
+    """Settings of the optimization that `check_same_run` compares, as JSON.
 
     Args:
-        args: Of the run.
-        model: Unwrapped; a peft model names its adapters.
-        optimizer: Class of an optimizer that was handed to the trainer; None for the one of `args`.
+        args: Arguments of the run.
+        model: Unwrapped; may be a peft model.
+        optimizer: Class of an optimizer that was passed to the trainer; None for that of `args`.
     """
     lora = [config.to_dict() for _, config in sorted(getattr(model, "peft_config", {}).items())]
     shape = ("peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern")
@@ -197,45 +197,26 @@ def _plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def explained_failure(
-    step: int,
-    unfinished: Path,
-    run_dir: Path,
-    writes: bool,
-    what: str = "the checkpoint",
-    needs: int | None = None,
-    also_kept: str = "",
-) -> Iterator[None]:
-    """Turn a failure to write into an error that says what is left, and clear what was written to `unfinished`.
+def explain_disk_errors(message: str, folder: Path, run_dir: Path) -> Iterator[None]:
+    """Raise errors of the disk with a message, the free space and the last whole checkpoint.
 
     Args:
-        step: Of the run, for the message.
-        unfinished: What is written, in the folder where it is to appear.
+        message: A sentence saying what could not be written, with the step.
+        folder: Where it was to be written.
         run_dir: Where the checkpoints are.
-        writes: Whether this process writes, and so clears.
-        what: Is being written.
-        needs: Bytes that it takes, if they are known.
-        also_kept: What is left beside the checkpoints, as a sentence.
 
     Raises:
-        OSError: For any error of the disk inside the block, naming step, folder, free space and what is left.
+        OSError: The message, then free space, cause and last checkpoint.
     """
     try:
         yield
     except Exception as error:
         if not _is_of_the_disk(error):
             raise
-        folder = unfinished.parent
-        if writes:
-            shutil.rmtree(unfinished, ignore_errors=True)
         free = shutil.disk_usage(folder).free / 2**30 if folder.is_dir() else 0.0
         last = last_checkpoint(run_dir)
-        kept = f"{last.name} is whole: make room and resume from it" if last else "there is no earlier checkpoint"
-        size = "" if needs is None else f"{needs / 2**30:.1f} GiB needed, "
-        raise OSError(
-            f"step {step}: {what} could not be written to {str(folder)!r}: {size}{free:.1f} GiB free "
-            f"({type(error).__name__}: {error}); {also_kept + '; ' if also_kept else ''}{kept}."
-        ) from error
+        kept = f"{last.name} is whole: make room and resume from it." if last else "There is no earlier checkpoint."
+        raise OSError(f"{message} {free:.1f} GiB are free ({type(error).__name__}: {error}). {kept}") from error
 
 
 def _is_of_the_disk(error: Exception) -> bool:
@@ -244,31 +225,35 @@ def _is_of_the_disk(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def whole_model(
-    folder: Path,
-    run_dir: Path,
-    step: int,
-    needs: int,
-    writes: bool = True,
-    what: str = "the model",
-    also_kept: str = "",
-) -> Iterator[Path]:
-    """Where to write a model; its files appear in `folder` when all of them are written, or not at all.
+def unfinished_folder(folder: Path, writes: bool) -> Iterator[Path]:
+    """The empty folder `_unfinished` in `folder`; the process that writes makes it, and removes it in the end."""
+    unfinished = folder / UNFINISHED
+    try:
+        if writes:
+            shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
+            unfinished.mkdir(parents=True)
+        yield unfinished
+    finally:
+        if writes:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_model(folder: Path, run_dir: Path, message: str, writes: bool = True) -> Iterator[Path]:
+    """A folder to write a model to; its files appear in `folder` when all of them are written, or not at all.
 
     Args:
-        folder: Where the model is to appear, beside whatever is there; files of the same names are replaced, and
-            weights as a whole, in however many files they are.
-        run_dir, step, needs, writes, what, also_kept: As in `explained_failure`.
+        folder: The model's, which may hold other files. Files of the same names are replaced, and all weights, in
+            however many files they are.
+        run_dir, message: As in `explain_disk_errors`.
+        writes: Whether this process writes.
 
     Raises:
-        OSError: As `explained_failure`; `folder` is as before, if it was not moving the files that failed.
+        OSError: As `explain_disk_errors`; `folder` is as before unless moving the files failed.
     """
-    unfinished, is_new = folder / UNFINISHED, not folder.exists()
+    is_new = not folder.exists()
     try:
-        with explained_failure(step, unfinished, run_dir, writes, what, needs, also_kept):
-            if writes:
-                shutil.rmtree(unfinished, ignore_errors=True)  # what a killed process left
-                unfinished.mkdir(parents=True)
+        with explain_disk_errors(message, folder, run_dir), unfinished_folder(folder, writes) as unfinished:
             yield unfinished
             if writes:
                 _move_out(unfinished, folder)
@@ -280,14 +265,14 @@ def whole_model(
 
 
 def _move_out(unfinished: Path, folder: Path) -> None:
-    """Move files to the folder above, once every byte of them has reached the disk; those without which nothing loads
-    the others are the last, and an outdated one goes first."""
+    """Flush files to the disk and move them to the folder above: outdated configs are removed first, and new ones
+    moved last, so that no half model can be loaded."""
     _flush_all(unfinished)
     configs = [name for name in ("config.json", "adapter_config.json") if (unfinished / name).exists()]
     for name in configs:
         (folder / name).unlink(missing_ok=True)
     if any(_WEIGHTS.fullmatch(path.name) for path in unfinished.iterdir()):
-        # One old file would be loaded instead of new parts.
+        # An old single file would be loaded instead of new shards.
         for path in folder.iterdir():
             if _WEIGHTS.fullmatch(path.name):
                 path.unlink()
@@ -300,9 +285,9 @@ def _move_out(unfinished: Path, folder: Path) -> None:
 
 
 def publish(unfinished: Path, target: Path) -> None:
-    """Give a written checkpoint its name, after every byte of it has reached the disk."""
+    """Flush a written checkpoint to the disk, and rename it."""
     _flush_all(unfinished)
-    if target.exists():  # left by an earlier attempt that got further than the checkpoint this run resumed
+    if target.exists():  # of an earlier attempt, which got further than the checkpoint that this run resumed
         outdated = unfinished.with_name(f"outdated-{target.name}")
         target.rename(outdated)
         unfinished.rename(target)
@@ -327,19 +312,25 @@ def _flush(path: str | Path) -> None:
 
 
 def check_same_run(
-    checkpoint: Path, run: Mapping[str, Any], reshards: bool, shared: bool = True, accept_repaired: bool = False
+    checkpoint: Path,
+    run: Mapping[str, Any],
+    reshards: bool,
+    shared: bool = True,
+    accept_repaired: bool = False,
+    verified: bool = False,
 ) -> None:
     """Compare a checkpoint with the run that is to resume it. Every process must call this.
 
     Args:
         checkpoint: Its folder.
-        run: The resuming run's record, as written to `xdlm_run.json`.
+        run: The resuming run's record (`xdlm_run.json`).
         reshards: Whether this run can read weights and optimizer of another number of processes.
         shared: Whether all processes see the same folder.
         accept_repaired: Whether files of a stream may be repaired or removed (`check_same_files`).
+        verified: Whether the checksums were compared already, by `last_whole_checkpoint`.
 
     Raises:
-        ValueError: If the checkpoint is missing, incomplete or damaged, or differs in what would make it another run.
+        ValueError: If the checkpoint is missing, incomplete or damaged, or of another run.
     """
     path = checkpoint / RUN_RECORD
     if not path.is_file():
@@ -347,7 +338,8 @@ def check_same_run(
             f"{str(checkpoint)!r} is no checkpoint to resume from ({RUN_RECORD} is missing): it is incomplete or was "
             "written by another program. Its weights may serve as model_name_or_path of a new run."
         )
-    _check_files(checkpoint, shared)
+    if not verified:
+        _check_files(checkpoint, shared)
     saved = _read_record(checkpoint)
     if saved["weights_only"]:
         raise ValueError(
@@ -356,7 +348,7 @@ def check_same_run(
         )
     if reshards:
         _check_state_files(checkpoint, saved["world_size"])
-    _forgive_unknown_revision(saved.get("data") or {}, run["data"])
+    _assume_revision(saved.get("data") or {}, run["data"])
     saved = {**_BEFORE, **saved}
     (saved, files_before), (run, files_now) = _without_files(saved), _without_files(run)
     for name, why in _REFUSED.items():
@@ -379,7 +371,7 @@ def check_same_run(
 
 
 def _without_files(run: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """A record of a run without the files of its stream, and these; None if it has none."""
+    """A record of a run without the files of its stream, and the files; None if it has none."""
     source = (run.get("data") or {}).get("source")
     if not isinstance(source, dict) or "root" not in source:
         return dict(run), None
@@ -387,11 +379,17 @@ def _without_files(run: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return {**run, "data": {**run["data"], "source": rest}}, source
 
 
-def _check_files(checkpoint: Path, shared: bool) -> None:
+def _known_damage(checkpoint: Path, shared: bool) -> list[str]:
+    """`damage`; a checkpoint without checksums is taken to be whole, with a warning."""
     problems = damage(checkpoint, shared)
     if problems is None:
         logger.warning("%s has no checksums: its files are resumed from unverified.", checkpoint.name)
-    elif problems:
+    return problems or []
+
+
+def _check_files(checkpoint: Path, shared: bool) -> None:
+    problems = _known_damage(checkpoint, shared)
+    if problems:
         raise ValueError(
             f"{checkpoint.name} is damaged: {'; '.join(problems)}. Restore it from a copy, or resume from an earlier "
             "checkpoint (resume_from_checkpoint=auto takes the last whole one)."
@@ -399,7 +397,7 @@ def _check_files(checkpoint: Path, shared: bool) -> None:
 
 
 def _check_state_files(checkpoint: Path, processes: int) -> None:
-    """Refuse what Transformers' Trainer would only skip: it resumes without an optimizer state, and says nothing."""
+    """Refuse missing states: Transformers' Trainer would silently resume without an optimizer state."""
     random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     missing = [name for name in ["optimizer.pt", "scheduler.pt", *random_states] if not (checkpoint / name).is_file()]
     if missing:
@@ -414,19 +412,19 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
 
 
 def recorded_data(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint remembers of its data (`PackedStream.fingerprint`); nothing if it is no checkpoint."""
+    """Identity of the data in a checkpoint (`PackedStream.fingerprint`); empty if it is no checkpoint."""
     return _read_record(checkpoint).get("data") or {} if (checkpoint / RUN_RECORD).is_file() else {}
 
 
-def _forgive_unknown_revision(saved: dict[str, Any], ours: Mapping[str, Any]) -> None:
-    """Take a Hub dataset of unknown revision for the one that is read now: nothing says that it was another."""
+def _assume_revision(saved: dict[str, Any], ours: Mapping[str, Any]) -> None:
+    """Assume that a Hub dataset of unknown revision was read at the present one."""
     before, now = saved.get("source"), ours.get("source")
     if before and now and "revision" in now and not (before.get("revision") or {}).get("commit"):
         before["revision"] = now["revision"]
 
 
 def _difference(name: str, saved: Any, ours: Any) -> str:
-    if isinstance(saved, dict) and isinstance(ours, dict):  # name the part that differs, not all files
+    if isinstance(saved, dict) and isinstance(ours, dict):  # only the part that differs
         changed = next(key for key in {**saved, **ours} if saved.get(key) != ours.get(key))
         return _difference(f"{name} {changed}", saved.get(changed), ours.get(changed))
     return f"{name}={saved}, this run {ours}"

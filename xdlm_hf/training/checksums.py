@@ -1,7 +1,7 @@
-"""Checksums of a checkpoint's files: written with it, compared before it is resumed.
+"""Checksums of a checkpoint's files, written with it and compared before it is resumed.
 
-`checksums.json` maps every other file of the folder to its size in bytes and its CRC-32, which finds every single
-flipped bit. It is the last file of a checkpoint. Hashing is dealt out over the processes that see the folder.
+`checksums.json` maps every other file of the folder to its size in bytes and its CRC-32, which detects every single
+flipped bit. It is written last. The files are hashed by all processes that see the folder.
 """
 
 import json
@@ -33,10 +33,10 @@ def write_checksums(folder: Path, shared: bool = True) -> None:
 
 
 def damage(folder: Path, shared: bool = True) -> list[str] | None:
-    """What is wrong with a checkpoint's files, one sentence each. Every process must call this.
+    """Damage of a checkpoint's files, one sentence for each damaged file. Every process must call this.
 
     Returns:
-        Nothing if all files are as they were written; None if there is no (readable) list of checksums.
+        Empty if all files match; None if there are no readable checksums.
     """
     recorded = _recorded(folder)
     known = _gathered([recorded is not None])
@@ -79,7 +79,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _our_share(names: Sequence[str], task: Callable[[str], Any], shared: bool) -> list[Any]:
-    """Results of a task on those files that fall to this process."""
+    """Results of a task on this process' share of the files."""
     state = PartialState()
     if shared:
         names = names[state.process_index :: state.num_processes]

@@ -1,17 +1,16 @@
-"""What a training run reports beside its loss: where the loss comes from, how sure it is, how fast the machine works.
+"""Logged figures of a training run: parts of the loss, its standard error, speed and memory.
 
 All figures cover the steps since the last log, over all processes. Losses are in nats per token.
 
     nelbo, nelbo_standard_error               the loss of these steps as a bound, with its error over rows
     perplexity, perplexity_standard_error     exp(nelbo)
     loss_masked, loss_uniform, loss_clean     mean over positions where z_t is [MASK], another token, x_0 itself
-    share_masked, share_uniform, share_clean  how many positions are of each kind
+    share_masked, share_uniform, share_clean  share of positions of each kind
     loss_t_0_25 ... loss_t_75_100             mean over rows with t in that quarter (percent)
     tokens_per_second, model_flops_utilization, peak_memory_gib
 
-A figure without a position is left out (no uniform noise at k = 0; no row in a quarter). The kinds weigh into the
-loss by their shares: loss = sum of share x loss. A uniform draw that hits x_0 itself counts as clean, since nothing
-tells it apart.
+A figure without positions is left out (uniform noise at k = 0; a quarter without rows). The loss is the sum over kinds
+of share x loss. A uniform draw of x_0 itself counts as clean.
 
 Shapes: B batch, L length.
 """
@@ -29,7 +28,7 @@ from .nelbo import nelbo_of_sums
 
 KINDS = ("masked", "uniform", "clean")
 QUARTERS = ("0_25", "25_50", "50_75", "75_100")
-# Places in the vector of sums.
+# Layout of the vector of sums.
 _ROW_SUMS = 6  # rows, nats, tokens, nats^2, nats tokens, tokens^2
 _KIND = slice(_ROW_SUMS, _ROW_SUMS + 2 * len(KINDS))
 _QUARTER = slice(_KIND.stop, _KIND.stop + 2 * len(QUARTERS))
@@ -61,11 +60,11 @@ def flops_per_token(model: nn.Module, length: int) -> float:
     """Floating-point operations that training needs per token, recomputed activations not counted.
 
     Two per weight and token for the forward pass, two for the gradient of the inputs, two more for the gradient of a
-    weight that is trained; and attention over `length` tokens, both ways: 12 layers x hidden_size x L. LLaDA-8B: 211
+    trained weight; and forward and backward attention over `length` tokens: 12 layers x hidden_size x L. LLaDA-8B: 211
     TFLOP for a row of 4096.
 
     Args:
-        model: The model, or a peft model around it, before its parameters are spread over processes.
+        model: The model, or a peft model around it, before its parameters are sharded over processes.
         length: L, tokens per row.
     """
     embedding = model.get_input_embeddings()
@@ -73,8 +72,8 @@ def flops_per_token(model: nn.Module, length: int) -> float:
     lookups = set() if embedding.weight is head.weight else {id(p) for p in embedding.parameters()}
     flops = 0
     for parameter in model.parameters():
-        # Matrices only; a lookup multiplies nothing. An empty shard of ZeRO-3 and a weight packed into 4 bits know
-        # their whole size.
+        # Matrices only; an embedding lookup multiplies nothing. ZeRO-3's empty shards and 4-bit weights store their
+        # full shape.
         quantized = getattr(parameter, "quant_state", None)
         shape = getattr(parameter, "ds_shape", parameter.shape) if quantized is None else quantized.shape
         if len(shape) == 2 and id(parameter) not in lookups:
@@ -90,21 +89,21 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class TrainingMetrics:
-    """Sums over the batches since the last report; see the module's docstring for what comes of them.
+    """Sums over the batches since the last report; the module's docstring lists the figures.
 
     Args:
         flops: Operations per token as a function of the row length.
         peak: Floating-point operations per second of one process' device; None leaves the utilisation out.
-        device: Of the sums.
+        device: Device of the sums.
     """
 
     def __init__(self, flops: Callable[[int], float], peak: float | None, device: torch.device):
         self.flops = flops
         self.peak = peak
         self.device = device
-        self.start_anew()
+        self.reset()
 
-    def start_anew(self) -> None:
+    def reset(self) -> None:
         self._sums = torch.zeros(_QUARTER.stop, dtype=torch.float64, device=self.device)
         self._positions = 0
         self._flops = 0.0
@@ -112,7 +111,7 @@ class TrainingMetrics:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count the time inside the block: something else than training is done."""
+        """Do not count the time inside the block, which is not training."""
         start = time.perf_counter()
         yield
         self._clock += time.perf_counter() - start
@@ -120,7 +119,7 @@ class TrainingMetrics:
     def add(
         self, x_0: Tensor, z_t: Tensor, t: Tensor, weights: Tensor, losses: Tensor, absorbing_ids: Sequence[int]
     ) -> None:
-        """Add one batch; nothing here waits for the device.
+        """Add one batch, without synchronizing with the device.
 
         Args:
             x_0, z_t: Clean and noisy ids (B, L).
@@ -160,7 +159,7 @@ class TrainingMetrics:
         slowest = torch.tensor([seconds, peak_memory_gib(self.device)], dtype=torch.float64, device=self.device)
         seconds, memory = all_max(slowest).tolist()
         *sums, positions, flops, processes = sums
-        self.start_anew()
+        self.reset()
         if not sums[2]:
             return {}
         figures = {**nelbo_of_sums(*sums[:_ROW_SUMS]), **_parts(sums)}

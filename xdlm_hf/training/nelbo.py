@@ -1,4 +1,4 @@
-"""The NELBO of held-out rows: its times and noise, the same at every evaluation, and its standard error.
+"""NELBO of held-out rows: fixed times and noise, and the standard error.
 
 NELBO and standard errors are in nats per token. t = 0 is clean, t = 1 is noise. Shapes: B batch, L length.
 """
@@ -27,7 +27,7 @@ def evaluation_noise(
     """Times stratified over (0, 1] within a row and across rows, and the noise at these times.
 
     Sample j of row i has t = 1 - (j + v_i) / S with v the van der Corput sequence, shifted by a random number that
-    depends on the seed alone: any number of rows covers time evenly, and the estimate has no bias.
+    depends on the seed alone: any number of rows covers time evenly, and the estimate is unbiased.
 
     Args:
         process: The noise.
@@ -77,7 +77,7 @@ def nelbo_of_sums(
 
 
 def nelbo_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """What an evaluation reports, from per-row sums: `nelbo_of_sums` with the NELBO called `loss`, and `tokens`.
+    """Metrics of an evaluation from sums per row: `nelbo_of_sums` with the NELBO called `loss`, and `tokens`.
 
     Args:
         prediction: `predictions` nats per row, `label_ids` tokens per row.

@@ -1,4 +1,4 @@
-"""What each optimizer keeps in memory, by the names that Transformers' Trainer uses."""
+"""Memory of each optimizer's state, by the names of Transformers' Trainer."""
 
 import math
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ _STATE_BLOCK, _SMALLEST_8_BIT_STATE = 256, 4096
 
 
 class Optimizer(NamedTuple):
-    """What an optimizer keeps of the trained tensors.
+    """State of an optimizer, and memory that its step allocates.
 
     Args:
-        states: Numbers for each element.
-        in_8_bits: As bitsandbytes does: a byte for each number and a float32 scale for each block of them. Tensors of
-            fewer than 4096 elements stay in float32, and so do embeddings, for which Transformers asks.
-        factored: One number for each row and each column of a matrix instead.
-        foreach: Bytes of an element that a step allocates for all trained tensors at once: the results of torch's
+        states: Numbers per element.
+        in_8_bits: As in bitsandbytes: a byte per number and a float32 scale per block of them. Tensors of fewer than
+            4096 elements stay in float32, and so do embeddings, at Transformers' request.
+        factored: One number per row and per column of a matrix instead.
+        foreach: Bytes per element that a step allocates for all trained tensors at once, for the results of torch's
             foreach kernels, its default on GPUs.
-        looped: The same of an optimizer that takes one tensor after the other, so that the largest counts.
-        offloads: Whether it can be in main memory. accelerate puts DeepSpeed's CPU Adam in the optimizer's place then,
-            whichever it is, and only AdamW in 32 bits is still itself (accelerate 1.15, DeepSpeed 0.19).
+        looped: The same for an optimizer that updates one tensor at a time, so that the largest counts.
+        offloads: Whether it can be in main memory. There accelerate replaces any optimizer by DeepSpeed's CPU Adam,
+            which only AdamW in 32 bits equals (accelerate 1.15, DeepSpeed 0.19).
     """
 
     states: int
@@ -34,12 +34,11 @@ class Optimizer(NamedTuple):
 
     @property
     def flat_bytes(self) -> float:
-        """Bytes of an element in DeepSpeed's partitions: long vectors, in which there are neither small tensors nor
-        embeddings, nor rows and columns."""
+        """Bytes per element in DeepSpeed's flat partitions, without small tensors, embeddings, rows and columns."""
         return self.states * (1 + 4 / _STATE_BLOCK if self.in_8_bits else 4)
 
     def tensor_bytes(self, shape: Sequence[int], embedding: bool = False) -> int:
-        """Bytes for a tensor of its own; a few for its step and its norm, and 2 KiB for all, are left out."""
+        """Bytes of the state of one tensor; a few for its step and norm, and 2 KiB for all tensors, are left out."""
         elements = math.prod(shape)
         if self.factored and len(shape) > 1:
             return 4 * (elements // shape[-1] + elements // shape[-2])
@@ -51,7 +50,7 @@ class Optimizer(NamedTuple):
 ADAMW, _ADAMW_FUSED = Optimizer(2, foreach=4, offloads=True), Optimizer(2, offloads=True)
 _LION = Optimizer(1)
 _ADAMW_8BIT, _LION_8BIT = Optimizer(2, in_8_bits=True), Optimizer(1, in_8_bits=True)
-# By Transformers' names. Paged states count in full: they leave a GPU when it has no room for them, at a price in time.
+# By Transformers' names. Paged states count in full, although they are moved to main memory when a GPU is full.
 OPTIMIZERS = {
     "adamw_torch": ADAMW,
     "adamw_torch_fused": _ADAMW_FUSED,
@@ -69,7 +68,7 @@ OPTIMIZERS = {
 
 
 def optimizer_of(name: str, options: str | None = None) -> Optimizer | None:
-    """What the optimizer of this name keeps; None if that is not known here.
+    """The optimizer of this name; None if it is not in the table.
 
     Args:
         name: Transformers' `optim`.
@@ -91,7 +90,7 @@ def optimizer_of(name: str, options: str | None = None) -> Optimizer | None:
 
 
 def check_offload(args: TrainingArguments) -> None:
-    """Refuse an optimizer in main memory that is not AdamW: accelerate would quietly train with another one.
+    """Refuse an optimizer in main memory that is not AdamW: accelerate would silently train with another one.
 
     Raises:
         ValueError: Naming the optimizer.

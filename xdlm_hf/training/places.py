@@ -1,4 +1,4 @@
-"""Which row of the run each row of a batch is, and the data layouts for which that is known."""
+"""Places of a batch's rows in the run, and checks of the data layouts for which they are known."""
 
 import math
 import os
@@ -30,7 +30,9 @@ def check_layout(args: XDLMTrainingArguments, train_dataset: Dataset | None) -> 
     if config.dispatch_batches and has_length(train_dataset):
         raise ValueError("dispatch_batches=True is only supported for streams: leave it out.")
     if args.train_sampling_strategy == "batch_rebalance":
-        raise ValueError("train_sampling_strategy='batch_rebalance' is not supported: rows are packed evenly.")
+        raise ValueError(
+            "train_sampling_strategy='batch_rebalance' is not supported, since it moves rows: leave it out."
+        )
     if args.random_length_probability and not isinstance(train_dataset, PackedDataset | PackedStream | None):
         raise ValueError(
             f"random_length_probability={args.random_length_probability} needs packed rows (PackedDataset or "
@@ -76,9 +78,9 @@ def place_in_global_batch(micro_batch: int, rows: int, batch_size: int, process:
 
 
 def repeated_rows(place: Tensor, step: int, global_batch: int, epoch_rows: int) -> Tensor:
-    """Which rows (rows,) only fill up the last global batch of an epoch, bool.
+    """Rows that only fill up the last global batch of an epoch, (rows,) bool.
 
-    At the end of an epoch accelerate repeats first rows to make all processes equal.
+    At the end of an epoch accelerate repeats the first rows, so that all processes have as many.
     """
     step_in_epoch = step % math.ceil(epoch_rows / global_batch)
     return step_in_epoch * global_batch + place >= epoch_rows

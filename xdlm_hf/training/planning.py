@@ -1,16 +1,16 @@
-"""What a training run needs, told before it is started: parameters, operations, and the memory of every GPU.
+"""Estimates for a training run before it starts: parameters, operations, and the memory of every GPU.
 
-All of it is arithmetic on the config and on a model without weights (built on torch's meta device). Per GPU, in bytes:
+They are computed from the config and a model on torch's meta device. Per GPU, in bytes:
 
-    states        parameters, gradients and optimizer, by how a layout spreads them (`state_bytes`)
-    activations   what the forward pass keeps for the backward pass (`activation_bytes`)
+    states        parameters, gradients and optimizer, as sharded by a layout (`state_bytes`)
+    activations   kept by the forward pass for the backward pass (`activation_bytes`)
     loss          logits or their chunks, and gradients of head and hidden states (`loss_bytes`)
-    step          what the optimizer's step allocates for its time (`step_bytes`)
-    buffers       what communication and gathered layers need beside that
+    step          temporaries of the optimizer's step (`step_bytes`)
+    buffers       for communication and gathered layers
 
-At the optimizer's step activations and loss are gone, so that the larger of both counts. The sum is still an upper
-estimate: it adds peaks that do not all fall on one moment. `RESERVED` of a GPU's memory is left for
-the CUDA context, NCCL and fragmentation. Dropout is taken to be 0, as in every config here.
+Activations and loss are freed before the optimizer's step, so that the larger of both counts. The sum is an upper
+estimate: it adds peaks that are not all reached at once. `RESERVED` is the share of a GPU's memory for the CUDA
+context, NCCL and fragmentation. Dropout is taken to be 0, as in every config here.
 
 Shapes: B rows of one pass, L length, M = B L tokens, D = hidden_size, F = intermediate_size, H heads, N rows of the
 output layer, W GPUs.
@@ -34,8 +34,8 @@ from .precision import check_trained_dtype
 
 GIB = 2**30
 RESERVED = 0.08
-# DeepSpeed's defaults, which the configs here leave alone: elements of the bucket in which gradients are reduced, which
-# is allocated whole, and of the parameters that ZeRO-3 keeps gathered beside the module that it gathers at the moment.
+# DeepSpeed's defaults, which the configs here keep: elements of the bucket for reducing gradients, allocated whole, and
+# of the parameters that ZeRO-3 keeps gathered besides those of the current module.
 _REDUCE_BUCKET = 500_000_000
 _MAX_LIVE_PARAMETERS = 1_000_000_000
 # Bytes a weight in NF4 with double quantization: 4 bits, and for each 64 weights one byte of scale, itself scaled.
@@ -43,7 +43,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 class Layout(NamedTuple):
-    """How states are spread: the ZeRO stage, and what lives in main memory."""
+    """Sharding of the states: the ZeRO stage, and what is kept in main memory."""
 
     stage: int
     optimizer_on_host: bool = False
@@ -66,11 +66,11 @@ class Counts:
     """Parameters of a model.
 
     Args:
-        total, trainable: All of them, and those that are trained.
-        quantized: How many of the others are stored in 4 bits.
-        largest: Of the module that holds most by itself, which ZeRO-3 gathers at once.
-        block_matrices: In the blocks' matrices, adapters included.
-        head_trained: Whether the output layer is among the trained.
+        total, trainable: All parameters, and the trained ones.
+        quantized: Frozen parameters stored in 4 bits.
+        largest: Parameters of the largest single module, which ZeRO-3 gathers at once.
+        block_matrices: Parameters of the blocks' matrices, adapters included.
+        head_trained: Whether the output layer is trained.
         trained_tensors: Shape of each trained tensor, and whether it belongs to an embedding.
     """
 
@@ -106,7 +106,7 @@ def count_parameters(model: nn.Module, load_in_4bit: bool = False) -> Counts:
 
 @dataclass(frozen=True)
 class Run:
-    """One way to train: what of it decides the memory.
+    """A training run, as far as it determines the memory.
 
     Args:
         config: The model's, in Transformers' names for a decoder with a gated MLP.
@@ -114,13 +114,13 @@ class Run:
         rows: B, rows of one pass on one GPU.
         length: L, tokens per row.
         gpus: W.
-        optimizer: What it keeps.
-        dtype: Of the weights as loaded.
+        optimizer: Its state per element.
+        dtype: Dtype of the loaded weights.
         bf16: Whether the passes run in bfloat16 (`--bf16 true`).
         checkpointing: Whether activations are recomputed block by block (`--activation_checkpointing true`).
         fused_loss: Whether head and loss are computed together.
         chunk_size: Tokens per chunk of the fused loss; None for its own default on a GPU.
-        device: "other" for a GPU, "cpu": the fused loss has another default and other buffers on each.
+        device: "other" for a GPU, or "cpu"; chunk size and buffers of the fused loss depend on it.
 
     Raises:
         ValueError: If rows, length or GPUs are not positive.
@@ -149,7 +149,7 @@ class Run:
         return self.counts.trainable < self.counts.total
 
     def precision(self, layout: Layout) -> tuple[int, int, bool]:
-        """w, c, and whether autocast makes a copy of a linear layer's input for each layer that reads it.
+        """w, c, and whether autocast copies the input of each linear layer.
 
         DeepSpeed casts the model itself and needs no autocast. Without it, trained weights are float32: others are
         refused (`layouts`, `precision.check_trained_dtype`). Autocast copies where inputs are float32: with float32
@@ -183,7 +183,7 @@ class Memory(NamedTuple):
 
 
 def memory(run: Run, layout: Layout) -> Memory:
-    """Bytes that a run needs in a layout."""
+    """Memory of a run in a layout."""
     parameters, gradients, optimizer, buffers, host = state_bytes(run, layout)
     passes = activation_bytes(run, layout), loss_bytes(run, layout)
     return Memory(parameters, gradients, optimizer, *passes, step_bytes(run, layout), buffers, host)
@@ -203,10 +203,10 @@ def state_bytes(run: Run, layout: Layout) -> tuple[float, float, float, float, f
         zero3_offload   0                    0                       0                  as zero3
 
     Under ddp gradients and states have the dtype of the trained weights, float32, and DDP keeps its own copy of the
-    gradients. DeepSpeed keeps float32 weights, 4 bytes, beside the states, and makes float32 gradients of its share at
+    gradients. DeepSpeed keeps float32 weights, 4 bytes, besides the states, and makes float32 gradients of its share at
     the step. Its bucket has 5e8 elements, and ZeRO-3 keeps up to 1e9 gathered parameters alive (`reduce_bucket_size`,
-    `stage3_max_live_parameters`), the largest module beside them. With AdamW in bfloat16 the states are the totals of
-    DeepSpeed's own estimators, which know neither frozen parameters nor parts (and leave the 16-bit parameters out
+    `stage3_max_live_parameters`) besides the largest module. With AdamW in bfloat16 the states are the totals of
+    DeepSpeed's own estimators, which ignore frozen parameters and parts (and leave the 16-bit parameters out
     under ZeRO-3), and so is main memory, with half of it again for buffers; there every optimizer is CPU Adam.
     """
     counts, stage = run.counts, layout.stage
@@ -231,8 +231,8 @@ def state_bytes(run: Run, layout: Layout) -> tuple[float, float, float, float, f
 
 
 def step_bytes(run: Run, layout: Layout) -> float:
-    """What the optimizer's step allocates on one GPU for its time: 4 bytes a parameter for torch's AdamW by foreach,
-    nothing for its fused form and for bitsandbytes. Under ZeRO it works on this GPU's share, in one vector or few."""
+    """Temporaries of the optimizer's step on one GPU: 4 bytes per parameter for torch's foreach AdamW, none for its
+    fused form and for bitsandbytes. Under ZeRO the step works on this GPU's share, in one or few vectors."""
     if layout.optimizer_on_host:
         return 0.0
     optimizer, trained = run.optimizer, run.counts.trainable
@@ -243,15 +243,15 @@ def step_bytes(run: Run, layout: Layout) -> float:
 
 
 def activation_bytes(run: Run, layout: Layout) -> float:
-    """What the forward pass keeps on one GPU: M times, per block and token,
+    """Activations kept by the forward pass on one GPU: M times, per block and token,
 
         norms       2 (4 + w) D           the residual stream in float32, and normalized; 8 D with frozen norms
-        linear      2 c D                 what q, k, v and what gate and up read; 5 c D where autocast copies it
+        linear      2 c D                 input of q, k, v and of gate, up; 5 c D if autocast copies it
         attention   c (2 D + 2 E) + 4 H   queries, E wide keys and values, the result, H log-sums; no (L, L) matrix
         MLP         4 c F                 gate, its SiLU, up, their product
 
-    and the embedding, final norm and head's input. With checkpointing, each block keeps its input alone (w D), and one
-    block at a time has the rest. Eager attention keeps (L, L) matrices beside it: (4 + c) H L per token.
+    and the embedding, final norm and head's input. With checkpointing, each block keeps only its input (w D), and one
+    block at a time the rest. Eager attention also keeps (L, L) matrices: (4 + c) H L per token.
     """
     config, (width, compute, copies) = run.config, run.precision(layout)
     d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
@@ -259,7 +259,7 @@ def activation_bytes(run: Run, layout: Layout) -> float:
     norm = 4 if run.adapters_only else 4 + width
     block = 2 * norm * d + compute * d * (5 if copies else 2) + compute * (2 * d + 2 * keys) + 4 * heads
     block += 4 * compute * f
-    if copies and run.adapters_only:  # the adapter of attn_out reads a copy of its own
+    if copies and run.adapters_only:  # the adapter of attn_out has a copy of its input
         block += compute * d
     if config._attn_implementation == "eager":
         block += heads * run.length * (4 + (compute if compute < 4 else 0))
@@ -297,8 +297,8 @@ def run_flops(model: nn.Module, counts: Counts, length: int, tokens: int, checkp
 
 
 def layouts(run: Run) -> dict[str, Layout]:
-    """The layouts that a run can take: ZeRO-3 would cut weights that are packed into 4 bits, only AdamW can be in main
-    memory, and 16-bit weights are trained where DeepSpeed keeps float32 copies alone."""
+    """The possible layouts of a run: ZeRO-3 cannot shard 4-bit weights, only AdamW can be in main memory, and only
+    DeepSpeed, with its float32 copies, can train 16-bit weights."""
     in_16_bits = run.dtype.itemsize < 4 and not run.adapters_only
     return {
         name: layout
@@ -316,7 +316,7 @@ def layout_of(run: Run, name: str) -> Layout:
         ValueError: If there is none, or the run cannot take it.
     """
     if name == "ddp" and not run.adapters_only:
-        check_trained_dtype(run.dtype, None, "the weights that plan_layout='ddp' would train")
+        check_trained_dtype(run.dtype, None, "plan_layout='ddp': ")
     if name not in layouts(run):
         raise ValueError(f"plan_layout={name!r} is not known for this run; choose one of {', '.join(layouts(run))}.")
     return LAYOUTS[name]
@@ -332,7 +332,7 @@ def check_fit(run: Run, name: str | None, gpu_memory: float) -> None:
 
     Args:
         run: The plan.
-        name: Its layout; None for whichever needs least.
+        name: Its layout; None for the one that needs least.
         gpu_memory: Of one GPU, in GiB.
 
     Raises:
@@ -355,7 +355,7 @@ def check_fit(run: Run, name: str | None, gpu_memory: float) -> None:
 
 
 def _remedies(run: Run, name: str) -> Iterator[tuple[str, tuple[Run, Layout]]]:
-    """Changes to a run, each with the run it makes; those that cost least first."""
+    """Changes to a run and the resulting runs, in the order of increasing cost."""
     layout = LAYOUTS[name]
     if not run.fused_loss:
         yield "leave fused_loss out", (replace(run, fused_loss=True), layout)

@@ -29,13 +29,13 @@ def keeps_float32_copies(deepspeed_plugin: Any | None) -> bool:
     return config.get("zero_optimization", {}).get("stage", 0) > 0
 
 
-def check_trained_dtype(dtype: torch.dtype, deepspeed_plugin: Any | None, what: str = "the trained weights") -> None:
+def check_trained_dtype(dtype: torch.dtype, deepspeed_plugin: Any | None, where: str = "") -> None:
     """Refuse to train weights in fewer than 32 bits without float32 copies.
 
     Args:
-        dtype: Of the weights.
+        dtype: The weights' dtype.
         deepspeed_plugin: accelerate's, `TrainingArguments.deepspeed_plugin`; None without DeepSpeed.
-        what: Subject of the message.
+        where: Beginning of the message, such as "option: ".
 
     Raises:
         ValueError: With the ways to train them.
@@ -43,9 +43,9 @@ def check_trained_dtype(dtype: torch.dtype, deepspeed_plugin: Any | None, what: 
     if dtype.itemsize >= 4 or not dtype.is_floating_point or keeps_float32_copies(deepspeed_plugin):
         return
     raise ValueError(
-        f"{what} are {str(dtype).removeprefix('torch.')} and nothing keeps float32 copies of them: most updates would "
-        "be rounded away. Load them with dtype float32 (passes still run in bfloat16 with bf16 true), train with "
-        "DeepSpeed ZeRO (zero1.yaml to zero3.yaml), or train adapters (lora_rank) on the frozen weights."
+        f"{where}the trained weights are {str(dtype).removeprefix('torch.')} and nothing keeps float32 copies of them: "
+        "most updates would be rounded away. Load them with dtype float32 (passes still run in bfloat16 with bf16 "
+        "true), train with DeepSpeed ZeRO (zero1.yaml to zero3.yaml), or train adapters (lora_rank) on frozen weights."
     )
 
 
@@ -57,18 +57,18 @@ def check_trained_weights(model: nn.Module, deepspeed_plugin: Any | None) -> Non
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            check_trained_dtype(parameter.dtype, deepspeed_plugin, f"the trained weights ({name} is the first)")
+            check_trained_dtype(parameter.dtype, deepspeed_plugin, f"{name}: ")
 
 
 def non_finite_weights(
     model: nn.Module, all_sum: Callable[[Tensor], Tensor] | None = None, trained_only: bool = True
 ) -> list[str]:
-    """Names of the parameters that hold a NaN or an infinity. Reads every weight once and allocates no copies.
+    """Names of the parameters that hold a NaN or an infinity; reads every weight once, without a copy.
 
     Args:
         model: The unwrapped model.
-        all_sum: Adds a tensor up over all processes, so that each finds the same names where weights are sharded (by
-            ZeRO-3 or FSDP) or differ; every process must then call this. By default only this process's part is read.
+        all_sum: Sums a tensor over all processes, so that each gets the same names where weights are sharded (by ZeRO-3
+            or FSDP) or differ; every process must then call this. By default only this process's part is read.
         trained_only: Leave out frozen parameters.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad or not trained_only}
@@ -88,7 +88,7 @@ def first_of(names: list[str]) -> str:
 
 
 def _local_part(parameter: nn.Parameter) -> Tensor:
-    """What this process holds of a parameter: all of it, ZeRO-3's partition, or the shard of a DTensor."""
+    """This process' part of a parameter: all of it, ZeRO-3's partition, or the shard of a DTensor."""
     part = getattr(parameter, "ds_tensor", parameter).detach()
     return part.to_local() if hasattr(part, "to_local") else part
 

@@ -1,7 +1,7 @@
-"""Saving when the scheduler takes the machine away (SIGTERM), and after a number of seconds.
+"""Checkpoints on SIGTERM, by which schedulers preempt a job, and at intervals of time.
 
-Both are decided at the end of an optimizer step, by all processes together: SIGTERM may reach one of them alone, and
-clocks differ. With several processes this costs one reduction of two numbers a step.
+All processes decide together at the end of an optimizer step: SIGTERM may reach only one of them, and clocks differ.
+With several processes this costs one reduction of two numbers per step.
 """
 
 import logging
@@ -21,7 +21,7 @@ PREEMPTED_STATUS = os.EX_TEMPFAIL  # 75: a temporary failure, try again
 
 
 class Preempted(SystemExit):
-    """Training was stopped by SIGTERM and saved; ends a script that does not catch it with status 75."""
+    """Training was stopped by SIGTERM and saved. Uncaught, it ends a script with status 75."""
 
     def __init__(self, step: int, checkpoint: str):
         super().__init__(PREEMPTED_STATUS)
@@ -42,8 +42,8 @@ class SaveOnRequest(TrainerCallback):
 
     Args:
         save_seconds: Seconds from one checkpoint to the next, by the clock of the first process; None for no limit.
-        all_sum: Adds a tensor up over all processes.
-        device: Of that tensor.
+        all_sum: Sums a tensor over all processes.
+        device: Device of that tensor.
     """
 
     def __init__(self, save_seconds: float | None, all_sum: Callable[[Tensor], Tensor], device: torch.device):
@@ -56,13 +56,13 @@ class SaveOnRequest(TrainerCallback):
         self._before: Any = None
 
     def catch_signals(self) -> None:
-        """Let SIGTERM ask for a checkpoint from here on."""
+        """Install the handler of SIGTERM."""
         self.stopping = self._signalled = False
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._on_signal)
 
     def release(self) -> None:
-        """Let SIGTERM do again what it did before."""
+        """Restore the former handler of SIGTERM."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
@@ -81,7 +81,7 @@ class SaveOnRequest(TrainerCallback):
         signalled, late = self._agreed(self._signalled, late and state.is_world_process_zero, args.world_size)
         if signalled:
             logger.warning("SIGTERM: saving after step %d and stopping.", state.global_step)
-            # Nothing else may use up the time until SIGKILL.
+            # The time until SIGKILL is for saving.
             control.should_evaluate, control.should_training_stop, self.stopping = False, True, True
         control.should_save |= signalled or late
 

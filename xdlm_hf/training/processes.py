@@ -1,4 +1,4 @@
-"""What processes that run one script do together: agree on what only one of them should find out, and end."""
+"""Work done by the main process for all, and the end of a script that several processes run."""
 
 import atexit
 import dis
@@ -15,36 +15,37 @@ from accelerate.utils import broadcast_object_list
 
 from .preemption import Preempted
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def found_by_the_first(find: Callable[[], Found]) -> Found:
-    """Result of `find()`, which the first process alone calls; every process must call this.
+def run_on_main_process(function: Callable[[], Result]) -> Result:
+    """Result of `function()`, which the main process calls for all of them. Every process must call this.
+
+    Unlike accelerate's `on_main_process` it hands result and error to the other processes.
 
     Raises:
-        ValueError: In every process, if `find` raises one: the others would wait for a result that never comes.
+        ValueError: In every process, if `function` raises one: the others would wait for its result for ever.
     """
     outcome = [None, None]
     if PartialState().is_main_process:
         try:
-            outcome[0] = find()
+            outcome[0] = function()
         except ValueError as error:
             outcome[1] = str(error)
     broadcast_object_list(outcome)
-    found, refused = outcome
-    if refused is not None:
-        raise ValueError(refused)
-    return found
+    result, refusal = outcome
+    if refusal is not None:
+        raise ValueError(refusal)
+    return result
 
 
 def run_script(main: Callable[[], object]) -> None:
     """Run a script's `main`, then `end_script`.
 
-    A preempted training ends it with one line and status 75, an error that this package raised with one line and status
-    1. `ValueError`, `OSError` and `ArithmeticError` raised by a `raise` statement of the package or of a module beside
-    the script are messages for the user: a wrong path, a full disk, a loss that is NaN. Any other error is a defect and
-    keeps its traceback.
+    A preempted training ends with one line and status 75. So do, with status 1, errors meant for the user: a
+    `ValueError`, `OSError` or `ArithmeticError` raised by a `raise` statement of the package or of a module beside the
+    script (a wrong path, a full disk, a loss that is NaN). Any other error is a defect and keeps its traceback.
     """
     status = 0
     try:
@@ -53,13 +54,13 @@ def run_script(main: Callable[[], object]) -> None:
         print(preempted, file=sys.stderr)
         status = preempted.code
     except (ValueError, OSError, ArithmeticError) as error:
-        if not _is_a_message(error):
+        if not _is_for_the_user(error):
             raise
         raise SystemExit(f"{Path(sys.argv[0]).name}: error: {error}") from error
     end_script(status)
 
 
-def _is_a_message(error: Exception) -> bool:
+def _is_for_the_user(error: Exception) -> bool:
     last = error.__traceback__
     while last.tb_next is not None:
         last = last.tb_next
@@ -75,12 +76,11 @@ def end_script(status: int = 0) -> None:
     Raises:
         SystemExit: If no process group is open and the status is not 0.
 
-    For the last line of a script. A thread of gloo may still hold a tensor of the last collective operation. If it lets
-    go of it while Python shuts down, the thread is ended in the middle of C++ code and the process with it: a run whose
-    results are all written exits with SIGABRT, and the launcher reports a failure (seen in 7 of 600 exits). Closing the
-    group ends these threads, but not under DDP, which keeps it open. So the process ends without taking Python apart,
-    as those of `multiprocessing` do, after all that Python does for a script first: it waits for threads, calls what
-    was registered with `atexit`, and writes what is in its buffers.
+    To be called at the end of a script. A thread of gloo may still hold a tensor of the last collective operation. If
+    it releases the tensor while Python shuts down, the process aborts: a run whose results are all written ends with
+    SIGABRT, and the launcher reports a failure (7 of 600 exits). Closing the group ends these threads, but not under
+    DDP, which keeps it open. The process therefore exits without finalizing the interpreter, as those of
+    `multiprocessing` do, after waiting for threads, calling `atexit` functions and flushing its output.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         if status:

@@ -1,8 +1,8 @@
-"""Which commit of a Hub dataset a run reads: fixed when it starts, kept in its checkpoints, read again on resuming.
+"""Pinning of a Hub dataset to one commit, from the start of a run through all resumptions.
 
 A branch of the Hub may move while a run is interrupted. The run therefore reads a commit, never a branch, and its
-checkpoints name both, as {"commit": hash, "asked": name or None}. `commit` is None where the Hub could not be asked:
-`datasets` then reads what it has cached, whatever was asked for.
+checkpoints store both, as {"commit": hash, "asked": name or None}. `commit` is None if the Hub could not be reached:
+`datasets` then reads its cache, of whatever revision.
 """
 
 import logging
@@ -25,11 +25,11 @@ def pin_revision(dataset: str, asked: str | None = None, checkpoint: Path | None
     Args:
         dataset: Name on the Hub, or a local folder, which has no revisions.
         asked: Branch, tag or commit; None for the Hub's default branch, on resuming for what the checkpoint names.
-        checkpoint: Folder of the checkpoint that is resumed. One without a commit, as written before there were any or
-            where the Hub could not be asked, leaves the run as free as a new one, with the name it asked for.
+        checkpoint: Folder of the checkpoint that is resumed. If it holds no commit (it is old, or the Hub could not be
+            reached), the revision is looked up as for a new run, by the name in the checkpoint.
 
     Returns:
-        `commit` and `asked`, for the checkpoints; `revision_to_read` makes of it what `load_dataset` takes.
+        `commit` and `asked`, for the checkpoints; `revision_to_read` turns it into the argument of `load_dataset`.
 
     Raises:
         ValueError: If the dataset has no such revision, or `asked` is another one than the checkpoint's.
@@ -53,19 +53,19 @@ def pin_revision(dataset: str, asked: str | None = None, checkpoint: Path | None
                 f"{commit}: documents would be seen twice or never. Leave dataset_revision out to read on, or start a "
                 "new run from the checkpoint's weights (model_name_or_path)."
             )
-    _commit(dataset, commit)  # `datasets` would read another one from its cache, and not say so
+    _commit(dataset, commit)  # raises if it is gone: `datasets` would silently read another one from its cache
     return dict(recorded)
 
 
 def revision_to_read(revision: Mapping[str, str | None]) -> str | None:
-    """What `load_dataset` takes of a pinned revision: its commit, or the name asked for where none is known."""
+    """Argument of `load_dataset` for a pinned revision: its commit, or the name asked for if none is known."""
     return revision["commit"] or revision["asked"]
 
 
 def _recorded(dataset: str, checkpoint: Path | None) -> dict[str, Any]:
-    """Revision that a checkpoint of this dataset names, as far as it does."""
+    """Revision stored in a checkpoint of this dataset; None for what is not stored."""
     source = recorded_data(checkpoint).get("source") if checkpoint is not None else None
-    if not source or source.get("dataset", [None])[0] != dataset:  # resuming is going to refuse another dataset
+    if not source or source.get("dataset", [None])[0] != dataset:  # another dataset, which resuming refuses later
         source = {}
     return source.get("revision") or {"commit": None, "asked": None}
 
@@ -75,8 +75,8 @@ def _commit(dataset: str, revision: str | None) -> str | None:
         return HfApi().dataset_info(dataset, revision=revision, timeout=100.0).sha
     except RevisionNotFoundError as error:
         raise ValueError(f"dataset {dataset!r} has no revision {revision!r} on the Hub.") from error
-    # Offline, no connection, no permission, no such dataset: `datasets` may still have it cached, or says what is
-    # wrong. Errors of the connection have no class of huggingface_hub's own.
+    # Offline, no connection, no permission, no such dataset: `datasets` may have it cached, or explains the error.
+    # Connection errors have no common class.
     except Exception as error:
         logger.warning(
             "dataset %s is not pinned to a revision: the Hub did not say which commit %s is (%s: %s). A copy cached "

@@ -1,4 +1,4 @@
-"""Times, noise and lengths of training rows: each row draws from a generator of its own, on the CPU.
+"""Times, noise and lengths of training rows, drawn on the CPU from one generator per row.
 
 The generator is seeded by (noise seed, place of the row in the run), so that a row's time and noise depend neither on
 the number of processes, nor on accumulation, nor on the device, nor on the global random state.
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from ..diffusion.process import NoiseProcess
 
-# Second word of the seed: training and evaluation draw from unrelated streams.
+# Second word of the seed: independent streams of random numbers.
 TRAIN_ROW, TRAIN_STEP, EVAL_ROW, EVAL_SHIFT, TRAIN_LENGTH = range(5)
 
 
 def generator_of(seed: int, stream: int, index: int) -> torch.Generator:
-    """Generator of one row, or of one step, unrelated to that of any other.
+    """Generator of one row, or of one step, independent of all others.
 
     Args:
         seed: Noise seed of the run.
-        stream: What is drawn: `TRAIN_ROW` and so on.
+        stream: `TRAIN_ROW` or another of these constants.
         index: Place of the row, or number of the step, in the run.
     """
     state = np.random.SeedSequence((seed, stream, index)).generate_state(1, np.uint64)
@@ -33,18 +33,18 @@ def generator_of(seed: int, stream: int, index: int) -> torch.Generator:
 def corrupt_rows(
     process: NoiseProcess, x_0: Tensor, noise_mask: Tensor, t: Tensor, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """z_t (B, L) at times t (B,), each row drawn from its own generator; prompt and padding stay as they are.
+    """z_t (B, L) at times t (B,), each row drawn from its own generator; prompt and padding are not changed.
 
     Args:
         process: The noise.
         x_0: Clean ids (B, L). Not modified.
         noise_mask: True where noise may fall, (B, L) bool.
-        t: Times (B,), float64: near t = 0, 1 - alpha_t in float32 has lost the digits that weigh the loss.
+        t: Times (B,), float64: near t = 0, 1 - alpha_t, which divides the loss, loses its digits in float32.
         generators: One per row.
     """
     z_t = x_0.clone()
     for row, (generator, free) in enumerate(zip(generators, noise_mask, strict=True)):
-        # Only the free positions are drawn: the padding, which depends on the batch, must not shift the noise.
+        # Only free positions are drawn: the noise must not depend on the padding, which depends on the batch.
         z_t[row, free] = process.corrupt(x_0[row : row + 1, free], t[row : row + 1], generator)[0]
     return z_t
 

@@ -1,14 +1,13 @@
-"""Disk space of a run's checkpoints and model, checked before the run starts, and main memory that loading takes.
+"""Disk space of a run's checkpoints and model, checked before the run starts, and main memory of loading.
 
-Arithmetic on a planned run (`planning.Run`), like the memory of its GPUs. With P trained and Z frozen parameters, w
+Computed from a planned run (`planning.Run`). With P trained and Z frozen parameters, w
 bytes of a saved weight and s bytes of an element's optimizer states, a checkpoint holds
 
     ddp             4 P + w Z + s P               weights and optimizer.pt
     zero1, zero2    2 w (P + Z) + (4 + s) P       weights twice, as a model and in DeepSpeed's own form; float32 copies
     zero3           w (P + Z) + (4 + s) P         DeepSpeed's own form has no second copy
 
-and with adapters their weights alone, without the frozen ones. Tokenizer, log and random states, kilobytes each but for
-large tokenizers, are left out.
+and with adapters the adapters' weights alone. Tokenizer, log and random states are left out.
 """
 
 import math
@@ -26,7 +25,7 @@ class Disk(NamedTuple):
 
     Args:
         checkpoint: Bytes of one checkpoint.
-        most: Checkpoints at once: those that are kept, and the one that is being written.
+        most: Checkpoints at once: those kept, and the one being written.
         kept: Checkpoints that stay when the run ends.
         final: Bytes of the final model, of adapters and of the merged model.
     """
@@ -38,7 +37,7 @@ class Disk(NamedTuple):
 
     @property
     def peak(self) -> float:
-        """Bytes at the worst moment: while the last checkpoint is written, or the final model beside those kept."""
+        """Most bytes at once: while the last checkpoint is written, or the final model beside those kept."""
         return max(self.most * self.checkpoint, self.kept * self.checkpoint + self.final)
 
 
@@ -66,7 +65,7 @@ def checkpoint_bytes(run: Run, layout: Layout) -> float:
 
 
 def final_bytes(run: Run, layout: Layout) -> float:
-    """Bytes of what is written at the end: the model, or adapters and the base model with them merged into it."""
+    """Bytes written at the end: the model, or the adapters and the merged model."""
     weights = _weight_bytes(run, layout)
     if not run.adapters_only:
         return weights
@@ -75,7 +74,7 @@ def final_bytes(run: Run, layout: Layout) -> float:
 
 
 def _weight_bytes(run: Run, layout: Layout) -> float:
-    """The trained weights as saved, and the frozen ones unless there are adapters; float32, or DeepSpeed's dtype."""
+    """Bytes of the saved weights, without frozen ones if there are adapters; in float32, or DeepSpeed's dtype."""
     width = run.precision(layout)[0] if layout.stage else 4
     return float(width * (run.counts.trainable if run.adapters_only else run.counts.total))
 
@@ -87,14 +86,14 @@ def number_of_saves(steps: int, save_steps: float) -> int:
 
 
 def check_disk(folder: str | Path, disk: Disk) -> None:
-    """Refuse a run whose checkpoints and model do not fit on the disk; a resumed run's checkpoints count as room.
+    """Refuse a run whose checkpoints and model do not fit on the disk; a resumed run's checkpoints count as free space.
 
     Args:
         folder: The run's `output_dir`; it may not exist yet.
         disk: What the run needs.
 
     Raises:
-        ValueError: With what is needed and free, and how to need less.
+        ValueError: With the space needed and free, and how to need less.
     """
     folder = Path(folder).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
@@ -110,7 +109,7 @@ def check_disk(folder: str | Path, disk: Disk) -> None:
 
 
 class Loading(NamedTuple):
-    """Main memory that reading the weights takes.
+    """Main memory of loading the weights.
 
     Args:
         each: Bytes in each process.
@@ -124,8 +123,8 @@ class Loading(NamedTuple):
 def loading_bytes(run: Run, stored: torch.dtype | None) -> Loading:
     """Main memory to load a model before it is moved to a GPU.
 
-    Weights that keep their dtype are mapped from the file and take no memory of their own; a cast makes a copy in each
-    process while the file's pages are still mapped.
+    Weights that keep their dtype are mapped from the file and take no other memory; a cast makes a copy in each process
+    while the file's pages are still mapped.
 
     Args:
         run: The plan.

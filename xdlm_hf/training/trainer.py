@@ -4,13 +4,13 @@ One optimizer step minimises, over the whole global batch (all processes, all ac
 
     sum of token_weights * loss  /  sum of token_weights        in nats per token,
 
-whatever the way the batch is split. Noise level and noise of a row follow from noise seed and the row's place in the
-run (`row_noise`), so the training trajectory depends neither on the number of processes, nor on accumulation, nor on
-the device, nor on the global random state. One training step:
+however the batch is split. Time and noise of a row are functions of the noise seed and the row's place in the run
+(`row_noise`), so the training trajectory depends neither on the number of processes, nor on accumulation, nor on the
+device, nor on the global random state. One training step:
 
 1. `get_batch_samples` reads its batches on the CPU and adds `sample_index`, `t` and `z_t`
 2. `_prepare_inputs` moves them to the device
-3. `compute_loss` asks `objective.weighted_loss` for the loss, and refuses it where it is not finite
+3. `compute_loss` computes the loss by `batch_loss.weighted_loss`, and raises an error if it is not finite
 
 t = 0 is clean, t = 1 is noise. Shapes: B batch, L length, N vocabulary (rows of the output layer).
 """
@@ -46,10 +46,10 @@ from .row_noise import RowNoise
 _EXACT_COLUMNS = ("token_weights", "t")
 
 
-class _Bookkeeping(TrainerCallback):
-    """Starts the clock when training does, and keeps the logged epoch of a stream right.
+class _ClockAndEpoch(TrainerCallback):
+    """Starts the clock of the metrics with training, and corrects the logged epoch of a stream.
 
-    A stream that resumes where it stood counts its steps from zero in the Trainer.
+    For a resumed stream, the Trainer counts the steps of the epoch from zero.
     """
 
     def __init__(self, metrics: TrainingMetrics, stream: bool):
@@ -57,7 +57,7 @@ class _Bookkeeping(TrainerCallback):
         self.stream = stream
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.metrics.start_anew()
+        self.metrics.reset()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.stream:
@@ -71,16 +71,15 @@ class XDLMTrainer(CheckpointingTrainer):
     (conservative: noise levels are stratified); `perplexity` = exp(NELBO) and `perplexity_standard_error`; `tokens`.
     It depends on the noise seed and the data, not on batch size or the number of processes.
 
-    Training logs what `metrics` lists. A loss or gradient that is not finite stops the run, with an error that names
-    step, rows and times; weights are checked before each save, so that no checkpoint and no model holds a NaN.
-    Checkpoints are whole or absent, and resuming repeats the uninterrupted run bit for bit; see `checkpoints`.
+    Training logs the figures of `metrics`. A loss or gradient that is not finite stops the run with an error that names
+    step, rows and times. Weights are checked before each save, so that no checkpoint and no model holds a NaN.
+    Checkpoints are atomic, and a resumed run equals the uninterrupted one bit for bit; see `checkpoints`.
 
     Args:
-        model: A `DiffusionModel` or a peft model around it. It trains with the noise of its
-            `noise_process(mixing_ratio, noise_schedule)`; where that is a `StationaryProcess`, both are stored in its
-            config. Another process, such as a `GIDDProcess`, has its own parameters and ignores them. A model with
-            "timesteps" in `conditioning` is given `model.timesteps(t)`.
-        args: The run.
+        model: A `DiffusionModel`, or a peft model of it; its noise is `noise_process(mixing_ratio, noise_schedule)`.
+            Both are stored in its config if that is a `StationaryProcess`; others ignore them. With "timesteps" in its
+            `conditioning` it is given `model.timesteps(t)`.
+        args: Arguments of the run.
         data_collator: By default a `DiffusionCollator` with the tokenizer's, else the model's padding id.
         train_dataset: Rows with `input_ids`: a `PackedDataset`, a `PackedStream` (built for this rank, repeating;
             needs `max_steps`), or any dataset of such rows.
@@ -110,8 +109,7 @@ class XDLMTrainer(CheckpointingTrainer):
             raise ValueError(f"args must be XDLMTrainingArguments, got {type(args).__name__}.")
         check_trainable(model)
         self.process: NoiseProcess = model.noise_process(args.mixing_ratio, args.noise_schedule)
-        # The same at all times.
-        self._absorbing_ids = self.process.noise(torch.ones(1, 1, dtype=torch.float64)).absorbing_ids
+        self._absorbing_ids = self.process.noise(torch.ones(1, 1, dtype=torch.float64)).absorbing_ids  # at any time
         self._timesteps = model.timesteps if "timesteps" in model.conditioning else None
         stratified = args.time_sampling == "stratified"
         self.row_noise = RowNoise(self.process, args.noise_seed, args.t_eps, stratified, args.random_length_probability)
@@ -143,7 +141,7 @@ class XDLMTrainer(CheckpointingTrainer):
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the global batch
         self._eval_batches = 0
         self._drawn: list[tuple[list[int], list[float]]] = []  # sample indices and times of the current step's batches
-        self.add_callback(_Bookkeeping(self.metrics, isinstance(train_dataset, PackedStream)))
+        self.add_callback(_ClockAndEpoch(self.metrics, isinstance(train_dataset, PackedStream)))
 
     # ----------------------------------------------------------------------------------------------------------------
     # Data: the batches of a step, with their noise
@@ -248,31 +246,28 @@ class XDLMTrainer(CheckpointingTrainer):
     def _check_finite(self, inputs: dict[str, Tensor], losses: Tensor) -> None:
         bad = ~torch.isfinite(losses).all(1)
         if bad.any():
-            rows = _rows(*(inputs[name][bad].tolist() for name in ("sample_index", "t")))
-            self._stop(f"the loss is not finite; its rows have the sample indices {rows}")
+            rows = _list_rows(*(inputs[name][bad].tolist() for name in ("sample_index", "t")))
+            raise NonFiniteError(
+                f"step {self.state.global_step + 1}: the loss is not finite; its rows have the sample indices {rows}."
+                f"{_state_of_weights(self._unwrapped_model(), self.args.output_dir)}"
+            )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float | Tensor:
-        """As in `Trainer`; a norm that is not finite stops the run, except where a loss scaler deals with it."""
+        """As in `Trainer`; a norm that is not finite stops the run, unless a loss scaler (fp16) handles it."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not self.args.fp16 and grad_norm is not None and not math.isfinite(grad_norm):
-            rows = _rows(*(itertools.chain(*parts) for parts in zip(*self._drawn, strict=True)))
-            self._stop(f"the gradient's norm is {float(grad_norm)}; this process' rows had the sample indices {rows}")
+            rows = _list_rows(*(itertools.chain(*parts) for parts in zip(*self._drawn, strict=True)))
+            raise NonFiniteError(
+                f"step {self.state.global_step + 1}: the gradient's norm is {float(grad_norm)}; this process' rows had "
+                f"the sample indices {rows}.{_state_of_weights(self._unwrapped_model(), self.args.output_dir)}"
+            )
         return grad_norm
 
-    def _stop(self, what: str) -> None:
-        weights = non_finite_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
-        why = f" Nor are the weights, since an earlier step ({first_of(weights)})." if weights else ""
-        last = last_checkpoint(self.args.output_dir)
-        raise NonFiniteError(
-            f"step {self.state.global_step + 1}: {what}.{why} No checkpoint was written from it; the last whole one is "
-            f"{last.name if last else 'none'}."
-        )
-
     # ----------------------------------------------------------------------------------------------------------------
-    # Logging
+    # Logging and evaluation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `Trainer`; the logs of training steps are joined by the figures that `metrics` lists."""
+        """As in `Trainer`; logs of training steps also hold the figures of `metrics`."""
         if "loss" in logs:
             logs = {**logs, **self.metrics.report(self._all_sum, self._all_max)}
         super().log(logs, start_time)
@@ -283,9 +278,6 @@ class XDLMTrainer(CheckpointingTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self.metrics.paused():
             super()._save_checkpoint(model, trial)
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # Evaluation
 
     def evaluation_loop(self, dataloader: DataLoader, *args, **kwargs):
         """As in `Trainer`, over data of known length: rows are numbered, for their noise.
@@ -323,7 +315,7 @@ class XDLMTrainer(CheckpointingTrainer):
 
 
 def _metrics(model: nn.Module, args: XDLMTrainingArguments) -> TrainingMetrics:
-    """What the run logs; operations are counted before the weights are spread over processes."""
+    """Metrics of the run; operations are counted before the weights are sharded over processes."""
     fixed = flops_per_token(model, 0)
     per_length = flops_per_token(model, 1) - fixed
     peak = args.peak_tflops or peak_tflops(args.device)
@@ -333,16 +325,24 @@ def _metrics(model: nn.Module, args: XDLMTrainingArguments) -> TrainingMetrics:
 
 
 def _collator(mask_token_id: int | None, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> DiffusionCollator:
-    """Pads with the tokenizer's, else the model's padding id; refuses the mask id in the text, if there is one.
+    """A collator with the tokenizer's, else the model's padding id, which refuses the mask id, if any, in the text.
 
-    Any padding id will do where there is none: padding is neither attended to, noised nor scored.
+    Without a padding id, 0 is used: padding is neither attended to, noised nor scored.
     """
     candidates = (getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None))
     pad_token_id = next((token_id for token_id in candidates if token_id is not None), 0)
     return DiffusionCollator(pad_token_id, mask_token_id)
 
 
-def _rows(indices: Iterable[int], times: Iterable[float]) -> str:
-    """Places and times of rows for a message, of no more than 16."""
+def _list_rows(indices: Iterable[int], times: Iterable[float]) -> str:
+    """Places and times of at most 16 rows, for a message."""
     rows = [f"{index} (t = {t:.6g})" for index, t in zip(indices, times, strict=True)]
     return ", ".join(rows[:16] + (["..."] if len(rows) > 16 else []))
+
+
+def _state_of_weights(model: nn.Module, output_dir: str) -> str:
+    """Sentences for an error: whether the weights are finite, and the last checkpoint."""
+    weights = non_finite_weights(model)
+    why = f" Nor are the weights, since an earlier step ({first_of(weights)})." if weights else ""
+    last = last_checkpoint(output_dir)
+    return f"{why} No checkpoint was written from it; the last whole one is {last.name if last else 'none'}."

@@ -1,7 +1,7 @@
-"""Generation made visible.
+"""Visualization of a generation.
 
-display      a generation in the terminal
-streamers    a generation recorded, and drawn live
+display      the steps of a generation as coloured text and as a table
+streamers    recording a generation, and drawing it live in the terminal
 trace        a generation as an HTML page with a slider, and as a plot
 """
 

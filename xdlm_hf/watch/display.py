@@ -1,4 +1,4 @@
-"""A generation as a person sees it: which tokens a step filled, refined or re-masked, in the paper's colours.
+"""Steps of a generation as text: the tokens that were filled, refined or re-masked, in the paper's colours.
 
 Works on the `history` of a `DiffusionGenerateOutput` and needs `rich` (in the extra `watch`), nothing else of the
 package. Shapes: B batch, T whole length.
@@ -6,22 +6,23 @@ package. Shapes: B batch, T whole length.
 
 import re
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # The colours of the paper's figures: content creation, quality enhancement, error correction.
 STYLES = {"filled": "bold green", "refined": "bold blue", "remasked": "bold red"}
 HOLE = "▁"
 LONGEST_CHARACTER = 4  # bytes of UTF-8, so at most as many tokens
+_BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}  # GPT-2's byte-level alphabet
 
 
 class Changes(NamedTuple):
-    """What one step did, each (..., T) bool."""
+    """Positions that one step changed, by kind, each (..., T) bool."""
 
     filled: Tensor
     refined: Tensor
@@ -43,10 +44,10 @@ def token_changes(before: Tensor, after: Tensor, mask_token_id: int | None) -> C
 
 
 class TokenPieces:
-    """What single tokens contribute to a text: a string, or bytes where a token holds only part of a character.
+    """Text of single tokens: a string, or bytes for a token that holds only part of a character.
 
     Byte-level and byte-fallback vocabularies split characters between tokens, and `decode` of one such token gives
-    nothing but U+FFFD; its bytes come from the token's own name.
+    only U+FFFD; its bytes are read from the token's name.
 
     Args:
         tokenizer: Anything with `decode(list[int]) -> str`; parts of characters also need `convert_ids_to_tokens`.
@@ -63,9 +64,9 @@ class TokenPieces:
         return self._known[token_id]
 
     def units(self, ids: Sequence[int]) -> Iterator[tuple[int, int, str]]:
-        """(first, past the last, text) of what can be shown: one token each, or those that make up a character.
+        """(start, end, text) of each span that can be shown: one token, or the tokens of one character.
 
-        Bytes that make up none are shown as U+FFFD, token by token.
+        Bytes that form no character are shown as U+FFFD, token by token.
         """
         first = 0
         while first < len(ids):
@@ -102,26 +103,17 @@ def token_bytes(token: str) -> bytes | None:
     """Bytes that a token stands for, by its name: `<0xC3>`, or letters of the byte-level alphabet; None for others."""
     if re.fullmatch("<0x[0-9A-F]{2}>", token):
         return bytes([int(token[3:5], 16)])
-    letters = _byte_letters()
-    return bytes(letters[letter] for letter in token) if token and set(token) <= letters.keys() else None
-
-
-@cache
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes of Latin-1 stand for themselves, the others for the letters from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    return bytes(_BYTE_OF[letter] for letter in token) if token and set(token) <= _BYTE_OF.keys() else None
 
 
 def visible(text: str) -> str:
-    """`text` on one line, with nothing in it that a terminal would obey."""
+    """`text` on one line, without control characters."""
     text = text.replace("\n", "↵").replace("\t", "⇥")
     return "".join(letter if letter.isprintable() else "·" for letter in text)
 
 
-def harmless(text: str) -> str:
-    """`text` with its line breaks and tabs, without the control characters that a terminal would obey."""
+def without_controls(text: str) -> str:
+    """`text` without control characters other than line breaks and tabs."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "·" for letter in text)
 
 
@@ -130,8 +122,8 @@ def step_text(
 ) -> Text:
     """One row, (T,), after a step: changed tokens coloured, holes drawn as a low bar.
 
-    A character made of several tokens has the colour of the first of them that changed. `pieces`, if given, keeps what
-    is known about the vocabulary from call to call.
+    A character made of several tokens has the colour of the first of them that changed. `pieces`, if given, is a cache
+    shared between calls.
     """
     pieces = TokenPieces(tokenizer, mask_token_id) if pieces is None else pieces
     kinds = [""] * len(after)
@@ -153,7 +145,7 @@ def history_table(
     start: int = 0,
     every: int = 1,
 ) -> Table:
-    """A table of a generation, a line per step shown: counts of changes, then the text.
+    """A table with one row per step shown: counts of changes, then the text.
 
     Args:
         history: (B, T) ids before the first step and after each.

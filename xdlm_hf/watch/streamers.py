@@ -1,7 +1,7 @@
 """Streamers for `generate(..., streamer=...)`: one that records every step, and one that also draws it live.
 
-`generate` calls `put` with the prompts, `put_draft` after every step, `put` with what is final, and `end`. What
-Transformers' own text streamers do for one row, these do for a batch.
+`generate` calls `put` with the prompts, `put_draft` after every step, `put` with final columns, and `end`. Unlike
+Transformers' text streamers these take batches.
 
 Shapes: B batch, P prompt, T whole length (prompt and answer), W columns of the answer that are not final yet.
 """
@@ -18,19 +18,20 @@ from rich.text import Text
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from .display import STYLES, TokenPieces, harmless, step_text, token_changes
+from .display import STYLES, TokenPieces, step_text, token_changes, without_controls
 
-REPORTS = 10  # lines about progress where the output is no terminal
+REPORTS = 10  # lines of progress if the output is no terminal
 
 
 class HistoryStreamer(BaseStreamer):
-    """Records a generation; a new one, begun by its prompt, replaces it.
+    """Records the steps of a generation on the CPU; the next generation replaces them.
 
-    Without the memory that `output_history=True` takes on the model's device, and also when the generation is stopped.
+    Unlike `output_history=True` it takes no memory on the model's device, and keeps the steps of a generation that was
+    stopped.
 
     Args:
-        mask_token_id: m. The state before the first step is not streamed; with m it is taken to be all holes, as the
-            confidence sampler has it. None for a model without a mask token: its history begins after the first step.
+        mask_token_id: m. The state before the first step is not streamed; with m it is taken to be all holes, as in the
+            confidence sampler. None for a model without a mask token: its history begins after the first step.
 
     Attributes:
         history: The (B, T) ids before the first step and after each, on the CPU.
@@ -43,7 +44,7 @@ class HistoryStreamer(BaseStreamer):
         self.history: list[Tensor] = []
         self.prompt_length = 0
         self.sequences: Tensor | None = None
-        self._final: Tensor | None = None  # columns that were put
+        self._final: Tensor | None = None  # columns passed to `put`
         self._running = False
 
     def put(self, value: Tensor) -> None:
@@ -56,7 +57,7 @@ class HistoryStreamer(BaseStreamer):
     def put_draft(self, value: Tensor) -> None:
         if not self.history and self.mask_token_id is not None:
             self.history.append(torch.cat([self._final, torch.full_like(value, self.mask_token_id)], 1))
-        # Final columns as they were drafted, not as they were put: padding is no step's doing.
+        # Final columns as drafted, not as `put`, which pads after the end of a row.
         before = self.history[-1][:, : self._final.shape[1]] if self.history else self._final
         self.history.append(torch.cat([before, value], 1))
 
@@ -64,7 +65,7 @@ class HistoryStreamer(BaseStreamer):
         self.sequences, self._running = self._final, False
 
     def abandon(self) -> None:
-        """After a generation that was stopped, which does not call `end`: what was recorded stays."""
+        """End a generation that was stopped and does not call `end`; the recorded steps are kept."""
         self._running = False
 
     @property
@@ -76,7 +77,7 @@ class HistoryStreamer(BaseStreamer):
 class LiveStreamer(HistoryStreamer):
     """Draws the answers of a batch in the terminal while they are generated, changes in the paper's colours.
 
-    Where the output is no terminal, it prints how far the generation is and then the answers. Use it as a context
+    If the output is no terminal, it prints progress and then the answers. Use it as a context
     manager, which restores the terminal when the generation is stopped by an exception:
 
         with LiveStreamer(tokenizer, model.config.mask_token_id, steps=32) as streamer:
@@ -85,9 +86,9 @@ class LiveStreamer(HistoryStreamer):
     Args:
         tokenizer: The model's tokenizer.
         mask_token_id: m, drawn as a low bar; None for a model without one.
-        steps: Steps in all, for the progress bar; without it only the count is shown.
-        max_rows: Rows of the batch that are drawn; of the others only their number.
-        show_result: Whether the answers are printed in the end.
+        steps: Total number, for the progress bar; by default only the count is shown.
+        max_rows: Rows of the batch that are drawn; the others are counted.
+        show_result: Whether the answers are printed at the end.
         console: Where to draw, by default the standard output.
 
     Raises:
@@ -148,13 +149,13 @@ class LiveStreamer(HistoryStreamer):
         self._close()
 
     def answer(self, row: int = 0) -> str:
-        """Text of one row's answer as far as it is, without special tokens and control characters."""
+        """Text of one row's answer so far, without special tokens and control characters."""
         ids = (self.history[-1] if self.sequences is None else self.sequences)[row, self.prompt_length :]
         ids = ids[ids != self.mask_token_id] if self.mask_token_id is not None else ids
-        return harmless(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+        return without_controls(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
     def frame(self) -> RenderableType:
-        """The latest step: each row as far as the terminal has room, then the counter."""
+        """The latest step: the rows, cut to the terminal's height, then the counter."""
         before, after = (state[:, self.prompt_length :] for state in (self.history[-2:] * 2)[:2])
         rows = min(self.max_rows, len(after))
         lines = max(1, (self.console.height - 3) // rows)
@@ -164,7 +165,7 @@ class LiveStreamer(HistoryStreamer):
         return Group(*parts, self._progress())
 
     def _row(self, before: Tensor, after: Tensor, row: int, most: int) -> RenderableType:
-        """A row's text; of one that is longer than `most` lines, those around its latest change."""
+        """A row's text, at most `most` lines, those around its latest change."""
         text = step_text(before[row], after[row], self.tokenizer, self.mask_token_id, self.pieces)
         label = f"{row} " if len(after) > 1 else ""
         lines = text.wrap(self.console, max(1, self.console.width - len(label)), overflow="fold")

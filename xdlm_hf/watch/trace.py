@@ -1,7 +1,7 @@
 """A generation as one HTML page with a slider over its steps, and its counts per step as a plot.
 
-The page needs nothing from outside. It stores the state before the first step and then changes alone, deflated: 256
-steps of 8 rows of 1024 tokens take a few hundred kilobytes when tokens are filled once, some megabytes at k = 1.
+The page is self-contained. It stores the state before the first step and the changes of each step, deflated: 256 steps
+of 8 rows of 1024 tokens take a few hundred kilobytes when tokens are filled once, some megabytes at k = 1.
 
 Shapes: B batch, T whole length, S steps.
 """
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..atomic import write_whole
 from .display import STYLES, TokenPieces, token_changes, visible
 
 PAGE = Path(__file__).with_name("trace.html")
@@ -57,14 +58,14 @@ def save_trace(
     """Write a generation as a self-contained HTML page; an existing file is replaced, whole or not at all.
 
     Args:
-        path: Where to; its folder must exist.
+        path: The file; its folder must exist.
         history: (B, T) ids before the first step and after each: of a `DiffusionGenerateOutput` or a
             `HistoryStreamer`.
         tokenizer: Anything with `decode(list[int]) -> str`.
         mask_token_id: m; None for a model without one.
-        start: Where the answers begin, the prompt's length; what stands before is shown paler.
+        start: First column of the answers, the prompt's length; columns before it are shown paler.
         title: Heading of the page.
-        note: A line below it, e.g. the settings.
+        note: A line below the heading, e.g. the settings.
 
     Returns:
         The path written.
@@ -81,7 +82,8 @@ def save_trace(
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(
         title=html.escape(title), note=html.escape(note), data=base64.b64encode(packed).decode()
     )
-    return _write_whole(Path(path), page)
+    write_whole(path, page.encode())
+    return Path(path)
 
 
 def plot_history(history: Sequence[Tensor], mask_token_id: int | None, row: int | None = None, axes: Any = None) -> Any:
@@ -124,7 +126,7 @@ def plot_history(history: Sequence[Tensor], mask_token_id: int | None, row: int 
 
 
 def _changes_only(history: list[Tensor], tokenizer: Any, mask_token_id: int | None, start: int) -> dict[str, Any]:
-    """First state, then per row and step [gaps between the changed positions, what they became]; ids renumbered."""
+    """First state, then per row and step [gaps between the changed positions, their new ids]; ids renumbered."""
     used = torch.unique(torch.stack(history))
     pieces = TokenPieces(tokenizer, mask_token_id)
     shown = [pieces[token_id] for token_id in used.tolist()]
@@ -141,7 +143,7 @@ def _changes_only(history: list[Tensor], tokenizer: Any, mask_token_id: int | No
     hole = (used == mask_token_id).nonzero().flatten().tolist() if mask_token_id is not None else []
     return {
         "rows": rows,
-        # Bytes as lists of numbers, for the page to put characters together as `TokenPieces.units` does.
+        # Bytes as lists of numbers, which the page joins into characters as `TokenPieces.units` does.
         "pieces": [list(piece) if isinstance(piece, bytes) else _lines_kept(piece) for piece in shown],
         "ids": used.tolist(),
         "hole": hole[0] if hole else -1,
@@ -149,7 +151,7 @@ def _changes_only(history: list[Tensor], tokenizer: Any, mask_token_id: int | No
 
 
 def _padding(prompt: Tensor, tokenizer: Any) -> int:
-    """How many padding tokens a prompt, (P,), begins with: the page leaves them out."""
+    """Number of padding tokens at the start of a prompt (P,), which the page leaves out."""
     pad_token_id = getattr(tokenizer, "pad_token_id", None)
     if pad_token_id is None:
         return 0
@@ -158,16 +160,5 @@ def _padding(prompt: Tensor, tokenizer: Any) -> int:
 
 
 def _lines_kept(piece: str) -> str:
-    """A piece with its line breaks, which the page shows as such; other control characters made visible."""
+    """A piece with its line breaks, and with other control characters made visible."""
     return "\n".join(visible(line) for line in piece.split("\n"))
-
-
-def _write_whole(path: Path, text: str) -> Path:
-    """Writes beside the target and renames, so that nobody ever reads half a page."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path

@@ -1,8 +1,7 @@
 """Configuration of LLaDA checkpoints, in their own field names, plus the noise they were trained with.
 
 A public LLaDA config.json loads and saves with its values unchanged. Two fields are added: `mixing_ratio` (k in Eq. 7
-of arXiv 2602.01362) and `noise_schedule`, so that a checkpoint knows its own noise; a file without them is an MDLM,
-k = 0.
+of arXiv 2602.01362) and `noise_schedule`, the noise of training; a file without them is an MDLM, k = 0.
 """
 
 from huggingface_hub.dataclasses import strict
@@ -12,9 +11,8 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from ...diffusion.schedules import get_schedule
 from ..network_inputs import refuse_copying_code
 
-# Options of the format that change the network and that no public checkpoint uses: field -> values this code computes.
-# A field that the file leaves out reads as None.
-_COMPUTED = {
+# Fields of the format that change the network and that no public checkpoint uses: field -> supported values.
+_SUPPORTED = {
     "block_type": ("llama",),
     "block_group_size": (1,),
     "activation_type": ("silu",),
@@ -75,11 +73,11 @@ class LLaDAConfig(PreTrainedConfig):
             Dropout in training, on the attention weights, the two branches of a block, and the embeddings.
         init_std (`float`, *optional*, defaults to 0.02):
             Standard deviation of the normal initialisation of a new model. `init_fn`, `init_cutoff_factor`,
-            `init_device`, `precision` and `flash_attention` describe the original training code and are only kept.
-        use_cache (`bool`, *optional*, defaults to `False`): Kept; full bidirectional attention reuses no state.
+            `init_device`, `precision` and `flash_attention` belong to the original training code and are not used.
+        use_cache (`bool`, *optional*, defaults to `False`): Not used.
 
     Raises:
-        ValueError: If a value is impossible, or asks for an option of the format that this code does not compute.
+        ValueError: If a value is invalid, or an option of the format is not supported.
         StrictDataclassFieldValidationError: If a value has the wrong type.
     """
 
@@ -141,7 +139,7 @@ class LLaDAConfig(PreTrainedConfig):
     noise_schedule: str = "linear"
 
     def __post_init__(self, **kwargs):
-        # Standard names first: the base class would apply them only after the derived values below are taken.
+        # Standard names first: the base class would set them only after the derived values below.
         for alias, field in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, field, kwargs.pop(alias))
@@ -152,17 +150,17 @@ class LLaDAConfig(PreTrainedConfig):
         if self.embedding_size is None:
             self.embedding_size = self.vocab_size
         if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
-            # It names code files of the folder it was read from; saved elsewhere, it would point at nothing.
+            # It names code files of the folder it was read from, which are missing where the config is saved.
             kwargs.pop("auto_map", None)
         _refuse_unsupported(kwargs)
-        kwargs.pop("rope_scaling", None)  # now None, and the base class warns of the mere name
+        kwargs.pop("rope_scaling", None)  # it is None here, and the base class would warn
         super().__post_init__(**kwargs)
         self.validate_llada()
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         loaded = super().from_dict(config_dict, **kwargs)
-        # Keyword overrides are set after construction: check them too.
+        # Keyword overrides are set after construction.
         (loaded[0] if isinstance(loaded, tuple) else loaded).validate_llada()
         return loaded
 
@@ -172,7 +170,7 @@ class LLaDAConfig(PreTrainedConfig):
         super().register_for_auto_class(auto_class)
 
     def validate_llada(self) -> None:
-        """Raise ValueError, naming field, value and remedy, if this code does not compute what the fields say."""
+        """Raise ValueError, naming field, value and remedy, if a field is invalid or not supported."""
         _refuse_unsupported(self.__dict__)
         for field in _POSITIVE:
             if not getattr(self, field) > 0:
@@ -192,14 +190,14 @@ class LLaDAConfig(PreTrainedConfig):
         if (self.d_model // self.n_heads) % 2:
             raise ValueError(
                 f"d_model={self.d_model} over n_heads={self.n_heads} gives heads of odd width "
-                f"{self.d_model // self.n_heads}; rotary embeddings turn pairs, so choose an even width."
+                f"{self.d_model // self.n_heads}; rotary embeddings need an even width."
             )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}; change one.")
         if self.embedding_size < self.vocab_size:
             raise ValueError(
-                f"embedding_size={self.embedding_size} is smaller than vocab_size={self.vocab_size}: "
-                "some tokens would have no row. Set it to vocab_size or more, or leave it out."
+                f"embedding_size={self.embedding_size} is smaller than vocab_size={self.vocab_size}; set it to "
+                "vocab_size or more, or leave it out."
             )
 
     def _validate_token_rows(self) -> None:
@@ -214,13 +212,12 @@ class LLaDAConfig(PreTrainedConfig):
 
 
 def _refuse_unsupported(values: dict) -> None:
-    for field, computed in _COMPUTED.items():
+    for field, supported in _SUPPORTED.items():
         value = values.get(field)
-        if field in values and value not in computed:
+        if field in values and value not in supported:
             raise ValueError(
-                f"{field}={value!r} is an option of the LLaDA format that this package does not compute "
-                f"(no dense public checkpoint uses it); {field} must be {' or '.join(map(repr, computed))}. "
-                "Changing the field makes sense only for a new model: a checkpoint trained with it needs its own code."
+                f"{field}={value!r} is an option of the LLaDA format that this package does not support; {field} must "
+                f"be {' or '.join(map(repr, supported))}. A checkpoint trained with another value needs other code."
             )
 
 

@@ -1,7 +1,7 @@
-"""The LLaDA network, in Transformers' terms and under LLaDA's own parameter names.
+"""The LLaDA network as a Transformers model, with the parameter names of the public checkpoints.
 
-The module tree carries the names of the public checkpoints (`model.transformer.blocks.0.q_proj.weight`, ...), so files
-load and save without conversion, and LoRA adapters trained with other LLaDA tools fit. One block is
+With these names (`model.transformer.blocks.0.q_proj.weight`, ...) files load and save without conversion, and LoRA
+adapters trained with other LLaDA tools fit. One block is
 
     x = x + attn_out(attention(rope(q), rope(k), v))       of h = attn_norm(x), bidirectional, no biases
     x = x + ff_out(silu(ff_proj(h)) * up_proj(h))          of h = ff_norm(x)
@@ -82,7 +82,7 @@ class LLaDABlock(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """Residual stream (B, L, D) in and out."""
+        """Residual stream (B, L, D) after the block."""
         h = self.attn_norm(hidden_states)
         query, key, value = (
             project(h).unflatten(-1, (heads, self.head_width)).transpose(1, 2)
@@ -99,7 +99,7 @@ class LLaDABlock(GradientCheckpointingLayer):
 
 
 class LLaDAPreTrainedModel(StrictLoading, PreTrainedModel):
-    """What both LLaDA classes share: loading that refuses damaged or foreign files, embeddings, capabilities."""
+    """Base of both LLaDA classes: strict loading, embeddings, supported features of Transformers."""
 
     config: LLaDAConfig
     base_model_prefix = "model"
@@ -128,15 +128,15 @@ class LLaDAPreTrainedModel(StrictLoading, PreTrainedModel):
         self.base_model.transformer.wte = value
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Transformers' method; the format's second size field, `embedding_size`, follows.
+        """Transformers' method; also updates `embedding_size`.
 
         Raises:
-            ValueError: If the rows kept would not hold the mask token.
+            ValueError: If the mask token's row would be removed.
         """
         check_rows_hold_mask(kwargs.get("new_num_tokens", args[0] if args else None), self.config.mask_token_id)
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.config.embedding_size = self.config.vocab_size
-        if self.get_output_embeddings() is not None:  # Transformers' is a new nn.Linear
+        if self.get_output_embeddings() is not None:  # Transformers replaced it by a new nn.Linear
             self.set_output_embeddings(OutputLayer.around(self.get_output_embeddings()))
         return embeddings
 
@@ -144,7 +144,7 @@ class LLaDAPreTrainedModel(StrictLoading, PreTrainedModel):
 class LLaDAModel(LLaDAPreTrainedModel):
     """Embedding, blocks and final norm: token ids (B, L) to hidden states (B, L, D), no output layer."""
 
-    # A whole checkpoint loads into the backbone alone; its output layer has no place here.
+    # The output layer of a checkpoint is ignored when it is loaded into the backbone.
     _keys_to_ignore_on_load_unexpected = [r"^(model\.)?transformer\.ff_out\.weight$"]
 
     def __init__(self, config: LLaDAConfig):
@@ -179,12 +179,12 @@ class LLaDAModel(LLaDAPreTrainedModel):
         width = self.config.d_model // self.config.n_heads
         position_embeddings = rotary_angles(text_positions(position_ids, inputs_embeds), width, self.config.rope_theta)
         if past_key_values is not None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            # Some columns ask, all of them answer; what is asked does not depend on who asks.
+            # All positions are keys; only some are queries. The mask is the same for every query.
             attention_mask = attention_mask[:, None, None, :]
         attention_mask = prepare_mask(self.config, attention_mask, inputs_embeds)
         hidden_states = nn.functional.dropout(inputs_embeds, self.config.embedding_dropout, self.training)
         for block in self.transformer.blocks:
-            # The residual stream goes first and by position: reentrant checkpointing and output capture need it so.
+            # The residual stream is the first positional argument: reentrant checkpointing and output capture need it.
             hidden_states = block(hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.transformer.ln_f(hidden_states))
 
@@ -192,18 +192,18 @@ class LLaDAModel(LLaDAPreTrainedModel):
 class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
     """LLaDA with its output layer: token ids (B, L), noisy or masked, to logits of the clean tokens (B, L, N).
 
-    `noise_process()` is the noise the checkpoint was trained with, and has the objective; `generate()` samples.
+    `noise_process()` is the noise that the checkpoint was trained with, and computes the loss; `generate()` samples.
     """
 
     _tied_weights_keys = {"model.transformer.ff_out.weight": "model.transformer.wte.weight"}
     supports_canvas_cache = True
-    # The block's projections; a bare `ff_out` would also match the output layer, which must stay a plain matrix.
+    # The block's projections; a bare `ff_out` would also match the output layer, which must not get an adapter.
     lora_targets = r".*blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)
         self.model = LLaDAModel(config)
-        # The format keeps the output layer beside the embedding, under the name of the blocks' down projection.
+        # In the format the output layer is beside the embedding, under the name of the blocks' down projection.
         self.model.transformer.ff_out = OutputLayer(config.d_model, config.embedding_size)
         self.post_init()
 
@@ -238,20 +238,20 @@ class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
                 Keys and values of all T columns; `input_ids` and `position_ids` are then those of the columns set by
                 its `at`, and `attention_mask` is still `(B, T)`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Where to run the output layer: the last n positions, 0 for all; a LongTensor of columns, logits
-                `(B, n, N)`; or a bool mask `(B, L)`, logits `(number selected, N)` in row order.
+                Positions of the output layer: the last n, 0 for all; a LongTensor of columns, logits `(B, n, N)`; or a
+                bool mask `(B, L)`, logits `(number selected, N)` in row-major order.
             output_reduction (`Callable`, *optional*):
-                Takes the output layer's input `(B, n, D)` and weight `(N, D)` and returns a loss and its parts by
-                position, such as the fused loss; no logits are made.
-            output_hidden_states, output_attentions (`bool`, *optional*): As everywhere in Transformers.
+                Function of the output layer's input `(B, n, D)` and weight `(N, D)` that returns a loss and the losses
+                of the positions, such as the fused loss; it replaces the logits.
+            output_hidden_states, output_attentions (`bool`, *optional*): As in other Transformers models.
 
         Returns:
             [`~transformers.modeling_outputs.MaskedLMOutput`] with `logits`, in the model's dtype, and no loss; with
             `output_reduction` a [`ReducedOutput`].
 
         Raises:
-            ValueError: If the inputs do not fit together, an argument is unknown, or the output layer was replaced by
-                one that takes no reduction.
+            ValueError: If the inputs do not fit together, an argument is unknown, or `output_reduction` is given
+                but the output layer was replaced.
         """
         check_text(input_ids, inputs_embeds, logits_to_keep)
         outputs = self.model(
@@ -269,8 +269,8 @@ class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
 def _check_cache(cache: Any, config: LLaDAConfig) -> None:
     if not isinstance(cache, CanvasCache):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}, which only grows at its end, and denoising changes any "
-            "position: pass an xdlm_hf.generation.cache.CanvasCache, or generate with use_cache='prefix' or 'dual'."
+            f"past_key_values is a {type(cache).__name__}, which only grows, but denoising changes any position; pass "
+            "an xdlm_hf.generation.cache.CanvasCache, or generate with use_cache='prefix' or 'dual'."
         )
     check_cache_attention(config._attn_implementation)
 
