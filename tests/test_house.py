@@ -30,8 +30,8 @@ MAY_IMPORT = {
     "watch": {"atomic"},
     "loading": {"data", "models"},
     "serving": {"generation", "data", "watch", "loading"},
-    "hub": {"diffusion", "generation", "models"},
-    "convert": {"models"},
+    "hub": {"atomic", "diffusion", "generation", "models"},
+    "convert": {"atomic", "models"},
 }
 LIBRARY = sorted((ROOT / "xdlm_hf").rglob("*.py"))
 MODULES = [path for path in LIBRARY if path.stem != "__init__"]
@@ -177,7 +177,7 @@ def test_every_package_is_installed():
 def test_no_remote_code_and_no_pickle():
     wrong = []
     for path in SHIPPED:
-        # With weights_only=True, torch.load builds only tensors and plain containers; for released files.
+        # With weights_only=True, torch.load builds only tensors and plain containers; used for released files.
         calls = [node for node in nodes(path) if isinstance(node, ast.Call) and relative(path) == "xdlm_hf/convert.py"]
         safe = [call.func for call in calls if "weights_only=True" in map(ast.unparse, call.keywords)]
         for node in nodes(path):

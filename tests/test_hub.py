@@ -174,7 +174,7 @@ def test_card_of_a_model_from_scratch(model):
 
 def test_occupied_folder_is_refused(model, tmp_path):
     (tmp_path / "other.txt").write_text("kept")
-    with pytest.raises(ValueError, match="exists and is not an empty folder; export to a new one"):
+    with pytest.raises(ValueError, match="exists and is not an empty folder; use a new one"):
         export_for_hub(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["other.txt"]
 

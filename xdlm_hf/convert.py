@@ -13,7 +13,6 @@ models of the same sizes.
 import argparse
 import re
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .atomic import check_new_folder, new_folder
 from .models.dit.configuration_dit import DiTConfig, UDLMConfig
 from .models.dit.modeling_dit import DiTForDiffusionLM, UDLMForDiffusionLM
 
@@ -194,21 +194,6 @@ def _read_torch(path: Path) -> dict[str, Any]:
     return dict(whole)
 
 
-def save(model, folder: str | Path) -> None:
-    """Write a checkpoint atomically.
-
-    Raises:
-        ValueError: If the folder exists and is not empty.
-    """
-    folder = Path(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder; convert to a new one.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as partial:
-        model.save_pretrained(Path(partial) / "model")
-        (Path(partial) / "model").rename(folder)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Command
 
@@ -237,9 +222,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "p_uniform" in config:
         config["noise_process"] = "gidd"
     try:
+        check_new_folder(folder)
         weights, which = read_weights(source, ema)
         model = released_dit(weights, config)
-        save(model, folder)
+        with new_folder(folder) as unfinished:
+            model.save_pretrained(unfinished)
     except (ValueError, StrictDataclassError) as error:
         sys.exit(f"error: {' '.join(str(error.__cause__ or error).split())}")
     kinds = {"ema": "the moving average", "raw": "the trained weights, not a moving average"}

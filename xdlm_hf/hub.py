@@ -1,7 +1,6 @@
 """Export of a model for the Hub: weights, code files that load without this package, tokenizer and model card."""
 
 import ast
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec, resolve_name
@@ -10,6 +9,7 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .atomic import check_new_folder, new_folder
 from .diffusion.process import StationaryProcess
 from .generation.protocol import length_limit, output_rows
 from .models.registry import MODEL_FAMILIES
@@ -49,9 +49,7 @@ def export_for_hub(
         ValueError: If the folder is not empty, the model is of no registered family or has an adapter, the config is
             invalid, or the tokenizer does not fit the model.
     """
-    folder = Path(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder; export to a new one.")
+    folder = check_new_folder(folder)
     _validate_model(model)
     _validate_config(model.config)
     if tokenizer is not None:
@@ -59,16 +57,12 @@ def export_for_hub(
     card = model_card(
         model, tokenizer, name=repo_id or folder.name, base_model=base_model, license=license, notes=notes
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as partial:
-        export = Path(partial) / folder.name
-        export.mkdir()
+    with new_folder(folder) as export:
         with _auto_map(model.config, _write_code(model, export)):
             model.save_pretrained(export)
         if tokenizer is not None:
             tokenizer.save_pretrained(export)
         (export / "README.md").write_text(card, encoding="utf-8")
-        export.rename(folder)
     return folder
 
 

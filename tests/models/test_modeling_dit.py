@@ -126,10 +126,13 @@ def test_the_rotary_buffer_of_the_original_code_is_dropped(tmp_path):
     "change, message",
     [
         (lambda w: w.pop("backbone.blocks.1.mlp.0.bias"), r"lacks backbone\.blocks\.1\.mlp\.0\.bias"),
-        (lambda w: w.update({"backbone.cond_map.weight": torch.ones(3)}), r"does not have backbone\.cond_map\.weight"),
+        (
+            lambda w: w.update({"backbone.cond_map.weight": torch.ones(3)}),
+            r"The model does not have backbone\.cond_map\.weight",
+        ),
         (
             lambda w: w.update({"backbone.output_layer.linear.bias": torch.ones(60)}),
-            r"has backbone\.output_layer\.linear\.bias \(60,\) instead of \(61,\)",
+            r"The checkpoint has backbone\.output_layer\.linear\.bias \(60,\) instead of \(61,\)",
         ),
     ],
 )
