@@ -217,6 +217,39 @@ def test_gidd_gives_what_the_released_code_gave(p_uniform):
     torch.testing.assert_close(found[possible], recorded["posterior"][possible], rtol=2e-6, atol=2e-7)
 
 
+@pytest.mark.parametrize("p_uniform", ["0", "0.1", "0.2"])
+def test_gidd_weights_the_training_loss_as_the_released_code(p_uniform):
+    recorded = {name: RECORDED[f"gidd{p_uniform}.{name}"] for name in ("elbo_weight", "loss_weight", "loss")}
+    logits, x_0, z_t, t = (RECORDED[name] for name in ("logits_sigma_zero", "x0", "zt", "t"))
+    process = GIDDProcess(61, 60, float(p_uniform))
+    factor = process.weighting_factor(x_0, z_t, t, "dynamic")
+    torch.testing.assert_close((factor * recorded["elbo_weight"]).float(), recorded["loss_weight"], rtol=2e-5, atol=0)
+    possible = (z_t == x_0) | (z_t == 60) | (float(p_uniform) > 0)
+    loss = (factor * process.loss(logits, x_0, z_t, t)).float()
+    torch.testing.assert_close(loss[possible], recorded["loss"][possible], rtol=2e-5, atol=1e-9)
+    clipped = (process.weighting_factor(x_0, z_t, t, "clip") * recorded["elbo_weight"]).float()
+    torch.testing.assert_close(clipped[possible], recorded["elbo_weight"].clamp(max=2)[possible], rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("t", [0.0, 1.0])
+@pytest.mark.parametrize("weighting", ["clip", "dynamic"])
+def test_weights_of_the_training_loss_stay_finite_at_both_ends(t, weighting):
+    process = GIDDProcess(7, 3, 0.2)
+    x_0 = torch.arange(7)[None].masked_fill(torch.arange(7) == 3, 0)
+    for z_t in (x_0, torch.full_like(x_0, 3), x_0.roll(1)):
+        assert process.weighting_factor(x_0, z_t, torch.tensor([t]), weighting).isfinite().all()
+
+
+def test_a_weighting_belongs_to_a_process():
+    stationary = StationaryProcess(NoiseKernel(7, 0.5, 3), LinearSchedule())
+    ids, t = torch.zeros(1, 2, dtype=torch.long), torch.tensor([0.5])
+    assert stationary.weighting_factor(ids, ids, t, "elbo") is None
+    with pytest.raises(ValueError, match=r"loss_weighting='dynamic' is not one of \('elbo',\)"):
+        stationary.weighting_factor(ids, ids, t, "dynamic")
+    with pytest.raises(ValueError, match="loss_weighting='clip' is for gamma=1, not 2.0"):
+        GIDDProcess(7, 3, 0.1, 2.0).weighting_factor(ids, ids, t, "clip")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -115,7 +115,9 @@ def test_training(tmp_path):
 
 
 class MixedOverTime:
-    """A model whose noise is GIDD's: the one method that training asks for."""
+    """A model whose noise is GIDD's: what training asks for."""
+
+    stationary_noise = False
 
     def noise_process(self, mixing_ratio=None, noise_schedule=None, mask_token_id=None):
         return GIDDProcess(VOCAB, MASK, p_uniform=0.2)
@@ -135,17 +137,23 @@ def noisy_batches(run):
     return run.get_batch_samples(iter(run.get_train_dataloader()), 1, "cpu")[0]
 
 
+@pytest.mark.parametrize("weighting", ["elbo", "clip", "dynamic"])
 @pytest.mark.parametrize("model_class", [SecondWithGIDD, LLaDAWithGIDD])
-def test_training_with_noise_that_is_not_stationary(tmp_path, model_class):
-    """The loss is that of the process on the same rows, from logits and fused; the NELBO is finite."""
+def test_training_with_noise_that_is_not_stationary(tmp_path, model_class, weighting):
+    """The loss is that of the process on the same rows, weighted, from logits and fused; the NELBO is finite."""
     model = second(model_class) if model_class is SecondWithGIDD else model_class(tiny_model().config)
-    run = trainer(tmp_path, model=model, max_steps=2, eval_rows=8, t_eps=1e-2)
+    run = trainer(tmp_path, model=model, max_steps=2, eval_rows=8, t_eps=1e-2, loss_weighting=weighting)
+    nelbo = run.evaluate()["eval_loss"]
+    assert nelbo == trainer(tmp_path, model=model, eval_rows=8).evaluate()["eval_loss"]
     assert run._fused == (model_class is LLaDAWithGIDD)
     (batch,) = noisy_batches(run)
     wrong = batch["noise_mask"] & (batch["z_t"] != batch["input_ids"]) & (batch["z_t"] != MASK)
     assert wrong.any() and (batch["z_t"] == MASK).any()
     logits = model(batch["z_t"], attention_mask=batch.get("attention_mask")).logits
-    expected = model.noise_process().loss(logits, batch["input_ids"], batch["z_t"], batch["t"])
+    noisy = batch["input_ids"], batch["z_t"], batch["t"]
+    expected = model.noise_process().loss(logits, *noisy)
+    factor = model.noise_process().weighting_factor(*noisy, weighting)
+    assert (factor is None) == (weighting == "elbo")
     gradients = []
     for fused in (False, run._fused):
         total, losses = weighted_loss(model, run.process, batch, fused)
@@ -153,7 +161,8 @@ def test_training_with_noise_that_is_not_stationary(tmp_path, model_class):
         gradients += torch.autograd.grad(total, model.get_output_embeddings().weight)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     weights = batch["token_weights"]
-    assert run.compute_loss(model, batch).item() == pytest.approx(((weights * expected).sum() / weights.sum()).item())
+    weighted = weights * expected * (1 if factor is None else factor)
+    assert run.compute_loss(model, batch).item() == pytest.approx((weighted.sum() / weights.sum()).item())
     before = state(model)
     run.train()
     assert parameter_gap(model, before) > 1e-4
@@ -162,6 +171,13 @@ def test_training_with_noise_that_is_not_stationary(tmp_path, model_class):
         assert not hasattr(model.config, "mixing_ratio") and not hasattr(model.config, "noise_schedule")
         save_noise(model.config, tmp_path)
         assert not (tmp_path / NOISE_FILE).exists()
+
+
+def test_noise_that_does_not_belong_to_the_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"mixing_ratio and noise_schedule were given, .* GIDDProcess\(.*: leave them"):
+        trainer(tmp_path, model=second(SecondWithGIDD), mixing_ratio=0.1, noise_schedule="linear")
+    with pytest.raises(ValueError, match=r"loss_weighting='dynamic' is not one of \('elbo',\), those of Stationary"):
+        trainer(tmp_path, model=second(), loss_weighting="dynamic")
 
 
 def test_evaluation(tmp_path, registered):

@@ -324,7 +324,7 @@ def test_training_lowers_the_nelbo(tmp_path, mixing_ratio):
         ({"loss_chunk_size": 0}, "loss_chunk_size=0 must be at least 1"),
         ({"noise_seed": -1}, "noise_seed=-1 must not be negative"),
         ({"remove_unused_columns": True}, "remove_unused_columns=True would drop"),
-        ({"average_tokens_across_devices": False}, "would weigh tokens by the process"),
+        ({"average_tokens_across_devices": False}, "would weight tokens by their process"),
         ({"global_batch_size": 6}, "global_batch_size=6 is not a multiple of 4 .*4 on 1 processes"),
         ({"global_batch_size": 2}, "global_batch_size=2 is not a multiple of 4"),
         ({"global_batch_size": 8, "gradient_accumulation_steps": 3}, "=3 disagrees with global_batch_size=8 .*make 2"),

@@ -9,6 +9,9 @@ Uniform noise leaves [MASK] out. Noise jumps into e at the rate R_t(e) = b'_t(e)
 
     alpha_t R_t(m) = 1 / C_t^2,   alpha_t R_t(e) = (c_t + (1 - t) c'_t) / ((N - 1) C_t^2)
 
+The bound weights the divergences of a token z by R_t(z) / f_t(x, z). This weight diverges at t = 0 and 1; GIDD's models
+are trained with bounded ones (`weighting_factor`).
+
 t = 0 is clean, t = 1 is noise, s < t; the prior is all [MASK]. Shapes: B batch, L length, N vocabulary.
 """
 
@@ -28,6 +31,7 @@ from .reverse import ReverseStep
 
 # Smallest uniform share, as in the released code: with 0, log f_t(p, e) would be undefined at e != x.
 _LEAST_SHARE = math.exp(-20)
+_GREATEST_WEIGHT = 2.0  # of the training losses, as in the released code
 
 
 class GIDDProcess(NoiseProcess):
@@ -45,6 +49,8 @@ class GIDDProcess(NoiseProcess):
         ValueError: If `p_uniform` leaves [0, 1), `gamma` is not positive, the vocabulary has fewer than two rows, or
             the mask id is none of them.
     """
+
+    weightings = ("elbo", "clip", "dynamic")
 
     def __init__(self, vocab_size: int, mask_token_id: int, p_uniform: float, gamma: float = 1.0):
         if not isinstance(vocab_size, Integral) or vocab_size < 2:
@@ -82,6 +88,33 @@ class GIDDProcess(NoiseProcess):
         scale = torch.where(b_z > 0, self._jump_weight(z_t, t) / f_t, 0.0)
         values = (x_0, z_t, scale, torch.zeros_like(f_t), 1 / f_t, alpha_t, b_z, b_0, self._u(t))
         return TokenTerms(*(value.expand(z_t.shape).reshape(-1) for value in values))
+
+    def weighting_factor(self, x_0: Tensor, z_t: Tensor, t: Tensor, weighting: str) -> Tensor | None:
+        """Weight of the released training losses over that of the bound, (B, L) float64; for gamma = 1.
+
+        `"clip"` is the bound's weight, at most 2. `"dynamic"` is 2 for [MASK], 1 for other changed tokens, and for
+        unchanged ones B/N exp(sigmoid(-t)/2), at most 2. (sigmoid(-t) stands in the released code for a logarithmic
+        signal-to-noise ratio, which it is not.)
+
+        Raises:
+            ValueError: If the weighting is unknown, or bounded and gamma is not 1.
+        """
+        super().weighting_factor(x_0, z_t, t, weighting)
+        if weighting == "elbo":
+            return None
+        if self.gamma != 1:
+            raise ValueError(f"loss_weighting={weighting!r} is for gamma=1, not {self.gamma}; use 'elbo'.")
+        t = self._column(t, z_t).double()
+        alpha_t = self.alpha(t)
+        f_t = alpha_t * (z_t == x_0).double() + self._noise_at(z_t, t)
+        jump_weight = self._jump_weight(z_t, t)
+        # Of the bound's weight; 0 at t = 0 and 1, where the bound's integrand is 0 in float64 or the token impossible.
+        inverse = torch.where(jump_weight > 0, alpha_t * f_t / jump_weight, 0.0)
+        if weighting == "clip":
+            return torch.minimum(torch.ones_like(inverse), _GREATEST_WEIGHT * inverse)
+        unchanged = (self._b / self.vocab_size * (torch.sigmoid(-t) / 2).exp()).clamp(max=_GREATEST_WEIGHT)
+        weight = torch.where(z_t == x_0, unchanged, torch.ones_like(inverse))
+        return torch.where(z_t == self.mask_token_id, _GREATEST_WEIGHT, weight) * inverse
 
     def reverse_step(self, z_t: Tensor, s: Tensor, t: Tensor) -> ReverseStep:
         alpha_s, alpha_t = self.alpha(s), self.alpha(t)

@@ -28,10 +28,12 @@ class NoiseProcess(ABC):
     Attributes:
         vocab_size: N, the rows of the output layer.
         mask_token_id: m, or None.
+        weightings: Names that `weighting_factor` takes.
     """
 
     vocab_size: int
     mask_token_id: int | None
+    weightings: tuple[str, ...] = ("elbo",)
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -90,6 +92,16 @@ class NoiseProcess(ABC):
         t = self._column(t, x_0)
         terms = self.terms(x_0, z_t, t)
         return fused_loss(hidden, weight, tuple(x_0.shape), terms, self.noise(t), token_weights, chunk_size)
+
+    def weighting_factor(self, x_0: Tensor, z_t: Tensor, t: Tensor, weighting: str) -> Tensor | None:
+        """Weight of a training loss over that of the bound, (B, L) float64, to multiply `loss` with; None for 1.
+
+        Raises:
+            ValueError: If `weighting` is none of `weightings`.
+        """
+        if weighting not in self.weightings:
+            raise ValueError(f"loss_weighting={weighting!r} is not one of {self.weightings}, those of {self!r}.")
+        return None
 
     def posterior(self, p_x0: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """q(z_s | z_t, x) with x = p_x0, (B, L, N): see `reverse.posterior` (Eq. 11).

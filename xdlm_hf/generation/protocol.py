@@ -42,6 +42,7 @@ class DiffusionModel:
         attention: "full", or "block_causal": a position attends to its own block and those before it.
         supports_canvas_cache: Whether `forward` takes a `CanvasCache` as `past_key_values`.
         lora_targets: Modules that get LoRA adapters, as peft's `target_modules`.
+        stationary_noise: Whether `noise_process` is a `StationaryProcess`, so that training chooses k and schedule.
     """
 
     conditioning: tuple[str, ...] = ()
@@ -49,6 +50,7 @@ class DiffusionModel:
     attention: str = "full"
     supports_canvas_cache: bool = False
     lora_targets: str | tuple[str, ...] = "all-linear"
+    stationary_noise: bool = True
 
     def noise_process(
         self, mixing_ratio: float | None = None, noise_schedule: str | None = None, mask_token_id: int | None = None

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from ..diffusion.schedules import get_schedule
 
+_NOISE_DEFAULTS = {"mixing_ratio": 0.1, "noise_schedule": "linear"}
 TIME_SAMPLING = ("independent", "stratified", "antithetic")
 
 
@@ -17,9 +18,11 @@ class XDLMTrainingArguments(TrainingArguments):
 
     Args:
         mixing_ratio (`float`, *optional*, defaults to `0.1`): k in Eq. 7; 0 trains an MDLM, 1 a UDLM. Stored in the
-            model's config.
+            model's config. To be left out for a model with noise of another kind, such as GIDD.
         noise_schedule (`str`, *optional*, defaults to `"linear"`): Name in `diffusion.schedules.SCHEDULES`. Stored in
-            the model's config.
+            the model's config. To be left out for a model with noise of another kind.
+        loss_weighting (`str`, *optional*, defaults to `"elbo"`): The bound itself, or for GIDD the released code's
+            bounded weights, `"clip"` or `"dynamic"` (`GIDDProcess.weighting_factor`). Evaluation is of the bound.
         t_eps (`float`, *optional*, defaults to `1e-3`): Training times are (1 - t_eps) t + t_eps, t in [0, 1].
         time_sampling (`str`, *optional*, defaults to `"independent"`): One t per row, drawn `"independent"`ly, as in
             the paper's LLaDA run, or `"stratified"` over the global batch: one row in each of its G equal intervals
@@ -52,8 +55,15 @@ class XDLMTrainingArguments(TrainingArguments):
         ValueError: If an option is out of range, or the global batch does not divide.
     """
 
-    mixing_ratio: float = field(default=0.1, metadata={"help": "k in Eq. 7: 0 trains an MDLM, 1 a UDLM."})
-    noise_schedule: str = field(default="linear", metadata={"help": "Noise schedule, e.g. linear or cosine."})
+    mixing_ratio: float | None = field(
+        default=None, metadata={"help": "k in Eq. 7: 0 trains an MDLM, 1 a UDLM; default: 0.1."}
+    )
+    noise_schedule: str | None = field(
+        default=None, metadata={"help": "Noise schedule, e.g. linear or cosine; default: linear."}
+    )
+    loss_weighting: str = field(
+        default="elbo", metadata={"help": "elbo, or for GIDD the bounded weights clip or dynamic."}
+    )
     t_eps: float = field(default=1e-3, metadata={"help": "Training times are (1 - t_eps) t + t_eps."})
     time_sampling: str = field(
         default="independent", metadata={"help": "independent, or stratified over the global batch."}
@@ -94,6 +104,10 @@ class XDLMTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        self.noise_given = [name for name in _NOISE_DEFAULTS if getattr(self, name) is not None]
+        for name, value in _NOISE_DEFAULTS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         self._check_objective()
         self._check_optimization()
         self._check_finite_numbers()

@@ -67,13 +67,15 @@ def weighted_loss(
         model: The network, wrapped or not.
         process: The noise.
         batch: `input_ids` and `z_t` (B, L), `t` (B,), `token_weights` (B, L); `attention_mask` (B, L) and `timesteps`
-            (B,) if the network is to have them.
+            (B,) if the network is to have them; `weighting` (B, L), a factor of the token weights in the sum.
         fused: Whether to fuse the loss with the output layer.
         chunk_size: Tokens per chunk of the fused loss; None for its default.
 
     Returns:
         The sum in nats, which carries the gradient, and the losses (B, L) in nats, detached.
     """
+    if "weighting" in batch:
+        batch = {**batch, "token_weights": batch["token_weights"] * batch["weighting"]}
     optional = {name: batch[name] for name in ("attention_mask", "timesteps") if name in batch}
     network_inputs = {"input_ids": batch["z_t"], **optional}
     if fused:

@@ -222,7 +222,14 @@ class CheckpointingTrainer(Trainer):
         args, data = self.args, self.train_dataset
         stream = isinstance(data, PackedStream)
         fingerprint = getattr(data, "fingerprint", None) or {"rows": len(data) if has_length(data) else None}
-        plain = ("mixing_ratio", "noise_schedule", "t_eps", "time_sampling", "random_length_probability")
+        plain = (
+            "mixing_ratio",
+            "noise_schedule",
+            "loss_weighting",
+            "t_eps",
+            "time_sampling",
+            "random_length_probability",
+        )
         model = self._unwrapped_model()
         return {
             **{name: getattr(args, name) for name in plain},

@@ -44,7 +44,7 @@ from .precision import NonFiniteError, check_trained_weights, first_of, non_fini
 from .row_noise import RowNoise
 
 # Columns that DeepSpeed must not have cast to the model's dtype: bfloat16 would round weights and times.
-_EXACT_COLUMNS = ("token_weights", "t")
+_EXACT_COLUMNS = ("token_weights", "t", "weighting")
 
 
 class _ClockAndEpoch(TrainerCallback):
@@ -110,7 +110,7 @@ class XDLMTrainer(CheckpointingTrainer):
         if not isinstance(args, XDLMTrainingArguments):
             raise ValueError(f"args must be XDLMTrainingArguments, got {type(args).__name__}.")
         check_trainable(model)
-        self.process: NoiseProcess = model.noise_process(args.mixing_ratio, args.noise_schedule)
+        self.process = training_process(model, args)
         self._absorbing_ids = self.process.noise(torch.ones(1, 1, dtype=torch.float64)).absorbing_ids  # at any time
         self._timesteps = model.timesteps if "timesteps" in model.conditioning else None
         stratified = args.time_sampling == "stratified"
@@ -209,6 +209,11 @@ class XDLMTrainer(CheckpointingTrainer):
         """Add `z_t` and `t` to a batch that has its `sample_index`."""
         indices, global_batch = batch["sample_index"].tolist(), self.get_total_train_batch_size(self.args)
         batch["z_t"], batch["t"] = self.row_noise.draw(batch["input_ids"], batch["noise_mask"], indices, global_batch)
+        weighting = self.process.weighting_factor(
+            batch["input_ids"], batch["z_t"], batch["t"], self.args.loss_weighting
+        )
+        if weighting is not None:
+            batch["weighting"] = weighting.float()
         self._drawn.append((indices, batch["t"].tolist()))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -315,6 +320,25 @@ class XDLMTrainer(CheckpointingTrainer):
                 _, losses = self._weighted_loss(model, batch)
             nats += (batch["token_weights"] * losses).sum(1, dtype=torch.float64) / samples
         return None, nats, batch["token_weights"].sum(1, dtype=torch.float64)
+
+
+def training_process(model: nn.Module, args: XDLMTrainingArguments) -> NoiseProcess:
+    """The noise of a run: with the arguments' k and schedule, or as the model has it if it is of another kind.
+
+    Raises:
+        ValueError: If k or schedule are given for such a model, or it has no such `loss_weighting`.
+    """
+    process = model.noise_process(*((args.mixing_ratio, args.noise_schedule) if model.stationary_noise else ()))
+    if args.noise_given and not isinstance(process, StationaryProcess):
+        raise ValueError(
+            f"{' and '.join(args.noise_given)} were given, but the model has noise of another kind, {process!r}: "
+            "leave them out."
+        )
+    if args.loss_weighting not in process.weightings:
+        raise ValueError(
+            f"loss_weighting={args.loss_weighting!r} is not one of {process.weightings}, those of {process!r}."
+        )
+    return process
 
 
 def _metrics(model: nn.Module, args: XDLMTrainingArguments) -> TrainingMetrics:
