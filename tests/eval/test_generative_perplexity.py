@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from models import tiny_model
+from models import model_of, save_checkpoint, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from xdlm_hf.data.tokenizer import train_tokenizer
@@ -33,16 +33,13 @@ def tokenizer():
 def folders(tmp_path_factory, tokenizer):
     """A diffusion model, a causal one with random weights, and a file of text."""
     root = tmp_path_factory.mktemp("models")
-    ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
-    tiny_model(vocab_size=len(tokenizer), mixing_ratio=0.1, **ids).save_pretrained(root / "model")
+    save_checkpoint(root / "model", model_of(tokenizer, mixing_ratio=0.1, max_sequence_length=64), tokenizer)
     torch.manual_seed(1)
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64, vocab_size=len(tokenizer))
     judge = GPT2LMHeadModel(config).eval()
     for parameter in judge.parameters():
         parameter.data.mul_(8)  # far from uniform
-    judge.save_pretrained(root / "judge")
-    for folder in ("model", "judge"):
-        tokenizer.save_pretrained(root / folder)
+    save_checkpoint(root / "judge", judge, tokenizer)
     (root / "text.txt").write_text(TEXT * 40)
     return root
 
@@ -93,9 +90,9 @@ def test_a_judge_that_knows_nothing_gives_the_vocabulary(tmp_path, tokenizer):
     config = GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=64, vocab_size=len(tokenizer))
     judge = GPT2LMHeadModel(config)
     judge.lm_head.weight.data.zero_()
-    judge.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    found = perplexity(*CausalJudge(str(tmp_path)).score(["the cat sat", "the dog"], 64))
+    found = perplexity(
+        *CausalJudge(str(save_checkpoint(tmp_path, judge, tokenizer))).score(["the cat sat", "the dog"], 64)
+    )
     assert found["perplexity"] == pytest.approx(len(tokenizer), rel=1e-6)
     assert found["perplexity_standard_error"] == pytest.approx(0, abs=1e-3)
 

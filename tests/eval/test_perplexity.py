@@ -6,7 +6,7 @@ import math
 import datasets
 import pytest
 import torch
-from models import tiny_model
+from models import model_of, save_checkpoint
 from training import arguments
 
 from xdlm_hf import LLaDAForDiffusionLM
@@ -27,16 +27,10 @@ def tokenizer():
     return train_tokenizer([TEXT * 3], 300)
 
 
-def model_of(tokenizer, **options):
-    ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
-    return tiny_model(vocab_size=len(tokenizer), **ids, **options).eval()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     root = tmp_path_factory.mktemp("model")
-    model_of(tokenizer, mixing_ratio=0.1).save_pretrained(root)
-    tokenizer.save_pretrained(root)
+    save_checkpoint(root, model_of(tokenizer, mixing_ratio=0.1, max_sequence_length=64), tokenizer)
     (root / "text.txt").write_text("".join(f"{TEXT}{number}\n" for number in range(13)))
     return root
 
@@ -106,6 +100,34 @@ def test_bound_does_not_depend_on_the_batch(tokenizer):
     model, rows = model_of(tokenizer, mixing_ratio=0.5), rows_of(tokenizer, 7)
     values = [scorer(model, tokenizer, batch_size=size).bound(rows)["nelbo"] for size in (1, 4)]
     assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+class Timed(LLaDAForDiffusionLM):
+    """Takes sigma, and writes it down."""
+
+    conditioning = ("timesteps",)
+
+    def forward(self, *args, timesteps=None, **kwargs):
+        self.sigma.append(timesteps)
+        return super().forward(*args, **kwargs)
+
+
+def test_a_network_with_times_is_told_the_noise_of_each_row(tokenizer, monkeypatch):
+    """Whatever schedule it was trained with: sigma = -log alpha of the noise that its rows have."""
+    model = model_of(tokenizer, mixing_ratio=0.1, noise_schedule="cosine")
+    model.__class__, model.sigma, expected = Timed, [], []
+    one = scorer(model, tokenizer, batch_size=4)
+    nats = one._nats
+    monkeypatch.setattr(
+        one,
+        "_nats",
+        lambda process, batch: (expected.append(-process.alpha(batch["t"]).log()), nats(process, batch))[1],
+    )
+    one.bound(rows_of(tokenizer, 7))
+    one.released(rows_of(tokenizer, 7))
+    assert len(model.sigma) == len(expected) > 4
+    # The released schedule's alpha is 1e-3 at least; near alpha = 0 the cosine's time rounds sigma away, in float32.
+    assert torch.allclose(torch.cat(model.sigma).double(), torch.cat(expected), rtol=1e-4, atol=1e-6)
 
 
 def test_another_mixing_ratio_is_another_noise(tokenizer):
