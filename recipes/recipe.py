@@ -1,8 +1,8 @@
 """Code shared by the training recipes: options and config files, the model with its adapters, and the run.
 
 A config file is YAML, one option a line. The line `base: other.yaml` includes the options of another file in the same
-folder; those of the file itself override them, and the command line overrides both. A base cannot have a base, and
-unknown options are refused everywhere.
+folder; those of the file itself override them, and the command line overrides both. A base can have a base. Unknown
+options are refused everywhere.
 """
 
 import argparse
@@ -102,22 +102,18 @@ def parse(groups: Sequence[type], argv: Sequence[str], description: str) -> tupl
     return tuple(parsed)
 
 
-def read_options(path: Path, known: set[str]) -> dict[str, Any]:
+def read_options(path: Path, known: set[str], included_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Options of a config file, after those of its base.
 
     Raises:
-        ValueError: If there is no such file, it holds no options, or an unknown one.
+        ValueError: If there is no such file, it holds no options, or an unknown one, or is its own base.
     """
+    if path in included_by:
+        raise ValueError(f"{path} is its own base, by way of {included_by[-1].name}; remove that line `base:`.")
     options = _read_yaml(path)
     base = options.pop("base", None)
     _refuse_unknown(path, options, known)
-    if base is None:
-        return options
-    shared = _read_yaml(path.parent / base)
-    if "base" in shared:
-        raise ValueError(f"{path}: its base {base} names a base of its own ({shared['base']}); name that one, or none.")
-    _refuse_unknown(path.parent / base, shared, known)
-    return {**shared, **options}
+    return options if base is None else {**read_options(path.parent / base, known, (*included_by, path)), **options}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -213,7 +209,9 @@ def new_model(
     options: ModelArguments, args: XDLMTrainingArguments, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
 ) -> PreTrainedModel:
     """Random weights of a config, the same for the same seed; vocabulary and special tokens are the tokenizer's."""
-    config.vocab_size = config.output_rows = len(tokenizer)
+    config.vocab_size = len(tokenizer)
+    if hasattr(config, "output_rows"):
+        config.output_rows = len(tokenizer)
     for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     check_tokenizer(tokenizer, config)

@@ -167,8 +167,8 @@ def test_a_config_file_takes_over_its_base(tmp_path):
             r"b\.yaml: unknown option 'max_step'; did you mean 'max_s",
         ),
         (
-            {"run.yaml": "base: b.yaml", "b.yaml": "base: c.yaml"},
-            r"its base b\.yaml names a base of its own \(c\.yaml\)",
+            {"run.yaml": "base: b.yaml", "b.yaml": "base: run.yaml"},
+            r"run\.yaml is its own base, by way of b\.yaml; remove that line",
         ),
         ({"run.yaml": "- max_steps"}, r"run\.yaml: expected one `option: value` a line, got a list"),
         ({"run.yaml": "plan: true"}, r"run\.yaml: unknown option 'plan'"),
