@@ -82,10 +82,10 @@ def test_every_config_is_the_papers(path, monkeypatch):
     assert (args.weight_decay, args.adam_beta1, args.adam_beta2, args.max_grad_norm, args.seed) == (0, 0.9, 0.999, 1, 1)
     assert args.output_dir == f"outputs/{name}-{system}"
     if system == "gidd":
-        assert not args.noise_given and args.loss_weighting == "dynamic"
+        assert not args.noise_given and args.gidd_weighting == "dynamic"
         assert (config.noise_process, config.p_uniform) == ("gidd", 0.0)
     else:
-        assert (args.mixing_ratio, args.noise_schedule, args.loss_weighting) == (SYSTEMS[system], "loglinear", "elbo")
+        assert (args.mixing_ratio, args.noise_schedule, args.gidd_weighting) == (SYSTEMS[system], "loglinear", "elbo")
         assert config.noise_process == "stationary"
 
 
@@ -152,7 +152,7 @@ def test_training_goes_on_at_another_k(files, tmp_path):
             {"mixing_ratio": 0.1, "data_files": "TEXT"},
             "mixing_ratio were given, but the model has noise of",
         ),
-        ("text8_xdlm", {"loss_weighting": "dynamic", "data_files": "TEXT"}, "loss_weighting='dynamic' is not one of"),
+        ("text8_xdlm", {"gidd_weighting": "dynamic", "data_files": "TEXT"}, "gidd_weighting='dynamic' is not one of"),
         (
             "text8_xdlm",
             {"sequence_length": 33, "data_files": "TEXT"},
