@@ -1,0 +1,85 @@
+"""Pictures of the paper's text figures from reports."""
+
+import json
+
+import pytest
+
+from xdlm_hf.evaluation import text_figures
+from xdlm_hf.evaluation.text_figures import Curve, by_steps, likelihoods_by_training, pareto, samples_by_training
+
+
+def samples(model, row="XDLM k=0.1", steps=(8, 32, 128), sampling="exact"):
+    cells = [
+        {"steps": n, "perplexity": 900 / n, "perplexity_standard_error": 9 / n, "entropy": 5.0 + n / 1000}
+        for n in steps
+    ]
+    held_out = {"corpus": "openwebtext", "rows": 4, "perplexity": 20.0, "entropy": 5.4}
+    return {"model": model, "row": row, "sampling": sampling, "cells": cells[::-1], "held_out": held_out}
+
+
+def likelihoods(model, perplexity, row="XDLM k=0.1"):
+    found = {"perplexity": perplexity, "perplexity_standard_error": 0.5}
+    return {"model": model, "row": row, "sets": {}, "zero_shot_average": {"bound": found}}
+
+
+def test_curves_hold_the_values_of_the_reports():
+    found = by_steps([samples("out/a"), samples("out/b", sampling="reference_compat: ...")], None, "perplexity")
+    assert [curve.label for curve in found] == [
+        "XDLM k=0.1 (a)",
+        "text, openwebtext",
+        "XDLM k=0.1 (b, released sampler)",
+    ]
+    assert found[0].x == [8, 32, 128] and found[0].y == pytest.approx([112.5, 28.125, 7.03125])
+    assert found[0].errors == pytest.approx([1.125, 0.28125, 0.0703125]) and found[1].y == [20.0, 20.0]
+    assert by_steps([samples("out/a")], None, "entropy")[0].errors == [0, 0, 0]
+    both = pareto([samples("out/a"), samples("out/b")], [likelihoods("out/a", 54.0)], None, 32)
+    assert both == [Curve("XDLM k=0.1 (a)", [54.0], [28.125], [0.28125])]
+
+
+def test_training_curves_join_the_checkpoints_of_a_row():
+    models = [f"out/a/checkpoint-{step}" for step in (20, 9)]
+    (curve,) = samples_by_training([samples(model) for model in [*models, "out/a"]], None)
+    assert curve.x == [9, 20] and curve.label == "XDLM k=0.1"
+    (curve,) = likelihoods_by_training([likelihoods(models[0], 50.0), likelihoods(models[1], 60.0)], None)
+    assert (curve.x, curve.y, curve.errors) == ([9, 20], [60, 50], [0.5, 0.5])
+
+
+def test_published_values_alone_are_drawn(tmp_path, capsys):
+    text_figures.main(["--output", str(tmp_path / "owt"), "--corpus", "openwebtext"])
+    text_figures.main(["--output", str(tmp_path / "lm1b"), "--corpus", "lm1b"])
+    drawn = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+    assert drawn == [
+        f"{name}.png" for name in ("lm1b/steps", "lm1b/training", "owt/pareto", "owt/steps", "owt/training")
+    ]
+    assert [path for path in capsys.readouterr().out.split() if path.endswith(".png")].__len__() == 5
+    table = {curve.label: curve for curve in by_steps([], "openwebtext", "perplexity")}
+    assert table["XDLM k=0.1, published"].y[2] == 114.795 and table["XDLM k=0.1, published"].x[2] == 32
+    points = {curve.label: curve for curve in pareto([], [], "openwebtext", 32)}
+    assert points["UDLM, published"][1:3] == ([59.574], [88.632])
+    years = {curve.label: curve for curve in likelihoods_by_training([], "openwebtext")}
+    assert years["MDLM, published"].x[-1] == 1e6 and years["MDLM, published"].y[0] == 64.209
+
+
+def test_reports_are_drawn(tmp_path, capsys):
+    reports = {"a": samples("out/a"), "b": likelihoods("out/a", 54.0), "c": samples("out/a/checkpoint-5")}
+    for name, report in reports.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    text_figures.main([*(str(tmp_path / f"{name}.json") for name in reports), "--output", str(tmp_path / "out")])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"steps.png", "pareto.png", "training.png"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as a report"),
+        ('{"row": "MDLM"}', "is no report of xdlm-gen-ppl or xdlm-perplexity"),
+        (None, "nothing to draw; pass reports, or --corpus"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(tmp_path, content, message):
+    reports = []
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+        reports = [str(tmp_path / "report.json")]
+    with pytest.raises(SystemExit, match=message):
+        text_figures.main([*reports, "--output", str(tmp_path / "out")])
