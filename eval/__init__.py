@@ -30,7 +30,7 @@ text_models            options, loading and description of a model for these two
 text_judges            judges of generated text: causal or n-gram language models
 ngram                  n-gram model with Witten-Bell smoothing
 published_text         the published text results
-text_figures          the paper's text figures, from reports of these commands
+text_figures           the paper's text figures, from reports of these commands
 
 This folder is installed as `xdlm_hf.evaluation` (`package_dir` in setup.cfg), so that adapter and task files stay
 together and no package named `eval` reaches site-packages. Modules here import each other by the installed name: a

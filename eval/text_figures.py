@@ -6,8 +6,8 @@
     pareto.png     Figure 1, right: perplexity of samples at `--steps` by zero-shot perplexity, lower left is better
     training.png   Figures 4a and 8: both by training step, for reports of checkpoint-N folders
 
-Published values are dashed, measured ones solid, with bars of one standard error. Without reports, the published values
-alone are drawn. Published samples of OpenWebText and LM1B are judged by gpt2-large; compare others only with each other.
+Published values are dashed, measured ones solid, with bars of one standard error. Without reports, only the published
+values are drawn. Published samples are judged by gpt2-large; compare those of another judge only with each other.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from xdlm_hf.evaluation import published_text as published
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.ticker import LogFormatter, StrMethodFormatter  # noqa: E402
 
 CORPORA = {
     "openwebtext": (published.OPENWEBTEXT_PERPLEXITY, published.OPENWEBTEXT_ENTROPY),
@@ -215,10 +216,13 @@ def _picture(path: Path, parts: Sequence[tuple[str, str, list[Curve]]]) -> None:
     for axis, (title, x_label, curves) in zip(axes[0], parts, strict=True):
         _panel(axis, curves)
         axis.set(title=title, xlabel=x_label)
-        if title.startswith("perplexity"):
+        if title.startswith("perplexity") and x_label != "zero-shot perplexity":
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(LogFormatter())
+            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         if x_label == "sampling steps":
             axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize="small")
     figure.savefig(path, dpi=100)
