@@ -235,8 +235,10 @@ def test_the_noise_of_a_gidd_config():
     with pytest.raises(ValueError, match="GIDDProcess.* changes with time and has no one kernel; use noise_process"):
         model.noise_kernel()
     assert model.generate(steps=4, max_new_tokens=8, seed=0).shape == (1, 8)
-    with pytest.raises(ValueError, match=r"mixing_ratio=0.1: the noise of GIDDProcess\(.* changes with time"):
+    with pytest.raises(ValueError, match="mixing_ratio=0.1 asks for noise that does not change with time"):
         model.generate(steps=4, max_new_tokens=8, mixing_ratio=0.1)
+    with pytest.raises(ValueError, match="noise_schedule='linear' asks for noise that does not change with time"):
+        model.noise_process(noise_schedule="linear")
     # There it is the budget of edits.
     assert model.generate(steps=4, max_new_tokens=8, mixing_ratio=0.1, sampler="confidence").shape == (1, 8)
 

@@ -305,13 +305,27 @@ class DiTForDiffusionLM(XDLMGenerationMixin, DiTPreTrainedModel):
     def conditioning(self) -> tuple[str, ...]:
         return ("timesteps",) if self.config.time_conditioning else ()
 
+    @property
+    def stationary_noise(self) -> bool:
+        return self.config.noise_process == "stationary"
+
     def noise_process(
         self, mixing_ratio: float | None = None, noise_schedule: str | None = None, mask_token_id: int | None = None
     ) -> NoiseProcess:
-        """The noise that the model was trained with; see [`DiffusionModel`]. GIDD's has neither k nor a schedule."""
+        """The noise that the model was trained with; see [`DiffusionModel`].
+
+        Raises:
+            ValueError: Also for k or a schedule with GIDD, whose noise has neither.
+        """
         config = self.config
-        if config.noise_process == "stationary":
+        if self.stationary_noise:
             return super().noise_process(mixing_ratio, noise_schedule, mask_token_id)
+        for name, value in (("mixing_ratio", mixing_ratio), ("noise_schedule", noise_schedule)):
+            if value:
+                raise ValueError(
+                    f"{name}={value!r} asks for noise that does not change with time, and that of "
+                    "noise_process='gidd' does; leave it out."
+                )
         mask = config.mask_token_id if mask_token_id is None else mask_token_id
         return GIDDProcess(config.vocab_size, mask, config.p_uniform)
 
