@@ -196,6 +196,7 @@ class Terminal:
         """The child's whole life."""
         status = 1
         torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
         signals, writing = os.pipe()
         passes = came = 0
 
