@@ -228,6 +228,8 @@ class Scorer:
 
     def _process(self, schedule: str) -> NoiseProcess:
         """The model's noise with another schedule, or GIDD's unchanged."""
+        if not self.model.stationary_noise:
+            return self.own
         return self.model.noise_process(self.options.mixing_ratio, schedule)
 
     def _batches(

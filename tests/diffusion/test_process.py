@@ -244,9 +244,9 @@ def test_a_weighting_belongs_to_a_process():
     stationary = StationaryProcess(NoiseKernel(7, 0.5, 3), LinearSchedule())
     ids, t = torch.zeros(1, 2, dtype=torch.long), torch.tensor([0.5])
     assert stationary.weighting_factor(ids, ids, t, "elbo") is None
-    with pytest.raises(ValueError, match=r"loss_weighting='dynamic' is not one of \('elbo',\)"):
+    with pytest.raises(ValueError, match=r"gidd_weighting='dynamic' is not one of \('elbo',\)"):
         stationary.weighting_factor(ids, ids, t, "dynamic")
-    with pytest.raises(ValueError, match="loss_weighting='clip' is for gamma=1, not 2.0"):
+    with pytest.raises(ValueError, match="gidd_weighting='clip' is for gamma=1, not 2.0"):
         GIDDProcess(7, 3, 0.1, 2.0).weighting_factor(ids, ids, t, "clip")
 
 

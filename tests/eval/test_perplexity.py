@@ -9,7 +9,7 @@ import torch
 from models import model_of, save_checkpoint
 from training import arguments
 
-from xdlm_hf import LLaDAForDiffusionLM
+from xdlm_hf import DiTConfig, DiTForDiffusionLM, LLaDAForDiffusionLM
 from xdlm_hf.data.corpora import ZERO_SHOT
 from xdlm_hf.data.detokenizers import lm1b
 from xdlm_hf.data.tokenizer import train_tokenizer
@@ -58,6 +58,20 @@ def test_bound_is_the_trainers_evaluation(tmp_path, tokenizer, k):
     expected = XDLMTrainer(model=model, args=args, eval_dataset=rows, processing_class=tokenizer).evaluate()
     assert found["nelbo"] == pytest.approx(expected["eval_loss"], rel=1e-6)
     assert found["nelbo_standard_error"] == pytest.approx(expected["eval_loss_standard_error"], rel=1e-5)
+
+
+def test_a_gidd_model_is_scored_with_its_own_schedule(tmp_path, tokenizer):
+    sizes = {"hidden_dim": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2, "model_length": 64}
+    noise = {"mask_token_id": tokenizer.mask_token_id, "noise_process": "gidd", "p_uniform": 0.1}
+    model, rows = (
+        DiTForDiffusionLM(DiTConfig(**sizes, **noise, vocab_size=len(tokenizer))).eval(),
+        rows_of(tokenizer, 5),
+    )
+    one = scorer(model, tokenizer, seed=7, nelbo_samples=3, batch_size=4)
+    args = arguments(tmp_path, nelbo_samples=3, per_device_eval_batch_size=4)
+    expected = XDLMTrainer(model=model, args=args, eval_dataset=rows, processing_class=tokenizer).evaluate()
+    assert one.bound(rows)["nelbo"] == pytest.approx(expected["eval_loss"], rel=1e-6)
+    assert math.isfinite(one.released(rows)["nelbo"])
 
 
 def test_values_of_a_model_that_knows_nothing(tokenizer):

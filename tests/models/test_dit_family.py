@@ -25,7 +25,7 @@ from xdlm_hf.training.trainer import XDLMTrainer
 
 SIZES = {"hidden_dim": 32, "cond_dim": 16, "n_blocks": 2, "n_heads": 2, "model_length": 64, "dropout": 0.0}
 SYSTEMS = {
-    "mdlm": ({}, {"mixing_ratio": 0.0}),
+    "mdlm": ({}, {"mixing_ratio": 0.0, "noise_schedule": "loglinear"}),
     "xdlm": ({}, {"mixing_ratio": 0.1}),
     "udlm": ({"mask_token_id": 5}, {"mixing_ratio": 1.0}),
     "gidd": ({"noise_process": "gidd", "p_uniform": 0.1}, {}),
@@ -54,8 +54,7 @@ def test_every_system_trains(tmp_path, system):
     config, options = SYSTEMS[system]
     model = tiny(random=False, **config)
     gidd = config.get("noise_process") == "gidd"
-    noise = {} if gidd else {"noise_schedule": "loglinear"}
-    options = {**noise, "max_steps": 30, "learning_rate": 0.02, "adam_epsilon": 1e-8, **options}
+    options = {"max_steps": 30, "learning_rate": 0.02, "adam_epsilon": 1e-8, **options}
     data = [{"input_ids": [6 + (row + i) % 4 for i in range(12)]} for row in range(16)]
     args = arguments(tmp_path, nelbo_samples=4, **options)
     run = XDLMTrainer(model=model, args=args, train_dataset=data, eval_dataset=data)

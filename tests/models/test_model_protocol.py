@@ -142,7 +142,7 @@ def noisy_batches(run):
 def test_training_with_noise_that_is_not_stationary(tmp_path, model_class, weighting):
     """The loss is that of the process on the same rows, weighted, from logits and fused; the NELBO is finite."""
     model = second(model_class) if model_class is SecondWithGIDD else model_class(tiny_model().config)
-    run = trainer(tmp_path, model=model, max_steps=2, eval_rows=8, t_eps=1e-2, loss_weighting=weighting)
+    run = trainer(tmp_path, model=model, max_steps=2, eval_rows=8, t_eps=1e-2, gidd_weighting=weighting)
     nelbo = run.evaluate()["eval_loss"]
     assert nelbo == trainer(tmp_path, model=model, eval_rows=8).evaluate()["eval_loss"]
     assert run._fused == (model_class is LLaDAWithGIDD)
@@ -176,8 +176,8 @@ def test_training_with_noise_that_is_not_stationary(tmp_path, model_class, weigh
 def test_noise_that_does_not_belong_to_the_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"mixing_ratio and noise_schedule were given, .* GIDDProcess\(.*: leave them"):
         trainer(tmp_path, model=second(SecondWithGIDD), mixing_ratio=0.1, noise_schedule="linear")
-    with pytest.raises(ValueError, match=r"loss_weighting='dynamic' is not one of \('elbo',\), those of Stationary"):
-        trainer(tmp_path, model=second(), loss_weighting="dynamic")
+    with pytest.raises(ValueError, match=r"gidd_weighting='dynamic' is not one of \('elbo',\), those of Stationary"):
+        trainer(tmp_path, model=second(), gidd_weighting="dynamic")
 
 
 def test_evaluation(tmp_path, registered):

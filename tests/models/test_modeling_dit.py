@@ -235,8 +235,10 @@ def test_the_noise_of_a_gidd_config():
     with pytest.raises(ValueError, match="the kernel of GIDDProcess.* changes with time; use noise_process"):
         model.noise_kernel()
     assert model.generate(steps=4, max_new_tokens=8, seed=0).shape == (1, 8)
-    with pytest.raises(ValueError, match=r"mixing_ratio=0.1 does not apply to GIDDProcess\(.* changes with time"):
+    with pytest.raises(ValueError, match="mixing_ratio=0.1 does not apply to noise_process='gidd'"):
         model.generate(steps=4, max_new_tokens=8, mixing_ratio=0.1)
+    with pytest.raises(ValueError, match="noise_schedule='linear' does not apply to noise_process='gidd'"):
+        model.noise_process(noise_schedule="linear")
     # There it is the budget of edits.
     assert model.generate(steps=4, max_new_tokens=8, mixing_ratio=0.1, sampler="confidence").shape == (1, 8)
 

@@ -196,6 +196,7 @@ class Terminal:
         """The child's whole life."""
         status = 1
         torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
         signals, writing = os.pipe()
         passes = came = 0
 
@@ -231,7 +232,7 @@ class Terminal:
         """What is shown up to `text`, from behind what the last call found."""
         end = time.monotonic() + PATIENCE
         while (found := self.shown.find(text, self.position)) < 0:
-            assert time.monotonic() < end, f"{text!r} never came; last shown: {self.shown[-300:]!r}"
+            assert time.monotonic() < end, f"{text!r} never came; {self.state()}; last shown: {self.shown[-300:]!r}"
             if select.select([self.master], [], [], 0.1)[0]:
                 try:
                     self.shown += os.read(self.master, 1 << 16).decode(errors="replace")
@@ -251,6 +252,12 @@ class Terminal:
             assert time.monotonic() < end, f"never at rest: {now}"
             before = now
             time.sleep(0.3)
+
+    def state(self):
+        """What the process waits for, for a message."""
+        status = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        lines = [line for line in status if line.startswith(("State", "Sig", "Shd", "voluntary"))]
+        return " ".join([*lines, Path(f"/proc/{self.pid}/syscall").read_text()])
 
     def scheduling(self):
         """State of the process, and how often it has gone to sleep."""

@@ -103,7 +103,7 @@ class GIDDProcess(NoiseProcess):
         if weighting == "elbo":
             return None
         if self.gamma != 1:
-            raise ValueError(f"loss_weighting={weighting!r} is for gamma=1, not {self.gamma}; use 'elbo'.")
+            raise ValueError(f"gidd_weighting={weighting!r} is for gamma=1, not {self.gamma}; use 'elbo'.")
         t = self._column(t, z_t).double()
         alpha_t = self.alpha(t)
         f_t = alpha_t * (z_t == x_0).double() + self._noise_at(z_t, t)

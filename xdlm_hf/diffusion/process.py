@@ -101,7 +101,7 @@ class NoiseProcess(ABC):
             ValueError: If `weighting` is none of `weightings`.
         """
         if weighting not in self.weightings:
-            raise ValueError(f"loss_weighting={weighting!r} is not one of {self.weightings}, those of {self!r}.")
+            raise ValueError(f"gidd_weighting={weighting!r} is not one of {self.weightings}, those of {self!r}.")
         return None
 
     def posterior(self, p_x0: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> Tensor:

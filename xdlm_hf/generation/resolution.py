@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from ..diffusion.checks import validate_ids
-from ..diffusion.process import StationaryProcess
 from .cache import check_cache_attention
 from .options import REMDM_POLICIES, TABLE, Options, draws, policy
 from .protocol import check_cache, check_conditioning, default_mixing_ratio, output_rows
@@ -314,13 +313,6 @@ def _check_against_model(model: Any, options: Options) -> None:
             f"sampler='ancestral' denoises all positions at once, and {type(model).__name__} has "
             f"attention={model.attention!r}; use sampler='confidence' with the block_length of its training."
         )
-    if options.sampler == "ancestral" and options.mixing_ratio:
-        process = model.noise_process()
-        if not isinstance(process, StationaryProcess):
-            raise ValueError(
-                f"mixing_ratio={options.mixing_ratio} does not apply to {process!r}, whose ratio changes with "
-                "time; leave it out."
-            )
     if options.use_cache:
         check_cache(model, options.use_cache)
         check_cache_attention(model.config._attn_implementation)

@@ -21,7 +21,7 @@ class XDLMTrainingArguments(TrainingArguments):
             model's config. To be left out for a model with noise of another kind, such as GIDD.
         noise_schedule (`str`, *optional*, defaults to `"linear"`): Name in `diffusion.schedules.SCHEDULES`. Stored in
             the model's config. To be left out for a model with noise of another kind.
-        loss_weighting (`str`, *optional*, defaults to `"elbo"`): The bound itself, or for GIDD the released code's
+        gidd_weighting (`str`, *optional*, defaults to `"elbo"`): The bound itself, or for GIDD the released code's
             bounded weights, `"clip"` or `"dynamic"` (`GIDDProcess.weighting_factor`). Evaluation is of the bound.
         t_eps (`float`, *optional*, defaults to `1e-3`): Training times are (1 - t_eps) t + t_eps, t in [0, 1].
         time_sampling (`str`, *optional*, defaults to `"independent"`): One t per row, drawn `"independent"`ly, as in
@@ -61,7 +61,7 @@ class XDLMTrainingArguments(TrainingArguments):
     noise_schedule: str | None = field(
         default=None, metadata={"help": "Noise schedule, e.g. linear or cosine; default: linear."}
     )
-    loss_weighting: str = field(
+    gidd_weighting: str = field(
         default="elbo", metadata={"help": "elbo, or for GIDD the bounded weights clip or dynamic."}
     )
     t_eps: float = field(default=1e-3, metadata={"help": "Training times are (1 - t_eps) t + t_eps."})

@@ -226,7 +226,7 @@ class CheckpointingTrainer(Trainer):
         plain = (
             "mixing_ratio",
             "noise_schedule",
-            "loss_weighting",
+            "gidd_weighting",
             "t_eps",
             "time_sampling",
             "random_length_probability",

@@ -42,7 +42,7 @@ _NEW_RUN = "start a new run from the checkpoint's weights (model_name_or_path) t
 _REFUSED = {
     "mixing_ratio": "the optimizer's state belongs to another objective",
     "noise_schedule": "the optimizer's state belongs to another objective",
-    "loss_weighting": "the optimizer's state belongs to another objective",
+    "gidd_weighting": "the optimizer's state belongs to another objective",
     "tokenizer": "the same ids would mean other text",
     "data": "documents would be seen twice or never",
     "seed": "rows would come in another order, some of them a second time",
@@ -71,7 +71,7 @@ _ALLOWED = {
     "world_size": "the same rows and the same noise, but sums are rounded in another order and dropout is drawn anew",
 }
 # Values for records that are older than an option; other missing ones are not compared.
-_BEFORE = {"random_length_probability": 0.0, "loss_weighting": "elbo", "ema_decay": None}
+_BEFORE = {"random_length_probability": 0.0, "gidd_weighting": "elbo", "ema_decay": None}
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:

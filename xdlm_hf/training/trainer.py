@@ -210,7 +210,7 @@ class XDLMTrainer(CheckpointingTrainer):
         indices, global_batch = batch["sample_index"].tolist(), self.get_total_train_batch_size(self.args)
         batch["z_t"], batch["t"] = self.row_noise.draw(batch["input_ids"], batch["noise_mask"], indices, global_batch)
         weighting = self.process.weighting_factor(
-            batch["input_ids"], batch["z_t"], batch["t"], self.args.loss_weighting
+            batch["input_ids"], batch["z_t"], batch["t"], self.args.gidd_weighting
         )
         if weighting is not None:
             batch["weighting"] = weighting.float()
@@ -326,7 +326,7 @@ def training_process(model: nn.Module, args: XDLMTrainingArguments) -> NoiseProc
     """The noise of a run: with the arguments' k and schedule, or as the model has it if it is of another kind.
 
     Raises:
-        ValueError: If k or schedule are given for such a model, or it has no such `loss_weighting`.
+        ValueError: If k or schedule are given for such a model, or it has no such `gidd_weighting`.
     """
     process = model.noise_process(*((args.mixing_ratio, args.noise_schedule) if model.stationary_noise else ()))
     if args.noise_given and not isinstance(process, StationaryProcess):
@@ -334,9 +334,9 @@ def training_process(model: nn.Module, args: XDLMTrainingArguments) -> NoiseProc
             f"{' and '.join(args.noise_given)} were given, but the model has noise of another kind, {process!r}: "
             "leave them out."
         )
-    if args.loss_weighting not in process.weightings:
+    if args.gidd_weighting not in process.weightings:
         raise ValueError(
-            f"loss_weighting={args.loss_weighting!r} is not one of {process.weightings}, those of {process!r}."
+            f"gidd_weighting={args.gidd_weighting!r} is not one of {process.weightings}, those of {process!r}."
         )
     return process
 

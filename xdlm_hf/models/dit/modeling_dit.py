@@ -312,10 +312,20 @@ class DiTForDiffusionLM(XDLMGenerationMixin, DiTPreTrainedModel):
     def noise_process(
         self, mixing_ratio: float | None = None, noise_schedule: str | None = None, mask_token_id: int | None = None
     ) -> NoiseProcess:
-        """The noise of the training; see [`DiffusionModel`]. GIDD ignores `mixing_ratio` and `noise_schedule`."""
+        """The noise that the model was trained with; see [`DiffusionModel`].
+
+        Raises:
+            ValueError: Also if k or a schedule is given for GIDD, which has neither.
+        """
         config = self.config
-        if config.noise_process == "stationary":
+        if self.stationary_noise:
             return super().noise_process(mixing_ratio, noise_schedule, mask_token_id)
+        for name, value in (("mixing_ratio", mixing_ratio), ("noise_schedule", noise_schedule)):
+            if value:
+                raise ValueError(
+                    f"{name}={value!r} does not apply to noise_process='gidd', whose ratio changes with time and "
+                    "whose schedule is its own; leave it out."
+                )
         mask = config.mask_token_id if mask_token_id is None else mask_token_id
         return GIDDProcess(config.vocab_size, mask, config.p_uniform)
 
