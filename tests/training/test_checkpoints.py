@@ -30,6 +30,7 @@ from training import (
 from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.training import checkpoints
+from xdlm_hf.training.checkpointing import run_record
 from xdlm_hf.training.checkpoints import RUN_RECORD, UNFINISHED, check_same_run, last_whole_checkpoint
 from xdlm_hf.training.checksums import CHECKSUMS, damage, write_checksums
 from xdlm_hf.training.precision import NonFiniteError
@@ -291,7 +292,7 @@ def test_other_changes_of_the_optimization_are_said(finished, adapted, tmp_path,
     model = adapters(**options.pop("lora")) if "lora" in options else None
     run = trainer(tmp_path, model=model, **{**SAVES, **options})
     with caplog.at_level(logging.WARNING, "xdlm_hf.training.checkpoints"):
-        check_same_run(saved / "checkpoint-8", run._run_record(), reshards=True)
+        check_same_run(saved / "checkpoint-8", run_record(run), reshards=True)
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 1 and re.match(f"checkpoint-8 has {message}", warnings[0])
 

@@ -35,6 +35,18 @@ from .ema import ExponentialMovingAverage, named_in_config
 from .precision import NonFiniteError, first_of, non_finite_weights
 from .preemption import Preempted, SaveOnRequest
 
+# Arguments in the record of a run as they are.
+_RECORDED = (
+    "mixing_ratio",
+    "noise_schedule",
+    "gidd_weighting",
+    "t_eps",
+    "time_sampling",
+    "random_length_probability",
+    "noise_seed",
+    "ema_decay",
+)
+
 
 class CheckpointingTrainer(Trainer):
     """Transformers' Trainer with atomic checkpoints, exact resuming (of streams too) and saving on SIGTERM.
@@ -119,7 +131,7 @@ class CheckpointingTrainer(Trainer):
                 raise ValueError(f"output_dir={str(self.args.output_dir)!r} holds no complete checkpoint to resume.")
         checkpoint = Path(checkpoint)
         reshards = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        check_same_run(checkpoint, self._run_record(), reshards, shared, self.args.accept_repaired_data, verified)
+        check_same_run(checkpoint, run_record(self), reshards, shared, self.args.accept_repaired_data, verified)
         if self.ema is not None:
             self.ema.load(checkpoint, self._unwrapped_model())
         if not isinstance(self.train_dataset, PackedStream):
@@ -218,34 +230,6 @@ class CheckpointingTrainer(Trainer):
                 f"The last whole checkpoint is {last.name if last else 'none'}; lower learning_rate, or check the data."
             )
 
-    def _run_record(self) -> dict[str, Any]:
-        """The record that `check_same_run` compares, as JSON."""
-        args, data = self.args, self.train_dataset
-        stream = isinstance(data, PackedStream)
-        fingerprint = getattr(data, "fingerprint", None) or {"rows": len(data) if has_length(data) else None}
-        plain = (
-            "mixing_ratio",
-            "noise_schedule",
-            "gidd_weighting",
-            "t_eps",
-            "time_sampling",
-            "random_length_probability",
-        )
-        model = self._unwrapped_model()
-        return {
-            **{name: getattr(args, name) for name in plain},
-            **optimization_record(args, model, self._optimizer_given),
-            "noise_seed": args.noise_seed,
-            "ema_decay": args.ema_decay,
-            "seed": None if stream else args.seed if args.data_seed is None else args.data_seed,
-            "global_batch_size": self.get_total_train_batch_size(args),
-            "world_size": args.world_size,
-            "readers": f"{args.world_size}x{max(1, args.dataloader_num_workers)}" if stream else None,
-            "tokenizer": tokenizer_checksum(self.processing_class),
-            "data": json.loads(json.dumps(fingerprint)),
-            "weights_only": args.save_only_model,
-        }
-
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = Path(super()._get_output_dir(trial))
         return str(run_dir / UNFINISHED if self._saving else run_dir)
@@ -301,13 +285,31 @@ class CheckpointingTrainer(Trainer):
             self.state.best_model_checkpoint = str(folder) if found else None
         if self.args.should_save:
             self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-            (unfinished / RUN_RECORD).write_text(json.dumps(self._run_record(), indent=1), encoding="utf-8")
+            (unfinished / RUN_RECORD).write_text(json.dumps(run_record(self), indent=1), encoding="utf-8")
 
     def _unwrapped_model(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _all_sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum")
+
+
+def run_record(trainer: CheckpointingTrainer) -> dict[str, Any]:
+    """The record that `check_same_run` compares, as JSON."""
+    args, data, model = trainer.args, trainer.train_dataset, trainer._unwrapped_model()
+    stream = isinstance(data, PackedStream)
+    fingerprint = getattr(data, "fingerprint", None) or {"rows": len(data) if has_length(data) else None}
+    return {
+        **{name: getattr(args, name) for name in _RECORDED},
+        **optimization_record(args, model, trainer._optimizer_given),
+        "seed": None if stream else args.seed if args.data_seed is None else args.data_seed,
+        "global_batch_size": trainer.get_total_train_batch_size(args),
+        "world_size": args.world_size,
+        "readers": f"{args.world_size}x{max(1, args.dataloader_num_workers)}" if stream else None,
+        "tokenizer": tokenizer_checksum(trainer.processing_class),
+        "data": json.loads(json.dumps(fingerprint)),
+        "weights_only": args.save_only_model,
+    }
 
 
 def model_bytes(model: nn.Module, trained_only: bool = False) -> int:

@@ -70,12 +70,11 @@ class XDLMTrainer(CheckpointingTrainer):
 
     `evaluate()` reports, under the usual prefix: `loss`, the NELBO in nats per token; `loss_standard_error` over rows
     (conservative: noise levels are stratified); `perplexity` = exp(NELBO) and `perplexity_standard_error`; `tokens`.
-    It depends on the noise seed and the data, not on batch size or the number of processes. With `ema_decay` it is the
-    NELBO of the averaged weights, also during training, and the logged training loss that of the weights themselves.
+    It depends on the noise seed and the data, not on batch size or the number of processes. With `ema_decay` it is that
+    of the averaged weights, also during training.
 
-    Training logs the figures of `metrics`. A loss or gradient that is not finite stops the run with an error that names
-    step, rows and times. Weights are checked before each save, so that no checkpoint and no model holds a NaN.
-    Checkpoints are atomic, and a resumed run equals the uninterrupted one bit for bit; see `checkpoints`.
+    Training logs the figures of `metrics`. A loss or gradient that is not finite stops the run, and weights that are
+    not finite are not saved. Checkpoints are atomic, and a resumed run equals the uninterrupted one bit for bit.
 
     Args:
         model: A `DiffusionModel`, or a peft model of it; its noise is `noise_process(mixing_ratio, noise_schedule)`.
@@ -111,7 +110,7 @@ class XDLMTrainer(CheckpointingTrainer):
             raise ValueError(f"args must be XDLMTrainingArguments, got {type(args).__name__}.")
         check_trainable(model)
         self.process = training_process(model, args)
-        self._absorbing_ids = self.process.noise(torch.ones(1, 1, dtype=torch.float64)).absorbing_ids  # at any time
+        self._absorbing_ids = absorbing_ids(self.process)
         self._timesteps = model.timesteps if "timesteps" in model.conditioning else None
         stratified = args.time_sampling == "stratified"
         self.row_noise = RowNoise(self.process, args.noise_seed, args.t_eps, stratified, args.random_length_probability)
@@ -124,8 +123,7 @@ class XDLMTrainer(CheckpointingTrainer):
             check_offload(args)
         self._fused = uses_fused_loss(model, args.fused_loss)
         if data_collator is None:
-            mask_token_id = self.process.mask_token_id if self._absorbing_ids else None
-            data_collator = _collator(mask_token_id, processing_class, model.config)
+            data_collator = _collator(self.process, processing_class, model.config)
         self.metrics = _metrics(model, args)
         if isinstance(self.process, StationaryProcess):  # other noise has no k and no schedule to store
             model.config.mixing_ratio = args.mixing_ratio
@@ -192,9 +190,7 @@ class XDLMTrainer(CheckpointingTrainer):
 
     def _random_length(self, step: int) -> int | None:
         """Length to which the rows of a step are cut; None for whole rows."""
-        if not self.args.random_length_probability:
-            return None
-        return self.row_noise.length(step, self.train_dataset.length)
+        return self.row_noise.length(step, self.train_dataset.length) if self.args.random_length_probability else None
 
     def _place_rows(self, batch: dict[str, Tensor], number: int) -> None:
         """Add `sample_index`, and give rows that only fill up the last global batch of an epoch no weight."""
@@ -341,6 +337,11 @@ def training_process(model: nn.Module, args: XDLMTrainingArguments) -> NoiseProc
     return process
 
 
+def absorbing_ids(process: NoiseProcess) -> tuple[int, ...]:
+    """Tokens with noise of their own, such as [MASK]; the same at all times."""
+    return process.noise(torch.ones(1, 1, dtype=torch.float64)).absorbing_ids
+
+
 def _metrics(model: nn.Module, args: XDLMTrainingArguments) -> TrainingMetrics:
     """Metrics of the run; operations are counted before the weights are sharded over processes."""
     fixed = flops_per_token(model, 0)
@@ -351,14 +352,14 @@ def _metrics(model: nn.Module, args: XDLMTrainingArguments) -> TrainingMetrics:
     )
 
 
-def _collator(mask_token_id: int | None, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> DiffusionCollator:
+def _collator(process: NoiseProcess, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> DiffusionCollator:
     """A collator with the tokenizer's, else the model's padding id, which refuses the mask id, if any, in the text.
 
     Without a padding id, 0 is used: padding is neither attended to, noised nor scored.
     """
     candidates = (getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None))
     pad_token_id = next((token_id for token_id in candidates if token_id is not None), 0)
-    return DiffusionCollator(pad_token_id, mask_token_id)
+    return DiffusionCollator(pad_token_id, process.mask_token_id if absorbing_ids(process) else None)
 
 
 def _list_rows(indices: Iterable[int], times: Iterable[float]) -> str:
