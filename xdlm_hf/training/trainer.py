@@ -80,13 +80,12 @@ class XDLMTrainer(CheckpointingTrainer):
         model: A `DiffusionModel`, or a peft model of it; its noise is `noise_process(mixing_ratio, noise_schedule)`.
             Both are stored in its config if that is a `StationaryProcess`; others ignore them. With "timesteps" in its
             `conditioning` it is given `model.timesteps(t)`.
-        args: Arguments of the run.
         data_collator: By default a `DiffusionCollator` with the tokenizer's, else the model's padding id.
         train_dataset: Rows with `input_ids`: a `PackedDataset`, a `PackedStream` (built for this rank, repeating;
             needs `max_steps`), or any dataset of such rows.
         eval_dataset: As above, with a length.
         processing_class: The tokenizer; saved with the model.
-        callbacks, optimizers: As in `Trainer`.
+        args, callbacks, optimizers: As in `Trainer`.
 
     Raises:
         ValueError: If k < 1 and the model has no mask token, the model needs class labels, the tokenizer does not
