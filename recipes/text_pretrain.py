@@ -2,22 +2,23 @@
 
 The network and the data are the same for every run; only the noise differs. At k = 0 tokens become [MASK] (MDLM), at
 k = 1 any token of the vocabulary (UDLM), in between one or the other (XDLM). GIDD's mixture changes with time. The
-loss is the bound of Eq. 15, for GIDD its own bound, by default with the weights of the released code.
+loss is the bound of Eq. 15; for GIDD it is its own bound, in these configs with the weights of the released code.
 
-The paper's runs, 8 GPUs with 80 GB, in recipes/configs/text/{owt,lm1b,text8}_{mdlm,udlm,gidd,xdlm}.yaml:
+The paper's runs, 8 GPUs with 80 GB, in recipes/configs/text/{owt,lm1b}_{mdlm,udlm,gidd,xdlm}.yaml (text8 is ours):
 
     accelerate launch --num_processes 8 recipes/text_pretrain.py --config recipes/configs/text/owt_xdlm.yaml
 
-`--mixing_ratio 0.5` makes another row of the tables. Expected time on 8 H800, computed from the paper's Table 17: 5.5
-days for OpenWebText (5.2e11 tokens), 17 hours for LM1B (6.6e10 tokens). Expected result: Tables 7 to 11, e.g. a
-validation perplexity of 24.1 at k = 0.1 on OpenWebText. `--plan` prints parameters, operations and memory first.
+`--mixing_ratio 0.5 --output_dir ...` makes another row of the tables. Expected time on 8 H800, computed from the
+paper's Table 17: 5.5 days for OpenWebText (5.2e11 tokens), 17 hours for LM1B (6.6e10). Expected result: Tables 7 to 11,
+e.g. a validation perplexity of 24.1 at k = 0.1 on OpenWebText. `--plan` prints what a run needs.
 
 owt_from_mdlm.yaml trains a published model further at another k.
 
 Local files take a corpus' place, with the same detokenizer and cutting. A small run on one process:
 
     python recipes/text_pretrain.py --config recipes/configs/text/text8_xdlm.yaml --config_name small.json \
-        --data_files my_text.txt --bf16 false --per_device_train_batch_size 32 --global_batch_size 32
+        --data_files my_text.txt --sequence_length 128 --max_steps 2000 --bf16 false --use_cpu true \
+        --per_device_train_batch_size 32 --global_batch_size 32 --output_dir outputs/small
 
 It writes to `output_dir`: the model with the average of the weights (`ema_decay`), as `save_pretrained` does, the
 tokenizer, trainer_state.json with every logged figure, and checkpoint-* folders, which `xdlm-perplexity` and
@@ -37,7 +38,7 @@ from xdlm_hf.data.text8 import text8_tokenizer
 from xdlm_hf.data.wrapping import set_boundary_tokens
 from xdlm_hf.training.arguments import XDLMTrainingArguments
 from xdlm_hf.training.processes import run_script
-from xdlm_hf.training.trainer import XDLMTrainer
+from xdlm_hf.training.trainer import XDLMTrainer, training_process
 
 MASK = "[MASK]"  # added to a tokenizer without a mask token, such as GPT-2's
 
@@ -58,7 +59,7 @@ class CorpusArguments:
         default=False, metadata={"help": "Cut rows as the released code does, in memory; see xdlm_hf.data.wrapping."}
     )
     streaming: bool | None = field(
-        default=None, metadata={"help": "Read while training; default: corpora of the Hub except text8."}
+        default=None, metadata={"help": "Tokenize while training; default: corpora of the Hub except text8."}
     )
     shuffle_buffer: int = field(default=10_000, metadata={"help": "Documents shuffled together when streaming."})
     validation_rows: int | None = field(default=None, metadata={"help": "At most so many rows for evaluation."})
@@ -83,6 +84,12 @@ def check(options: CorpusArguments, args: XDLMTrainingArguments) -> None:
         raise ValueError("corpus='text8' is cut in memory; leave streaming out.")
     if options.streamed and args.max_steps <= 0:
         raise ValueError(f"max_steps={args.max_steps}: a stream has no end, so the number of steps must be given.")
+    if options.validation_rows is not None and options.validation_rows < 1:
+        raise ValueError(f"validation_rows={options.validation_rows} must be at least 1; leave it out for all.")
+    if options.data_files is None and options.text_column is not None:
+        raise ValueError(f"text_column={options.text_column!r} is for data_files; leave it out.")
+    if options.data_files is not None and options.corpus_revision is not None:
+        raise ValueError(f"corpus_revision={options.corpus_revision!r} is for the Hub; leave it out with data_files.")
     if options.validation_files is not None and (options.data_files is None or options.corpus == "text8"):
         raise ValueError(
             f"validation_files={options.validation_files} goes with data_files, and not with text8, whose validation "
@@ -90,8 +97,8 @@ def check(options: CorpusArguments, args: XDLMTrainingArguments) -> None:
         )
     if args.eval_strategy != "no" and not evaluates(options):
         raise ValueError(
-            f"eval_strategy={args.eval_strategy!r} with data_files={options.data_files} needs validation_files; give "
-            "them, or eval_strategy no."
+            f"eval_strategy={args.eval_strategy.value!r} with data_files={options.data_files} needs validation_files; "
+            "give them, or eval_strategy no."
         )
 
 
@@ -122,7 +129,7 @@ def load_rows(
         "tokenizer": tokenizer,
         "length": options.sequence_length,
         "released": options.released_rows,
-        "insert_eos": None if options.corpus == "text8" else True,
+        "insert_eos": options.released_rows or options.corpus != "text8",
         "show_progress": args.process_index == 0 and not args.disable_tqdm,
     }
     validation = None
@@ -163,12 +170,13 @@ def parse(argv: list[str]) -> tuple[ModelArguments, CorpusArguments, XDLMTrainin
 
 def main(argv: list[str] | None = None) -> XDLMTrainer | None:
     model_options, options, args, plan = parse(sys.argv[1:] if argv is None else argv)
+    check(options, args)
     if plan.plan:
         return recipe.show_plan(plan, model_options, args, options.sequence_length)
-    check(options, args)
     resume = recipe.resume_point(args)
     tokenizer = load_tokenizer(options, model_options)
     model = recipe.load_model(model_options, args, tokenizer, options.sequence_length)
+    training_process(model, args)  # refuses what the trainer would, before data are read
     train_rows, validation_rows = load_rows(options, tokenizer, args)
     return recipe.train(model, model_options, args, tokenizer, train_rows, validation_rows, resume)
 

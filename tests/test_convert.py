@@ -123,7 +123,8 @@ def test_class_tables_and_gidd():
     model = DiTForDiffusionLM(DiTConfig(**sizes))
     for weights in (model.state_dict(), list(model.parameters())):
         found = released_dit(
-            weights, {"n_heads": 2, "noise_process": "gidd", "p_uniform": 0.2, "time_conditioning": True}
+            weights,
+            {"n_heads": 2, "model_length": 8, "noise_process": "gidd", "p_uniform": 0.2, "time_conditioning": True},
         )
         assert found.config.num_classes == 5 and found.conditioning == ("timesteps",)
         assert found.noise_process().p_uniform == 0.2

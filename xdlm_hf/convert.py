@@ -60,7 +60,9 @@ def released_dit(weights: Mapping[str, Tensor] | Sequence[Tensor], config: Mappi
             raise ValueError(f"{name}={given[name]} contradicts the shapes, which give {fields[name]}; leave it out.")
     udlm = given.get("mixing_ratio") == 1
     fields |= {"time_conditioning": False, "mask_token_id": None if udlm else _MASKS.get(fields["vocab_size"])}
-    known = {"n_heads": _HEADS.get(fields["hidden_dim"]), "model_length": _LENGTHS.get(fields["vocab_size"])}
+    gidd = given.get("noise_process") == "gidd"  # its models have another length than the paper's
+    length = None if gidd else _LENGTHS.get(fields["vocab_size"])
+    known = {"n_heads": _HEADS.get(fields["hidden_dim"]), "model_length": length}
     fields = {**{name: value for name, value in known.items() if value is not None}, **fields, **given}
     for name in known:
         if name not in fields:

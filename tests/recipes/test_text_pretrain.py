@@ -33,8 +33,8 @@ def files(tmp_path_factory):
     tokenizer = train_tokenizer(SENTENCES, 270)
     tokenizer.mask_token = None
     tokenizer.save_pretrained(folder / "tokenizer")
-    for name in ("dit_small", "dit_small_gidd"):
-        published = json.loads((CONFIGS / "models" / f"{name}.json").read_text())
+    for name, file in (("stationary", "dit_small_text8"), ("gidd", "dit_small_text8_gidd")):
+        published = json.loads((CONFIGS / "models" / f"{file}.json").read_text())
         (folder / f"{name}.json").write_text(json.dumps({**published, **SMALL}))
     return folder
 
@@ -42,7 +42,7 @@ def files(tmp_path_factory):
 def options(files, name, output_dir, **changes):
     chosen = {
         "config": CONFIGS / "text" / f"{name}.yaml",
-        "config_name": files / ("dit_small_gidd.json" if name.endswith("gidd") else "dit_small.json"),
+        "config_name": files / ("gidd.json" if name.endswith("gidd") else "stationary.json"),
         "output_dir": output_dir,
         "sequence_length": 24,
         "max_steps": 3,
@@ -80,6 +80,8 @@ def test_every_config_is_the_papers(path, monkeypatch):
     assert sizes == {"hidden_dim": 768, "n_blocks": 12, "n_heads": 12, "cond_dim": 128, "dropout": 0.1}
     assert (args.learning_rate, args.warmup_steps, args.max_steps, args.ema_decay) == (3e-4, 2500, 1_000_000, 0.9999)
     assert (args.weight_decay, args.adam_beta1, args.adam_beta2, args.max_grad_norm, args.seed) == (0, 0.9, 0.999, 1, 1)
+    rows = {"owt": 50258, "lm1b": 30522, "text8": 35}[name]
+    assert (config.model_length, config.vocab_size) == (corpus.sequence_length, rows)
     assert args.output_dir == f"outputs/{name}-{system}"
     if system == "gidd":
         assert not args.noise_given and args.gidd_weighting == "dynamic"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from ..diffusion.gidd import GIDDProcess
 from ..diffusion.schedules import get_schedule
 
 _NOISE_DEFAULTS = {"mixing_ratio": 0.1, "noise_schedule": "linear"}
@@ -132,6 +133,10 @@ class XDLMTrainingArguments(TrainingArguments):
         if not 0 <= self.t_eps < 1:
             raise ValueError(f"t_eps={self.t_eps} must lie in [0, 1); the paper uses 1e-3.")
         get_schedule(self.noise_schedule)
+        if self.gidd_weighting not in GIDDProcess.weightings:
+            raise ValueError(
+                f"gidd_weighting={self.gidd_weighting!r} is not known; choose one of {GIDDProcess.weightings}."
+            )
         if self.time_sampling not in TIME_SAMPLING:
             raise ValueError(f"time_sampling={self.time_sampling!r} is not known; choose one of {TIME_SAMPLING}.")
         for name in ("per_device_train_batch_size", "nelbo_samples", "loss_chunk_size", "global_batch_size"):

@@ -172,6 +172,10 @@ class DiTConfig(PreTrainedConfig):
                     f"p_uniform={self.p_uniform} is GIDD's share of uniform noise; use noise_process='gidd', or "
                     "mixing_ratio for a ratio that is constant in time."
                 )
+            if self.mixing_ratio < 1 and self.mask_token_id is None:
+                raise ValueError(
+                    f"mixing_ratio={self.mixing_ratio} needs a mask_token_id; pass the tokenizer's, or mixing_ratio=1."
+                )
             get_schedule(self.noise_schedule)
             return
         if self.mixing_ratio:

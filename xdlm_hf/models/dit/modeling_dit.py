@@ -321,7 +321,7 @@ class DiTForDiffusionLM(XDLMGenerationMixin, DiTPreTrainedModel):
         if self.stationary_noise:
             return super().noise_process(mixing_ratio, noise_schedule, mask_token_id)
         for name, value in (("mixing_ratio", mixing_ratio), ("noise_schedule", noise_schedule)):
-            if value:
+            if value:  # generation passes k = 0 for every model without one
                 raise ValueError(
                     f"{name}={value!r} does not apply to noise_process='gidd', whose ratio changes with time and "
                     "whose schedule is its own; leave it out."
