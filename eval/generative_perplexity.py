@@ -39,6 +39,17 @@ from xdlm_hf.evaluation.text_models import (
 EXACT = "exact"
 RELEASED = "reference_compat: the released grid and noise (float32, UDLM float64), one more pass than steps"
 JUDGE = "gpt2-large"
+# Options of generate() that the command sets itself, and what to do instead of passing them in --generate.
+OWN_OPTIONS = {
+    "steps": "pass --steps",
+    "max_new_tokens": "pass --length",
+    "num_return_sequences": "pass --samples and --batch_size",
+    "generator": "pass --seed",
+    "seed": "pass --seed",
+    "return_dict_in_generate": "leave it out; the samples go to --save_texts",
+    "reference_compat": "pass --reference_compat",
+    "mixing_ratio": "pass --mixing_ratio",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -95,7 +106,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         **identity(options, model, average),
         "samples": options.samples,
         "seed": options.seed,
-        "sampling": RELEASED if options.reference_compat else EXACT,
+        "sampling": sampling(options),
         "generate": {"sampler": "ancestral", **options.generate},
         "judge": judge.description,
         "held_out": None,
@@ -124,12 +135,23 @@ def check_options(options: argparse.Namespace) -> None:
     check_positive(options, "samples", "steps", "length", "batch_size", "judge_batch_size", "ngram_order")
     if not isinstance(options.generate, dict):
         raise ValueError(f"--generate {options.generate!r} must be a JSON object of options of generate().")
+    for name in options.generate:
+        if name in OWN_OPTIONS:
+            raise ValueError(f"--generate cannot set {name!r}, which the command sets itself; {OWN_OPTIONS[name]}.")
     for name in ("corpus_files", "text_column"):
         if getattr(options, name) is not None and options.corpus is None:
             raise ValueError(f"--{name} is for held-out text; pass --corpus, too.")
     for path in (options.output, options.save_texts):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}.")
+
+
+def sampling(options: argparse.Namespace) -> str:
+    """How samples are drawn, for the report: only the ancestral sampler is exact."""
+    sampler = options.generate.get("sampler", "ancestral")
+    if sampler == "ancestral":
+        return RELEASED if options.reference_compat else EXACT
+    return ("reference_compat: " if options.reference_compat else "") + f"the {sampler} sampler (not exact)"
 
 
 def load_judge(options: argparse.Namespace) -> Judge:

@@ -168,6 +168,13 @@ def test_options_of_generation_are_passed_on(folders):
         run(folders, "--generate", '{"colour": "red"}')
 
 
+@pytest.mark.parametrize(("flags", "start"), [([], ""), (["--reference_compat"], "reference_compat: ")])
+def test_another_sampler_is_not_called_exact(folders, capsys, flags, start):
+    report = run(folders, "--generate", '{"sampler": "confidence"}', *flags)
+    assert report["sampling"] == f"{start}the confidence sampler (not exact)"
+    assert f"Sampling: {report['sampling']}." in capsys.readouterr().out
+
+
 def test_held_out_text_and_published_values_stand_beside(folders, capsys):
     judge = f"ngram:{folders / 'text.txt'}"
     options = {"corpus": "lm1b", "corpus_files": folders / "text.txt", "judge": judge, "ngram_order": 3}
@@ -209,6 +216,14 @@ BAD = [
     (["--tokenizer", "text8"], "the tokenizer's mask token|output layer"),
     (["--corpus", "lm1b", "--corpus_files", "{root}/none.txt"], "matches no file"),
     (["--generate", "[1]"], "must be a JSON object"),
+    (["--generate", '{"steps": 4}'], "--generate cannot set 'steps', which the command sets itself; pass --steps"),
+    (["--generate", '{"max_new_tokens": 4}'], "cannot set 'max_new_tokens', .*; pass --length"),
+    (["--generate", '{"num_return_sequences": 4}'], "cannot set 'num_return_sequences', .*; pass --samples and"),
+    (["--generate", '{"generator": 4}'], "cannot set 'generator', .*; pass --seed"),
+    (["--generate", '{"seed": 4}'], "cannot set 'seed', .*; pass --seed"),
+    (["--generate", '{"return_dict_in_generate": true}'], "cannot set 'return_dict_in_generate', .*; leave it out"),
+    (["--generate", '{"reference_compat": true}'], "cannot set 'reference_compat', .*; pass --reference_compat"),
+    (["--generate", '{"mixing_ratio": 0.5}'], "cannot set 'mixing_ratio', .*; pass --mixing_ratio"),
     (["--device", "abacus"], "--device abacus is not known"),
 ]
 
