@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import matplotlib
 
 from xdlm_hf.evaluation import published_text as published
+from xdlm_hf.evaluation.generative_perplexity import EXACT, RELEASED
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -137,9 +138,11 @@ def by_steps(samples: Iterable[dict[str, Any]], corpus: str | None, figure: str)
         curves.append(Curve(label(report), steps, [cell[figure] for cell in cells], errors))
         if report["held_out"]:
             value = report["held_out"][figure]
-            curves.append(Curve(f"text, {report['held_out']['corpus']}", [steps[0], steps[-1]], [value, value]))
-    # Reports of one corpus have the same text.
-    return list({curve.label: curve for curve in curves}.values())
+            line = Curve(f"text, {report['held_out']['corpus']}", [steps[0], steps[-1]], [value, value])
+            # Reports of one corpus have the same text.
+            if not any((line.label, line.y) == (curve.label, curve.y) for curve in curves):
+                curves.append(line)
+    return curves
 
 
 def pareto(
@@ -202,9 +205,16 @@ def _measured_training(cells: Iterable[tuple[dict[str, Any], float, float]]) -> 
 
 
 def label(report: dict[str, Any]) -> str:
-    """Row of the paper and, for samples, how they were drawn."""
-    released = ", released sampler" if report["sampling"].startswith("reference_compat") else ""
-    return f"{report['row']} ({Path(report['model']).name}{released})"
+    """Row of the paper, model and how its samples were drawn."""
+    return f"{report['row']} ({report['model']}{_drawn(report)})"
+
+
+def _drawn(report: dict[str, Any]) -> str:
+    """How samples were drawn, for a label: nothing for exact sampling, or a report without samples."""
+    sampling = report.get("sampling", EXACT)
+    if sampling == RELEASED:
+        return ", released sampler"
+    return "" if sampling == EXACT else f", {sampling}"
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from xdlm_hf.evaluation import text_figures
+from xdlm_hf.evaluation.generative_perplexity import RELEASED
 from xdlm_hf.evaluation.text_figures import Curve, by_steps, likelihoods_by_training, pareto, samples_by_training
 
 
@@ -23,17 +24,29 @@ def likelihoods(model, perplexity, row="XDLM k=0.1"):
 
 
 def test_curves_hold_the_values_of_the_reports():
-    found = by_steps([samples("out/a"), samples("out/b", sampling="reference_compat: ...")], None, "perplexity")
+    found = by_steps([samples("out/a"), samples("out/b", sampling=RELEASED)], None, "perplexity")
     assert [curve.label for curve in found] == [
-        "XDLM k=0.1 (a)",
+        "XDLM k=0.1 (out/a)",
         "text, openwebtext",
-        "XDLM k=0.1 (b, released sampler)",
+        "XDLM k=0.1 (out/b, released sampler)",
     ]
     assert found[0].x == [8, 32, 128] and found[0].y == pytest.approx([112.5, 28.125, 7.03125])
     assert found[0].errors == pytest.approx([1.125, 0.28125, 0.0703125]) and found[1].y == [20.0, 20.0]
     assert by_steps([samples("out/a")], None, "entropy")[0].errors == [0, 0, 0]
     both = pareto([samples("out/a"), samples("out/b")], [likelihoods("out/a", 54.0)], None, 32)
-    assert both == [Curve("XDLM k=0.1 (a)", [54.0], [28.125], [0.28125])]
+    assert both == [Curve("XDLM k=0.1 (out/a)", [54.0], [28.125], [0.28125])]
+
+
+def test_models_whose_folders_have_the_same_name_have_a_curve_each():
+    models = ["out/owt/checkpoint-5", "out/lm1b/checkpoint-5"]
+    found = by_steps([samples(model) for model in models], None, "perplexity")
+    labels = [curve.label for curve in found]
+    assert labels == [f"XDLM k=0.1 ({models[0]})", "text, openwebtext", f"XDLM k=0.1 ({models[1]})"]
+    other = samples("out/b", sampling="the confidence sampler (not exact)")
+    other["held_out"]["perplexity"] = 30.0  # of another judge
+    labels = [curve.label for curve in by_steps([samples("out/a"), other], None, "perplexity")]
+    assert labels[2] == "XDLM k=0.1 (out/b, the confidence sampler (not exact))"
+    assert labels[1] == labels[3] == "text, openwebtext"
 
 
 def test_training_curves_join_the_checkpoints_of_a_row():
