@@ -195,13 +195,14 @@ def _published_training(table: dict[str, dict[str, float]]) -> list[Curve]:
 
 
 def _measured_training(cells: Iterable[tuple[dict[str, Any], float, float]]) -> list[Curve]:
-    """One curve for each row of the paper, from reports of its checkpoints."""
+    """One curve for each run and way of sampling, from reports of the run's checkpoints."""
     runs: dict[str, list[tuple[float, float, float]]] = {}
     for report, value, error in cells:
         step = re.search(r"checkpoint-(\d+)/?$", report["model"])
         if step is not None:
-            runs.setdefault(report["row"], []).append((float(step[1]), value, error))
-    return [Curve(row, *map(list, zip(*sorted(points), strict=True))) for row, points in runs.items()]
+            run = label({**report, "model": str(Path(report["model"]).parent)})
+            runs.setdefault(run, []).append((float(step[1]), value, error))
+    return [Curve(run, *map(list, zip(*sorted(points), strict=True))) for run, points in runs.items()]
 
 
 def label(report: dict[str, Any]) -> str:

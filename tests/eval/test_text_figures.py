@@ -49,10 +49,18 @@ def test_models_whose_folders_have_the_same_name_have_a_curve_each():
     assert labels[1] == labels[3] == "text, openwebtext"
 
 
-def test_training_curves_join_the_checkpoints_of_a_row():
+def test_training_curves_join_the_checkpoints_of_a_run():
     models = [f"out/a/checkpoint-{step}" for step in (20, 9)]
     (curve,) = samples_by_training([samples(model) for model in [*models, "out/a"]], None)
-    assert curve.x == [9, 20] and curve.label == "XDLM k=0.1"
+    assert curve.x == [9, 20] and curve.label == "XDLM k=0.1 (out/a)"
+    others = [samples("out/b/checkpoint-20"), samples(models[0], sampling=RELEASED), samples(models[0], row="MDLM")]
+    curves = samples_by_training([*map(samples, models), *others], None)
+    assert [(curve.label, curve.x) for curve in curves] == [
+        ("XDLM k=0.1 (out/a)", [9, 20]),
+        ("XDLM k=0.1 (out/b)", [20]),
+        ("XDLM k=0.1 (out/a, released sampler)", [20]),
+        ("MDLM (out/a)", [20]),
+    ]
     (curve,) = likelihoods_by_training([likelihoods(models[0], 50.0), likelihoods(models[1], 60.0)], None)
     assert (curve.x, curve.y, curve.errors) == ([9, 20], [60, 50], [0.5, 0.5])
 
