@@ -17,7 +17,7 @@ from xdlm_hf.evaluation.generative_perplexity import EXACT, main
 from xdlm_hf.evaluation.published_text import published_samples
 from xdlm_hf.evaluation.text_judges import CausalJudge, NgramJudge, entropies, perplexity
 from xdlm_hf.evaluation.text_models import row_name
-from xdlm_hf.training.ema import EMA_FILE, ExponentialMovingAverage
+from xdlm_hf.training.ema import EMA_FILE, ExponentialMovingAverage, named_in_config
 
 LENGTH = 16
 TEXT = "the cat sat on the mat and the dog ran after the cat "
@@ -203,6 +203,16 @@ def test_a_checkpoints_average_is_what_is_measured(folders):
         (checkpoint / EMA_FILE).unlink()
     assert averaged["weights"] == "the average in ema.safetensors" and averaged["cells"] != plain
     assert trained["weights"] == "as saved" and trained["cells"] == plain
+
+
+def test_the_average_of_a_final_model_is_named_and_its_trained_weights_are_refused(folders, tokenizer):
+    final = model_of(tokenizer, mixing_ratio=0.1, max_sequence_length=64)
+    with named_in_config(final.config, 0.9):
+        save_checkpoint(folders / "final", final, tokenizer)
+    assert run(folders, model=folders / "final")["weights"] == "as saved, an average (ema_decay=0.9)"
+    message = r"--trained_weights: the weights of '.*final' are an average \(ema_decay=0.9\).* pass a checkpoint-N folder"
+    with pytest.raises(SystemExit, match=message):
+        run(folders, "--trained_weights", model=folders / "final")
 
 
 BAD = [
