@@ -1,6 +1,7 @@
 """Pictures of the paper's text figures from reports."""
 
 import json
+import math
 
 import pytest
 
@@ -35,6 +36,9 @@ def test_curves_hold_the_values_of_the_reports():
     assert by_steps([samples("out/a")], None, "entropy")[0].errors == [0, 0, 0]
     both = pareto([samples("out/a"), samples("out/b")], [likelihoods("out/a", 54.0)], None, 32)
     assert both == [Curve("XDLM k=0.1 (out/a)", [54.0], [28.125], [0.28125])]
+    # A path may end in a slash, and a model may be measured as another row by --mixing_ratio.
+    again = [likelihoods("out/a/", 54.0), likelihoods("out/a", 60.0, row="UDLM")]
+    assert pareto([samples("out/a")], again, None, 32) == both
 
 
 def test_models_whose_folders_have_the_same_name_have_a_curve_each():
@@ -87,12 +91,30 @@ def test_reports_are_drawn(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"steps.png", "pareto.png", "training.png"}
 
 
+AGAIN = "run the command again with --output"
+
+
+def without(report, name):
+    return {key: value for key, value in report.items() if key != name}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "cannot be read as a report"),
-        ('{"row": "MDLM"}', "is no report of xdlm-gen-ppl or xdlm-perplexity"),
-        (None, "nothing to draw; pass reports, or --corpus"),
+        ('{"row": "MDLM"}', f"is no report of xdlm-gen-ppl or xdlm-perplexity; {AGAIN}"),
+        (json.dumps(likelihoods("a", 54.0) | {"zero_shot_average": {}}), f"is no whole report, at 'bound'; {AGAIN}"),
+        (json.dumps(likelihoods("a", math.inf)), f"has the value inf, which cannot be drawn; {AGAIN}"),
+        (json.dumps(samples("a") | {"cells": []}), f"has no cells; {AGAIN}"),
+        (json.dumps(samples("a") | {"cells": None}), f"has no cells; {AGAIN}"),
+        (json.dumps(samples("a") | {"cells": [3]}), f"is no whole report, at .*; {AGAIN}"),
+        (json.dumps(samples("a") | {"cells": [{"steps": 8}]}), f"is no whole report, at 'perplexity'; {AGAIN}"),
+        (json.dumps(samples("a", steps=(8, math.nan))), f"has the value nan, which cannot be drawn; {AGAIN}"),
+        (json.dumps(samples("a") | {"model": None}), f"has the value None, which cannot be drawn; {AGAIN}"),
+        (json.dumps(samples("a") | {"held_out": {}, "sampling": 3}), f"has the value 3, which cannot be drawn; {AGAIN}"),
+        *((json.dumps(without(samples("a"), name)), f"at '{name}'; {AGAIN}") for name in ("sampling", "held_out")),
+        (json.dumps(without(likelihoods("a", 54.0), "zero_shot_average")), "of xdlm-perplexity, reports of zero-shot"),
+        (None, "nothing to draw; pass reports .*, or --corpus"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(tmp_path, content, message):
