@@ -6,7 +6,8 @@
 For each number of steps, samples are drawn without a prompt, decoded with their special tokens, and scored by the judge
 (`text_judges`): PPL = exp(all nats / all scored tokens), its standard error over samples, and the mean entropy of the
 token frequencies within a sample, in nats. Compare perplexities only together with the entropy, and both with those of
-real text: with `--corpus` the same number of held-out rows is scored, too, and published values are reported.
+real text: with `--corpus` the same number of held-out rows is scored, too, and published values are reported if judge
+and length are theirs.
 
 Sampling is exact by default. `--reference_compat` uses the released sampler of the published values: its grid of times,
 float32 noise (UDLM: float64) and one more pass than `--steps`. The report states which one was used.
@@ -121,6 +122,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         ids, passes = draw(options, model, steps, length)
         figures, texts = judged(judge, tokenizer, ids, length)
         published = published_samples(options.corpus, report["row"], steps)
+        if published is not None and (Path(options.judge).name != JUDGE or length != published["length"]):
+            published = None  # of another judge or length, which cannot be compared
         report["cells"].append({"steps": steps, "num_forward_passes": passes, **figures, "published": published})
         _write(options, report, steps, texts)
     return report

@@ -175,17 +175,28 @@ def test_another_sampler_is_not_called_exact(folders, capsys, flags, start):
     assert f"Sampling: {report['sampling']}." in capsys.readouterr().out
 
 
-def test_held_out_text_and_published_values_stand_beside(folders, capsys):
+def test_held_out_text_stands_beside(folders, capsys):
     judge = f"ngram:{folders / 'text.txt'}"
     options = {"corpus": "lm1b", "corpus_files": folders / "text.txt", "judge": judge, "ngram_order": 3}
     report = run(folders, "--steps", "4", **options)
     assert report["held_out"]["corpus"] == "lm1b" and report["held_out"]["rows"] == 5
     # The judge has read this very text; the model's weights are random.
     assert report["held_out"]["perplexity"] < report["cells"][0]["perplexity"] / 3
-    published = report["cells"][0]["published"]
-    assert published == {"perplexity": 246.134, "entropy": 4.326, "source": "Table 11, XDLM k=0.1", "length": 128}
     printed = capsys.readouterr().out
-    assert "perplexity per character" in printed and "| 246.134 | 4.326 |" in printed and "held-out text" in printed
+    assert "perplexity per character" in printed and "held-out text" in printed
+
+
+def test_published_values_stand_beside_values_of_their_judge_and_length(folders, tokenizer, capsys):
+    save_checkpoint(folders / "long", model_of(tokenizer, mixing_ratio=0.1, max_sequence_length=128), tokenizer)
+    (folders / "gpt2-large").symlink_to(folders / "judge")
+    (folders / "long.txt").write_text("\n".join([TEXT * 20] * 4))
+    options = {"model": folders / "long", "samples": 2, "corpus": "lm1b", "corpus_files": folders / "long.txt"}
+    (_, cell) = run(folders, judge=folders / "gpt2-large", length=128, **options)["cells"]
+    expected = {"perplexity": 246.134, "entropy": 4.326, "source": "Table 11, XDLM k=0.1", "length": 128}
+    assert cell["published"] == expected and "| 246.134 | 4.326 |" in capsys.readouterr().out
+    for judge, length in (("judge", 128), ("gpt2-large", 64)):
+        (_, cell) = run(folders, judge=folders / judge, length=length, **options)["cells"]
+        assert cell["published"] is None and "| - | - |" in capsys.readouterr().out
 
 
 def test_a_checkpoints_average_is_what_is_measured(folders):
@@ -210,7 +221,9 @@ def test_the_average_of_a_final_model_is_named_and_its_trained_weights_are_refus
     with named_in_config(final.config, 0.9):
         save_checkpoint(folders / "final", final, tokenizer)
     assert run(folders, model=folders / "final")["weights"] == "as saved, an average (ema_decay=0.9)"
-    message = r"--trained_weights: the weights of '.*final' are an average \(ema_decay=0.9\).* pass a checkpoint-N folder"
+    message = (
+        r"--trained_weights: the weights of '.*final' are an average \(ema_decay=0.9\).* pass a checkpoint-N folder"
+    )
     with pytest.raises(SystemExit, match=message):
         run(folders, "--trained_weights", model=folders / "final")
 

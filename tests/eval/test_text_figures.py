@@ -111,7 +111,10 @@ def without(report, name):
         (json.dumps(samples("a") | {"cells": [{"steps": 8}]}), f"is no whole report, at 'perplexity'; {AGAIN}"),
         (json.dumps(samples("a", steps=(8, math.nan))), f"has the value nan, which cannot be drawn; {AGAIN}"),
         (json.dumps(samples("a") | {"model": None}), f"has the value None, which cannot be drawn; {AGAIN}"),
-        (json.dumps(samples("a") | {"held_out": {}, "sampling": 3}), f"has the value 3, which cannot be drawn; {AGAIN}"),
+        (
+            json.dumps(samples("a") | {"held_out": {}, "sampling": 3}),
+            f"has the value 3, which cannot be drawn; {AGAIN}",
+        ),
         *((json.dumps(without(samples("a"), name)), f"at '{name}'; {AGAIN}") for name in ("sampling", "held_out")),
         (json.dumps(without(likelihoods("a", 54.0), "zero_shot_average")), "of xdlm-perplexity, reports of zero-shot"),
         (None, "nothing to draw; pass reports .*, or --corpus"),
