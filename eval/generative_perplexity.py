@@ -6,7 +6,8 @@
 For each number of steps, samples are drawn without a prompt, decoded with their special tokens, and scored by the judge
 (`text_judges`): PPL = exp(all nats / all scored tokens), its standard error over samples, and the mean entropy of the
 token frequencies within a sample, in nats. Compare perplexities only together with the entropy, and both with those of
-real text: with `--corpus` the same number of held-out rows is scored, too, and published values are reported.
+real text: with `--corpus` the same number of held-out rows is scored, too, and published values are reported if judge
+and length are theirs.
 
 Sampling is exact by default. `--reference_compat` uses the released sampler of the published values: its grid of times,
 float32 noise (UDLM: float64) and one more pass than `--steps`. The report states which one was used.
@@ -39,6 +40,17 @@ from xdlm_hf.evaluation.text_models import (
 EXACT = "exact"
 RELEASED = "reference_compat: the released grid and noise (float32, UDLM float64), one more pass than steps"
 JUDGE = "gpt2-large"
+# Options of generate() that the command sets itself, and what to do instead of passing them in --generate.
+OWN_OPTIONS = {
+    "steps": "pass --steps",
+    "max_new_tokens": "pass --length",
+    "num_return_sequences": "pass --samples and --batch_size",
+    "generator": "pass --seed",
+    "seed": "pass --seed",
+    "return_dict_in_generate": "leave it out; the samples go to --save_texts",
+    "reference_compat": "pass --reference_compat",
+    "mixing_ratio": "pass --mixing_ratio",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -95,7 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         **identity(options, model, average),
         "samples": options.samples,
         "seed": options.seed,
-        "sampling": RELEASED if options.reference_compat else EXACT,
+        "sampling": sampling(options),
         "generate": {"sampler": "ancestral", **options.generate},
         "judge": judge.description,
         "held_out": None,
@@ -110,6 +122,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         ids, passes = draw(options, model, steps, length)
         figures, texts = judged(judge, tokenizer, ids, length)
         published = published_samples(options.corpus, report["row"], steps)
+        if published is not None and (Path(options.judge).name != JUDGE or length != published["length"]):
+            published = None  # of another judge or length, which cannot be compared
         report["cells"].append({"steps": steps, "num_forward_passes": passes, **figures, "published": published})
         _write(options, report, steps, texts)
     return report
@@ -124,12 +138,23 @@ def check_options(options: argparse.Namespace) -> None:
     check_positive(options, "samples", "steps", "length", "batch_size", "judge_batch_size", "ngram_order")
     if not isinstance(options.generate, dict):
         raise ValueError(f"--generate {options.generate!r} must be a JSON object of options of generate().")
+    for name in options.generate:
+        if name in OWN_OPTIONS:
+            raise ValueError(f"--generate cannot set {name!r}, which the command sets itself; {OWN_OPTIONS[name]}.")
     for name in ("corpus_files", "text_column"):
         if getattr(options, name) is not None and options.corpus is None:
             raise ValueError(f"--{name} is for held-out text; pass --corpus, too.")
     for path in (options.output, options.save_texts):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}.")
+
+
+def sampling(options: argparse.Namespace) -> str:
+    """How samples are drawn, for the report: only the ancestral sampler is exact."""
+    sampler = options.generate.get("sampler", "ancestral")
+    if sampler == "ancestral":
+        return RELEASED if options.reference_compat else EXACT
+    return ("reference_compat: " if options.reference_compat else "") + f"the {sampler} sampler (not exact)"
 
 
 def load_judge(options: argparse.Namespace) -> Judge:

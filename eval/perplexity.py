@@ -12,7 +12,8 @@ It reports two values for each set, exp(nats per token) with a standard error ov
                 larger error
 
 `--released` also cuts rows as the released evaluation does (`xdlm_hf.data.wrapping`): without EOS between documents,
-without the remaining tokens of every 1,000 documents, and with [CLS] as BERT's EOS. Published values are of such rows.
+without the remaining tokens of every 1,000 documents, and with [CLS] as BERT's EOS. Published values are of such rows
+of the scored part; they are reported for no others.
 "zero-shot" selects the seven sets of Table 8 and adds their average.
 """
 
@@ -176,10 +177,17 @@ def score(
     found = {"bound": scorer.bound(rows), "released": scorer.released(rows)}
     for figures in found.values():
         figures["tokens"] = len(rows.tokens)
-    published = (published_text.VALIDATION if name == "openwebtext" else {}).get(row)
-    if name in ZERO_SHOT and published_text.ZERO_SHOT.get(row):
-        published = published_text.ZERO_SHOT[row][name]
-    return {**found, "rows": report(rows), "published": published}
+    return {**found, "rows": report(rows), "published": published_value(options, name, row)}
+
+
+def published_value(options: argparse.Namespace, name: str, row: str) -> float | None:
+    """The published perplexity of a set, if its rows are cut as released and of the scored part; else None."""
+    corpus, part = find_corpus(name, options.part)
+    if not options.released or part != corpus.scored:
+        return None
+    if name == "openwebtext":
+        return published_text.VALIDATION.get(row)
+    return published_text.ZERO_SHOT.get(row, {}).get(name)
 
 
 class Scorer:
@@ -262,7 +270,7 @@ def _figures(nats: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
 
 
 def averages(sets: dict[str, dict[str, Any]], row: str) -> dict[str, Any]:
-    """Mean perplexity of the seven zero-shot sets, with its standard error, and the published one."""
+    """Mean perplexity of the seven zero-shot sets, with its standard error, and the published one if every set's is."""
     found: dict[str, Any] = {}
     for kind in ("bound", "released"):
         figures = [sets[name][kind] for name in ZERO_SHOT]
@@ -270,7 +278,8 @@ def averages(sets: dict[str, dict[str, Any]], row: str) -> dict[str, Any]:
         errors = [each.get("perplexity_standard_error", math.nan) for each in figures]
         if not any(map(math.isnan, errors)):
             found[kind]["perplexity_standard_error"] = math.hypot(*errors) / len(errors)
-    return {**found, "published": published_text.ZERO_SHOT.get(row, {}).get("average")}
+    comparable = all(sets[name]["published"] is not None for name in ZERO_SHOT)
+    return {**found, "published": published_text.ZERO_SHOT[row]["average"] if comparable else None}
 
 
 # --------------------------------------------------------------------------------------------------------------------

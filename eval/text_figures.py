@@ -12,6 +12,7 @@ values are drawn. Published samples are judged by gpt2-large; compare those of a
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import matplotlib
 
 from xdlm_hf.evaluation import published_text as published
+from xdlm_hf.evaluation.generative_perplexity import EXACT, RELEASED
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -30,6 +32,7 @@ CORPORA = {
     "openwebtext": (published.OPENWEBTEXT_PERPLEXITY, published.OPENWEBTEXT_ENTROPY),
     "lm1b": (published.LM1B_PERPLEXITY, published.LM1B_ENTROPY),
 }
+REMEDY = "run the command again with --output."
 DYNAMICS_STEPS = 128  # sampling steps of Figure 4a
 
 
@@ -101,7 +104,10 @@ def draw(reports: Sequence[Path], output: Path, corpus: str | None, steps: int) 
             _picture(output / name, [part for part in parts if part[2]])
             written.append(output / name)
     if not written:
-        raise ValueError("nothing to draw; pass reports, or --corpus for the published values.")
+        raise ValueError(
+            "nothing to draw; pass reports (of xdlm-perplexity, reports of zero-shot are drawn), or --corpus for the "
+            "published values."
+        )
     return written
 
 
@@ -109,15 +115,47 @@ def read_report(path: Path) -> dict[str, Any]:
     """A report of either command.
 
     Raises:
-        ValueError: If the file is none.
+        ValueError: If the file is none, or a value to draw is missing or no finite number.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a report: {error}") from error
     if not isinstance(report, dict) or "row" not in report or not {"cells", "sets"} & set(report):
-        raise ValueError(f"{path} is no report of xdlm-gen-ppl or xdlm-perplexity.")
+        raise ValueError(f"{path} is no report of xdlm-gen-ppl or xdlm-perplexity; {REMEDY}")
+    try:
+        names, numbers = _drawn_values(report)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no whole report, at {error}; {REMEDY}") from error
+    odd = [name for name in names if not isinstance(name, str)]
+    odd += [x for x in numbers if not isinstance(x, int | float) or not math.isfinite(x)]
+    if odd:
+        raise ValueError(f"{path} has the value {odd[0]}, which cannot be drawn; {REMEDY}")
+    if not report.get("cells", True):
+        raise ValueError(f"{path} has no cells; {REMEDY}")
     return report
+
+
+def _drawn_values(report: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """What the curves read of a report: names, and numbers.
+
+    Raises:
+        KeyError, TypeError, AttributeError: If something is missing, or of another form.
+    """
+    names, numbers = [report["model"], report["row"]], []
+    if "cells" in report:
+        names.append(report["sampling"])
+        for cell in report["cells"] or []:
+            errors = [value for name, value in cell.items() if name.endswith("_standard_error")]
+            numbers += [cell["steps"], cell["perplexity"], cell["entropy"], *errors]
+        if report["held_out"]:
+            held_out = report["held_out"]
+            names.append(held_out["corpus"])
+            numbers += [held_out["perplexity"], held_out["entropy"]]
+    if "zero_shot_average" in report:
+        bound = report["zero_shot_average"]["bound"]
+        numbers += [bound["perplexity"], bound.get("perplexity_standard_error", 0.0)]
+    return names, numbers
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -137,9 +175,11 @@ def by_steps(samples: Iterable[dict[str, Any]], corpus: str | None, figure: str)
         curves.append(Curve(label(report), steps, [cell[figure] for cell in cells], errors))
         if report["held_out"]:
             value = report["held_out"][figure]
-            curves.append(Curve(f"text, {report['held_out']['corpus']}", [steps[0], steps[-1]], [value, value]))
-    # Reports of one corpus have the same text.
-    return list({curve.label: curve for curve in curves}.values())
+            line = Curve(f"text, {report['held_out']['corpus']}", [steps[0], steps[-1]], [value, value])
+            # Reports of one corpus have the same text.
+            if not any((line.label, line.y) == (curve.label, curve.y) for curve in curves):
+                curves.append(line)
+    return curves
 
 
 def pareto(
@@ -154,13 +194,18 @@ def pareto(
             for row, cells in table.items()
             if str(steps) in cells
         ]
-    averages = {report["model"]: report["zero_shot_average"]["bound"]["perplexity"] for report in likelihoods}
+    averages = {_weights(report): report["zero_shot_average"]["bound"]["perplexity"] for report in likelihoods}
     for report in samples:
         cell = next((cell for cell in report["cells"] if cell["steps"] == steps), None)
-        if cell is not None and report["model"] in averages:
+        if cell is not None and _weights(report) in averages:
             error = [cell.get("perplexity_standard_error", 0.0)]
-            points.append(Curve(label(report), [averages[report["model"]]], [cell["perplexity"]], error))
+            points.append(Curve(label(report), [averages[_weights(report)]], [cell["perplexity"]], error))
     return points
+
+
+def _weights(report: dict[str, Any]) -> tuple[str, str]:
+    """What two reports of one model share: its path and, since k can be chosen, its row."""
+    return str(Path(report["model"])), report["row"]
 
 
 def samples_by_training(samples: Iterable[dict[str, Any]], corpus: str | None) -> list[Curve]:
@@ -192,19 +237,27 @@ def _published_training(table: dict[str, dict[str, float]]) -> list[Curve]:
 
 
 def _measured_training(cells: Iterable[tuple[dict[str, Any], float, float]]) -> list[Curve]:
-    """One curve for each row of the paper, from reports of its checkpoints."""
+    """One curve for each run and way of sampling, from reports of the run's checkpoints."""
     runs: dict[str, list[tuple[float, float, float]]] = {}
     for report, value, error in cells:
         step = re.search(r"checkpoint-(\d+)/?$", report["model"])
         if step is not None:
-            runs.setdefault(report["row"], []).append((float(step[1]), value, error))
-    return [Curve(row, *map(list, zip(*sorted(points), strict=True))) for row, points in runs.items()]
+            run = label({**report, "model": str(Path(report["model"]).parent)})
+            runs.setdefault(run, []).append((float(step[1]), value, error))
+    return [Curve(run, *map(list, zip(*sorted(points), strict=True))) for run, points in runs.items()]
 
 
 def label(report: dict[str, Any]) -> str:
-    """Row of the paper and, for samples, how they were drawn."""
-    released = ", released sampler" if report["sampling"].startswith("reference_compat") else ""
-    return f"{report['row']} ({Path(report['model']).name}{released})"
+    """Row of the paper, model and how its samples were drawn."""
+    return f"{report['row']} ({report['model']}{_drawn(report)})"
+
+
+def _drawn(report: dict[str, Any]) -> str:
+    """How samples were drawn, for a label: nothing for exact sampling, or a report without samples."""
+    sampling = report.get("sampling", EXACT)
+    if sampling == RELEASED:
+        return ", released sampler"
+    return "" if sampling == EXACT else f", {sampling}"
 
 
 # --------------------------------------------------------------------------------------------------------------------

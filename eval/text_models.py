@@ -5,6 +5,7 @@ If a checkpoint has `ema.safetensors`, its weights are replaced by that average,
 
 import argparse
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,9 +69,15 @@ def load_text_model(
         released: As in `set_boundary_tokens`, for a tokenizer without EOS.
 
     Raises:
-        ValueError: If one cannot be read, they do not fit each other, or rows are longer than the model's limit.
+        ValueError: If one cannot be read, they do not fit each other, rows are longer than the model's limit, or the
+            trained weights are asked of a model that was saved with the average alone.
     """
     config = read_config(options.model)
+    if options.trained_weights and _decay(config) is not None and not (Path(options.model) / EMA_FILE).is_file():
+        raise ValueError(
+            f"--trained_weights: the weights of {options.model!r} are an average (ema_decay={_decay(config)}), and the "
+            "trained ones were not saved with it; pass a checkpoint-N folder of the run as --model."
+        )
     limit = length_limit(config)
     if (options.length or 0) > limit:
         raise ValueError(f"--length {options.length} exceeds the model's limit of {limit} tokens.")
@@ -85,13 +92,19 @@ def load_text_model(
     return model.to(device).eval(), tokenizer, average
 
 
+def _decay(config: Any) -> float | None:
+    """The decay of the average that a config's weights are; None for trained weights."""
+    return getattr(config, "ema_decay", None)
+
+
 def identity(options: argparse.Namespace, model: PreTrainedModel, average: bool) -> dict[str, Any]:
     """Description of model and machine, for a report."""
     k = default_mixing_ratio(model.config) if options.mixing_ratio is None else options.mixing_ratio
+    saved = "as saved" if _decay(model.config) is None else f"as saved, an average (ema_decay={_decay(model.config)})"
     return {
         "model": options.model,
         "model_sha": content_sha(options.model, hub_commit(options.model, None, "config.json")),
-        "weights": f"the average in {EMA_FILE}" if average else "as saved",
+        "weights": f"the average in {EMA_FILE}" if average else saved,
         "row": row_name(model, k),
         "mixing_ratio": k,
         "length": options.length or length_limit(model.config),

@@ -17,7 +17,7 @@ from xdlm_hf.evaluation.generative_perplexity import EXACT, main
 from xdlm_hf.evaluation.published_text import published_samples
 from xdlm_hf.evaluation.text_judges import CausalJudge, NgramJudge, entropies, perplexity
 from xdlm_hf.evaluation.text_models import row_name
-from xdlm_hf.training.ema import EMA_FILE, ExponentialMovingAverage
+from xdlm_hf.training.ema import EMA_FILE, ExponentialMovingAverage, named_in_config
 
 LENGTH = 16
 TEXT = "the cat sat on the mat and the dog ran after the cat "
@@ -168,17 +168,35 @@ def test_options_of_generation_are_passed_on(folders):
         run(folders, "--generate", '{"colour": "red"}')
 
 
-def test_held_out_text_and_published_values_stand_beside(folders, capsys):
+@pytest.mark.parametrize(("flags", "start"), [([], ""), (["--reference_compat"], "reference_compat: ")])
+def test_another_sampler_is_not_called_exact(folders, capsys, flags, start):
+    report = run(folders, "--generate", '{"sampler": "confidence"}', *flags)
+    assert report["sampling"] == f"{start}the confidence sampler (not exact)"
+    assert f"Sampling: {report['sampling']}." in capsys.readouterr().out
+
+
+def test_held_out_text_stands_beside(folders, capsys):
     judge = f"ngram:{folders / 'text.txt'}"
     options = {"corpus": "lm1b", "corpus_files": folders / "text.txt", "judge": judge, "ngram_order": 3}
     report = run(folders, "--steps", "4", **options)
     assert report["held_out"]["corpus"] == "lm1b" and report["held_out"]["rows"] == 5
     # The judge has read this very text; the model's weights are random.
     assert report["held_out"]["perplexity"] < report["cells"][0]["perplexity"] / 3
-    published = report["cells"][0]["published"]
-    assert published == {"perplexity": 246.134, "entropy": 4.326, "source": "Table 11, XDLM k=0.1", "length": 128}
     printed = capsys.readouterr().out
-    assert "perplexity per character" in printed and "| 246.134 | 4.326 |" in printed and "held-out text" in printed
+    assert "perplexity per character" in printed and "held-out text" in printed
+
+
+def test_published_values_stand_beside_values_of_their_judge_and_length(folders, tokenizer, capsys):
+    save_checkpoint(folders / "long", model_of(tokenizer, mixing_ratio=0.1, max_sequence_length=128), tokenizer)
+    (folders / "gpt2-large").symlink_to(folders / "judge")
+    (folders / "long.txt").write_text("\n".join([TEXT * 20] * 4))
+    options = {"model": folders / "long", "samples": 2, "corpus": "lm1b", "corpus_files": folders / "long.txt"}
+    (_, cell) = run(folders, judge=folders / "gpt2-large", length=128, **options)["cells"]
+    expected = {"perplexity": 246.134, "entropy": 4.326, "source": "Table 11, XDLM k=0.1", "length": 128}
+    assert cell["published"] == expected and "| 246.134 | 4.326 |" in capsys.readouterr().out
+    for judge, length in (("judge", 128), ("gpt2-large", 64)):
+        (_, cell) = run(folders, judge=folders / judge, length=length, **options)["cells"]
+        assert cell["published"] is None and "| - | - |" in capsys.readouterr().out
 
 
 def test_a_checkpoints_average_is_what_is_measured(folders):
@@ -198,6 +216,18 @@ def test_a_checkpoints_average_is_what_is_measured(folders):
     assert trained["weights"] == "as saved" and trained["cells"] == plain
 
 
+def test_the_average_of_a_final_model_is_named_and_its_trained_weights_are_refused(folders, tokenizer):
+    final = model_of(tokenizer, mixing_ratio=0.1, max_sequence_length=64)
+    with named_in_config(final.config, 0.9):
+        save_checkpoint(folders / "final", final, tokenizer)
+    assert run(folders, model=folders / "final")["weights"] == "as saved, an average (ema_decay=0.9)"
+    message = (
+        r"--trained_weights: the weights of '.*final' are an average \(ema_decay=0.9\).* pass a checkpoint-N folder"
+    )
+    with pytest.raises(SystemExit, match=message):
+        run(folders, "--trained_weights", model=folders / "final")
+
+
 BAD = [
     (["--samples", "0"], "--samples 0 must be at least 1"),
     (["--steps", "0"], "--steps 0 must be at least 1"),
@@ -209,6 +239,14 @@ BAD = [
     (["--tokenizer", "text8"], "the tokenizer's mask token|output layer"),
     (["--corpus", "lm1b", "--corpus_files", "{root}/none.txt"], "matches no file"),
     (["--generate", "[1]"], "must be a JSON object"),
+    (["--generate", '{"steps": 4}'], "--generate cannot set 'steps', which the command sets itself; pass --steps"),
+    (["--generate", '{"max_new_tokens": 4}'], "cannot set 'max_new_tokens', .*; pass --length"),
+    (["--generate", '{"num_return_sequences": 4}'], "cannot set 'num_return_sequences', .*; pass --samples and"),
+    (["--generate", '{"generator": 4}'], "cannot set 'generator', .*; pass --seed"),
+    (["--generate", '{"seed": 4}'], "cannot set 'seed', .*; pass --seed"),
+    (["--generate", '{"return_dict_in_generate": true}'], "cannot set 'return_dict_in_generate', .*; leave it out"),
+    (["--generate", '{"reference_compat": true}'], "cannot set 'reference_compat', .*; pass --reference_compat"),
+    (["--generate", '{"mixing_ratio": 0.5}'], "cannot set 'mixing_ratio', .*; pass --mixing_ratio"),
     (["--device", "abacus"], "--device abacus is not known"),
 ]
 

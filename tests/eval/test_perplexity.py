@@ -15,7 +15,7 @@ from xdlm_hf.data.detokenizers import lm1b
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.data.wrapping import WrappedDataset
 from xdlm_hf.evaluation import perplexity, published_text
-from xdlm_hf.evaluation.perplexity import EPS, Scorer, _parser, averages, main
+from xdlm_hf.evaluation.perplexity import EPS, Scorer, _parser, averages, main, published_value
 from xdlm_hf.training.trainer import XDLMTrainer
 
 LENGTH = 16
@@ -164,7 +164,7 @@ def run(folder, *more):
 def test_a_report_has_everything(folder, capsys):
     text = folder / "text.txt"
     sets = [f"{name}={text}" for name in ZERO_SHOT]
-    report = run(folder, "--dataset", "zero-shot", "--local", *sets, "--max_rows", 6)
+    report = run(folder, "--dataset", "zero-shot", "--local", *sets, "--max_rows", 6, "--released")
     assert list(report["sets"]) == list(ZERO_SHOT) and report["row"] == "XDLM k=0.1"
     for name, values in report["sets"].items():
         assert values["published"] == published_text.ZERO_SHOT["XDLM k=0.1"][name]
@@ -189,9 +189,25 @@ def test_rows_are_cut_as_released_on_request(folder):
     assert released["sets"]["lm1b"]["rows"]["text_tokens"] == plain["sets"]["lm1b"]["rows"]["text_tokens"] - 13
 
 
+def test_values_of_other_rows_stand_alone(folder, capsys):
+    """Cut without loss, or of another part, they are not those of the published values."""
+    common = ["--local", *(f"{name}={folder / 'text.txt'}" for name in ZERO_SHOT), "--max_rows", 2]
+    report = run(folder, "--dataset", "zero-shot", *common)
+    found = [values["published"] for values in (*report["sets"].values(), report["zero_shot_average"])]
+    assert found == [None] * 8 and capsys.readouterr().out.count(" | - |") == 8
+    for part, expected in (("test", None), ("validation", published_text.ZERO_SHOT["XDLM k=0.1"]["ptb"])):
+        flags = ["--dataset", "ptb", "--local", f"ptb={folder / 'text.txt'}", "--released", "--part", part]
+        assert run(folder, *flags)["sets"]["ptb"]["published"] == expected
+    options = _parser().parse_args(["--model", "m", "--dataset", "openwebtext", "--released"])
+    assert published_value(options, "openwebtext", "MDLM") == 23.321
+    assert published_value(options, "text8", "MDLM") is published_value(options, "ptb", "GIDD p_u=0.1") is None
+
+
 def test_the_average_has_the_errors_of_its_parts():
     values = {"perplexity": 10.0, "perplexity_standard_error": 0.7}
-    found = averages({name: {"bound": values, "released": {"perplexity": 3.0}} for name in ZERO_SHOT}, "MDLM")
+    found = averages(
+        {name: {"bound": values, "released": {"perplexity": 3.0}, "published": 1.0} for name in ZERO_SHOT}, "MDLM"
+    )
     assert found["bound"] == {"perplexity": 10.0, "perplexity_standard_error": pytest.approx(0.7 / math.sqrt(7))}
     assert found["released"] == {"perplexity": 3.0} and found["published"] == 53.65
 
