@@ -230,11 +230,11 @@ def weights_dtype(options: ModelArguments, config: PreTrainedConfig) -> torch.dt
 def check_model_options(options: ModelArguments, args: XDLMTrainingArguments) -> None:
     if options.dtype not in DTYPES:
         raise ValueError(f"dtype={options.dtype!r} is not known; choose one of {', '.join(DTYPES)}.")
-    named = options.model_name_or_path != ModelArguments.model_name_or_path
-    if options.config_name is not None and named:
+    named = options.model_name_or_path
+    if options.config_name is not None and named != ModelArguments.model_name_or_path:
         raise ValueError(
-            f"config_name={options.config_name!r} and model_name_or_path={options.model_name_or_path!r} are two models: "
-            "set config_name: null in the config file for a trained one, or leave model_name_or_path out."
+            f"config_name={options.config_name!r} and model_name_or_path={named!r} are two models: set "
+            "config_name: null in the config file for a trained one, or leave model_name_or_path out."
         )
     if options.lora_rank < 0:
         raise ValueError(f"lora_rank={options.lora_rank} must not be negative; 0 trains all weights.")

@@ -149,6 +149,11 @@ def test_training_goes_on_at_another_k(files, tmp_path):
         ("owt_xdlm", {"max_steps": -1}, "max_steps=-1: a stream has no end"),
         ("owt_xdlm", {"validation_files": "x.txt"}, r"validation_files=\['x.txt'\] goes with data_files"),
         ("owt_xdlm", {"data_files": "x.txt"}, r"eval_strategy=.*with data_files=\['x.txt'\] needs validation_files"),
+        ("owt_xdlm", {"text_column": "a"}, "text_column='a' is for data_files; leave it out"),
+        ("text8_xdlm", {"corpus_revision": "a", "data_files": "TEXT"}, "corpus_revision='a' is for the Hub; leave"),
+        ("owt_xdlm", {"validation_rows": 0}, "validation_rows=0 must be at least 1"),
+        ("owt_xdlm", {"gidd_weighting": "dynamc"}, "gidd_weighting='dynamc' is not known; choose one of"),
+        ("text8_xdlm", {"model_name_or_path": "x", "data_files": "TEXT"}, "model_name_or_path='x' are two models: set"),
         (
             "text8_gidd",
             {"mixing_ratio": 0.1, "data_files": "TEXT"},
