@@ -367,7 +367,8 @@ def test_4_bit_run_trains_adapters_and_merges_them_into_whole_weights(base, tmp_
         # Trained on 4 bits, merged into what they were made from: near, not equal.
         gap = (trainer.model(ids).logits - merged(ids).logits).abs().max()
     assert 0 < gap < 0.5
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(logged(output, "eval_loss")[-1], abs=1e-5)
+    # bitsandbytes has since packed the weights for inference, which sums in another order: 80 roundings of float32.
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(logged(output, "eval_loss")[-1], rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------------
