@@ -77,7 +77,7 @@ def test_random_weights_with_a_given_tokenizer_are_those_of_the_seed(base, tmp_p
     ],
 )
 def test_random_weights_that_cannot_be_are_refused(base, tmp_path, config, changes, message):  # noqa: F811
-    values = {"config_name": config, "tokenizer_name": base / "model", **changes}
+    values = {"model_name_or_path": None, "config_name": config, "tokenizer_name": base / "model", **changes}
     with pytest.raises(ValueError, match=message):
         llada_cpt.main(options(base, tmp_path / "run", **values))
     assert not (tmp_path / "run").exists()
