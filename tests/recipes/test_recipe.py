@@ -570,9 +570,12 @@ def test_bfloat16_stays_close(base, one_process, tmp_path, name):
 
 @pytest.mark.slow
 def test_slurm_script_starts_two_machines(base, one_process, tmp_path):
-    """Slurm's two commands are stood in for: srun starts both "machines" here, one process each."""
+    """Slurm's two commands are stood in for: srun starts both "machines" here, one process each.
+
+    The names of the machines come apart in time: a reader that leaves after the first would end the script.
+    """
     commands = {
-        "scontrol": "echo localhost; echo elsewhere",
+        "scontrol": "echo localhost; sleep 0.5; echo elsewhere",
         "accelerate": 'exec python -m accelerate.commands.accelerate_cli "$@"',
         "srun": 'shift; for i in 0 1; do SLURM_NODEID=$i "$@" & all="$all $!"; done; for p in $all; do wait $p; done',
     }
