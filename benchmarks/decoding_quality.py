@@ -39,6 +39,11 @@ DUAL = {**IN_BLOCKS, "cache": "dual"}
 SURE = {"parallel_decoding": {"threshold": 0.9}}
 
 
+def edits(threshold: float) -> dict[str, object]:
+    """Edits of every token that the network predicts differently with at least this confidence."""
+    return {"refinement": {"policy": "threshold", "threshold": threshold}}
+
+
 def refreshed(steps: int) -> dict[str, object]:
     """The dual cache in blocks, recomputed as a whole every so many steps."""
     return {**IN_BLOCKS, "cache": {"mode": "dual", "refresh": steps}}
@@ -49,10 +54,14 @@ SETTINGS = {
     "16 steps": {"steps": 16},
     "8 steps": {"steps": 8},
     "4 steps": {"steps": 4},
+    "2 steps": {"steps": 2},
     "64 steps, k = 0": {"steps": 64, "mixing_ratio": 0.0},
     "16 steps, k = 0": {"steps": 16, "mixing_ratio": 0.0},
     "8 steps, k = 0": {"steps": 8, "mixing_ratio": 0.0},
+    "4 steps, k = 0": {"steps": 4, "mixing_ratio": 0.0},
+    **{f"{n} steps, edits above {p}": {"steps": n, **edits(p)} for n in (16, 8, 4, 2) for p in (0.5, 0.7, 0.9)},
     "threshold 0.9": {"steps": 64, **SURE},
+    "threshold 0.9, edits above 0.5": {"steps": 64, **SURE, **edits(0.5)},
     "factor 1": {"steps": 64, "parallel_decoding": {"factor": 1.0}},
     "prefix": {"steps": 64, "cache": "prefix"},
     "prefix, threshold 0.9": {"steps": 64, "cache": "prefix", **SURE},

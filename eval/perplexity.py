@@ -208,6 +208,13 @@ class Scorer:
 
     def bound(self, rows: WrappedDataset) -> dict[str, float]:
         """The NELBO over (0, 1] as `XDLMTrainer` evaluates it, with the linear schedule (alpha from 1 to 0)."""
+        return _figures(*self.bound_by_row(rows))
+
+    def bound_by_row(self, rows: WrappedDataset) -> tuple[np.ndarray, np.ndarray]:
+        """Nats of the bound and scored tokens of each row, both (R,) float64.
+
+        Noise depends on seed and row alone, so that rows of two models can be compared one by one.
+        """
         process, samples = self._process("linear"), self.options.nelbo_samples
         nats, tokens = np.zeros(len(rows)), np.zeros(len(rows))
         for indices, batch in self._batches(rows, range(len(rows)), f"{samples} times a row"):
@@ -217,7 +224,7 @@ class Scorer:
                 )
                 nats[indices] += self._nats(process, {**batch, "z_t": z_t, "t": t}) / samples
             tokens[indices] = batch["token_weights"].sum(1).numpy()
-        return _figures(nats, tokens)
+        return nats, tokens
 
     def released(self, rows: WrappedDataset) -> dict[str, float]:
         """The released evaluation: one time per row in (eps, 1], stratified over a batch of rows in random order."""
