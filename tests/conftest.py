@@ -35,3 +35,12 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 def fixed_seed():
     """The global generator starts from the same state in every test, whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """For tests that count memory: on a CPU the scratch of losses and draws grows with the threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

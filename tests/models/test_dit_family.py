@@ -23,6 +23,9 @@ from xdlm_hf.training.metrics import flops_per_token
 from xdlm_hf.training.planning import LAYOUTS, Run, count_parameters, memory
 from xdlm_hf.training.trainer import XDLMTrainer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from measure import peak_bytes  # noqa: E402
+
 SIZES = {"hidden_dim": 32, "cond_dim": 16, "n_blocks": 2, "n_heads": 2, "model_length": 64, "dropout": 0.0}
 SYSTEMS = {
     "mdlm": ({}, {"mixing_ratio": 0.0, "noise_schedule": "loglinear"}),
@@ -90,6 +93,29 @@ def test_the_fused_loss_is_the_loss_of_the_logits(tmp_path, system):
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-12)
     assert all(gradient.abs().sum() > 0 for gradient in results[0][2:])
+
+
+@pytest.mark.parametrize("k", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("what", ["training", "evaluation", "sampling"])
+def test_no_tensor_has_the_logits_of_all_positions(k, what, one_thread):
+    """4,096 positions of 4,096 logits are 64 MiB; a chunk has 3 MiB in the loss and 12 in sampling."""
+    rows, length, n = 8, 512, 4096
+    model = tiny(n_blocks=1, model_length=length, vocab_size=n, mask_token_id=n - 1, mixing_ratio=k)
+    process, generator = model.noise_process(), torch.Generator().manual_seed(1)
+    x_0, t = torch.randint(6, n - 1, (rows, length), generator=generator), torch.linspace(0.9, 0.99, rows)
+    batch = {"input_ids": x_0, "t": t, "z_t": process.corrupt(x_0, t, generator)}
+    batch["token_weights"] = torch.ones(rows, length)
+
+    def run():
+        if what == "sampling":
+            model.eval().generate(steps=2, max_new_tokens=length, num_return_sequences=rows, seed=0)
+        with torch.set_grad_enabled(what == "training"):
+            total, _ = weighted_loss(model, process, batch, fused=True)
+        if what == "training":
+            total.backward()
+
+    run()  # the model's constants and the gradients are there when it counts
+    assert peak_bytes(run) < rows * length * n * 4 / 2  # two chunks at most, and the activations
 
 
 def test_adapters_go_on_the_blocks_and_train(tmp_path):

@@ -326,15 +326,6 @@ def test_activations_are_those_that_autograd_keeps(case, checkpointing):
 # Loss
 
 
-@pytest.fixture
-def one_thread():
-    """On a CPU the scratch of the loss grows with the threads; the plan is about GPUs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trained", [True, False])
