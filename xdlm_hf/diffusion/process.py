@@ -51,6 +51,16 @@ class NoiseProcess(ABC):
     def reverse_step(self, z_t: Tensor, s: Tensor, t: Tensor) -> ReverseStep:
         """Noise terms of the posterior of z_t (B, L) between the times s <= t, (B, 1)."""
 
+    @property
+    def prior(self) -> NoiseDistribution:
+        """The noise at t = 1, where no signal is left."""
+        return self.noise(torch.ones(1, 1, dtype=torch.float64))
+
+    @property
+    def absorbing_ids(self) -> tuple[int, ...]:
+        """Tokens with noise of their own, such as [MASK]; the same at all times."""
+        return self.prior.absorbing_ids
+
     def corrupt(self, x_0: Tensor, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw z_t ~ q(z_t | x_0), (B, L): Eqs. 5, 10 at alpha_t.
 
@@ -67,7 +77,7 @@ class NoiseProcess(ABC):
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Draw z_1, int64 ids of the given shape on `device` (default: the generator's, else the CPU)."""
-        return self.noise(torch.ones(1, 1, dtype=torch.float64)).sample_prior(shape, generator, device)
+        return self.prior.sample_prior(shape, generator, device)
 
     def loss(self, logits: Tensor, x_0: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """Integrand of the continuous-time bound, (B, L) nats; its mean over t and z_t is the NELBO per token.
@@ -98,11 +108,15 @@ class NoiseProcess(ABC):
         """Weight of a training loss over that of the bound, (B, L) float64, to multiply `loss` with; None for 1.
 
         Raises:
-            ValueError: If `weighting` is none of `weightings`.
+            ValueError: As `check_weighting`.
         """
+        self.check_weighting(weighting)
+        return None
+
+    def check_weighting(self, weighting: str) -> None:
+        """Raise ValueError if `weighting` is none of `weightings`."""
         if weighting not in self.weightings:
             raise ValueError(f"gidd_weighting={weighting!r} is not one of {self.weightings}, those of {self!r}.")
-        return None
 
     def posterior(self, p_x0: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """q(z_s | z_t, x) with x = p_x0, (B, L, N): see `reverse.posterior` (Eq. 11).

@@ -235,8 +235,7 @@ class ReferenceAncestralSampler(AncestralSampler):
 
         As in the release, nothing is drawn at k = 0, and only tokens at k = 1.
         """
-        noise = self.process.noise(torch.ones(1, 1, dtype=torch.float64))
-        k, source = float(noise.mixing_ratio), device if self.generator is None else self.generator.device
+        k, source = float(self.process.prior.mixing_ratio), device if self.generator is None else self.generator.device
         if k == 0:
             return torch.full(shape, self.process.mask_token_id, device=device)
         masked = k < 1 and uniform(shape, self.generator, device, torch.float32) < 1 - k

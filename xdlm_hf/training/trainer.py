@@ -109,7 +109,7 @@ class XDLMTrainer(CheckpointingTrainer):
             raise ValueError(f"args must be XDLMTrainingArguments, got {type(args).__name__}.")
         check_trainable(model)
         self.process = training_process(model, args)
-        self._absorbing_ids = absorbing_ids(self.process)
+        self._absorbing_ids = self.process.absorbing_ids
         self._timesteps = model.timesteps if "timesteps" in model.conditioning else None
         stratified = args.time_sampling == "stratified"
         self.row_noise = RowNoise(self.process, args.noise_seed, args.t_eps, stratified, args.random_length_probability)
@@ -329,16 +329,8 @@ def training_process(model: nn.Module, args: XDLMTrainingArguments) -> NoiseProc
             f"{' and '.join(args.noise_given)} were given, but the model has noise of another kind, {process!r}: "
             "leave them out."
         )
-    if args.gidd_weighting not in process.weightings:
-        raise ValueError(
-            f"gidd_weighting={args.gidd_weighting!r} is not one of {process.weightings}, those of {process!r}."
-        )
+    process.check_weighting(args.gidd_weighting)
     return process
-
-
-def absorbing_ids(process: NoiseProcess) -> tuple[int, ...]:
-    """Tokens with noise of their own, such as [MASK]; the same at all times."""
-    return process.noise(torch.ones(1, 1, dtype=torch.float64)).absorbing_ids
 
 
 def _metrics(model: nn.Module, args: XDLMTrainingArguments) -> TrainingMetrics:
@@ -358,7 +350,7 @@ def _collator(process: NoiseProcess, tokenizer: PreTrainedTokenizerBase | None, 
     """
     candidates = (getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None))
     pad_token_id = next((token_id for token_id in candidates if token_id is not None), 0)
-    return DiffusionCollator(pad_token_id, process.mask_token_id if absorbing_ids(process) else None)
+    return DiffusionCollator(pad_token_id, process.mask_token_id if process.absorbing_ids else None)
 
 
 def _list_rows(indices: Iterable[int], times: Iterable[float]) -> str:
