@@ -61,7 +61,7 @@ def flops_per_token(model: nn.Module, length: int) -> float:
 
     Two per weight and token for the forward pass, two for the gradient of the inputs, two more for the gradient of a
     trained weight; and forward and backward attention over `length` tokens: 12 layers x hidden_size x L. LLaDA-8B: 211
-    TFLOP for a row of 4096.
+    TFLOP for a row of 4096. Parts that run once a row, the model's `row_modules`, are not counted.
 
     Args:
         model: The model, or a peft model around it, before its parameters are sharded over processes.
@@ -70,8 +70,11 @@ def flops_per_token(model: nn.Module, length: int) -> float:
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
     lookups = set() if embedding.weight is head.weight else {id(p) for p in embedding.parameters()}
+    once_a_row = set(getattr(model, "row_modules", ()))
     flops = 0
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if once_a_row.intersection(name.split(".")):
+            continue
         # Matrices only; an embedding lookup multiplies nothing. ZeRO-3's empty shards and 4-bit weights store their
         # full shape.
         quantized = getattr(parameter, "quant_state", None)

@@ -283,6 +283,7 @@ class DiTForDiffusionLM(XDLMGenerationMixin, DiTPreTrainedModel):
     """
 
     lora_targets = r".*blocks\.\d+\.(attn_qkv|attn_out|mlp\.0|mlp\.2)"
+    row_modules = ("sigma_map", "y_embedder", "adaLN_modulation")  # of the conditioning, one vector a row
 
     def __init__(self, config: DiTConfig):
         super().__init__(config)
