@@ -37,14 +37,15 @@ from xdlm_hf.training.processes import end_script
 
 BASE = "GSAI-ML/LLaDA-8B-Base"
 EDIT_THRESHOLD = 0.5  # of benchmarks/decoding_quality.py
-# Checkpoint (None: --checkpoint must name it, since none is public) and sampler settings of each row. The last row is not
-# the paper's: edits above a confidence in place of the budget of Algorithm 1.
+EDITS = {"policy": "threshold", "threshold": EDIT_THRESHOLD}
+# Checkpoint (None: --checkpoint must name it, since none is public) and sampler settings of each row. The paper lacks
+# the last row: edits above a confidence in place of Algorithm 1's budget.
 ROWS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "llada": (BASE, {"mixing_ratio": 0.0}),
     "llada-xdlm-infer": (BASE, {"mixing_ratio": 0.1}),
     "llada-mdlm": (None, {"mixing_ratio": 0.0}),
     "llada-xdlm": (None, {"mixing_ratio": 0.1}),
-    "llada-xdlm-edit": (None, {"mixing_ratio": 0.1, "refinement": {"policy": "threshold", "threshold": EDIT_THRESHOLD}}),
+    "llada-xdlm-edit": (None, {"mixing_ratio": 0.1, "refinement": EDITS}),
 }
 NEW_TOKENS = 256
 ANSWERS = "answers"  # lm-eval adds _rank<n>.db

@@ -1,4 +1,4 @@
-"""XDLM discrete diffusion language models in Transformers: LLaDA checkpoints, noise, losses, sampling, training.
+"""XDLM discrete diffusion language models in Transformers: LLaDA and DiT, noise, losses, sampling, training.
 
 `xdlm_hf.diffusion` needs only torch; names that need Transformers are imported on first use.
 """

@@ -418,6 +418,20 @@ class TestTable16:
         arguments += ["--data", str(data), "--max_new_tokens", "8", "--device", "cpu", "--output_dir", str(folder)]
         return [*arguments, *more]
 
+    def test_the_row_of_edits_above_a_threshold(self, checkpoint, data, tmp_path, capsys):
+        """The same weights as llada-xdlm; only the refinement differs, and there is no published score beside it."""
+        settings = []
+        for row in ("llada-xdlm", "llada-xdlm-edit"):
+            table16.main([*self.arguments(checkpoint, data, tmp_path, "--limit", "1"), "--row", row])
+            settings.append(json.loads((tmp_path / f"{row}-4" / "settings.json").read_text()))
+        threshold = {"policy": "threshold", "threshold": table16.EDIT_THRESHOLD}
+        assert settings[1] == {**settings[0], "refinement": threshold}
+        assert "| 4 | llada-xdlm-edit | 1 (limited) | - / - | 0.00 / - |" in capsys.readouterr().out
+        with pytest.raises(SystemExit, match="refinement"):
+            table16.main(
+                [*self.arguments(checkpoint, data, tmp_path, "--reference_compat"), "--row", "llada-xdlm-edit"]
+            )
+
     def test_run_kill_and_go_on(self, monkeypatch, checkpoint, data, tmp_path, capsys):
         calls, generate = [], LLaDAForDiffusionLM.generate
 
