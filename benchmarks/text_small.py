@@ -65,9 +65,7 @@ GENERATION_SEED = 0
 REFINEMENTS: dict[str, dict[str, Any] | str] = {
     "none": "none",
     "budget": "budget",
-    "threshold 0.5": {"policy": "threshold", "threshold": 0.5},
-    "threshold 0.7": {"policy": "threshold", "threshold": 0.7},
-    "threshold 0.9": {"policy": "threshold", "threshold": 0.9},
+    **{f"threshold {p}": {"policy": "threshold", "threshold": p} for p in (0.1, 0.3, 0.5, 0.7, 0.9)},
 }
 CONTINUED = {
     "k = 0": ("none", "threshold 0.9"),
