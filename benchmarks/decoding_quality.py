@@ -17,8 +17,9 @@ line (medians of interleaved rounds).
 """
 
 import argparse
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -166,7 +167,9 @@ def trained(folder: Path, steps: int) -> LLaDAForDiffusionLM:
 
 
 @torch.no_grad()
-def measure(model: LLaDAForDiffusionLM, problems: int, repeats: int, clock: Callable[[], float]) -> None:
+def measure(
+    model: LLaDAForDiffusionLM, names: Sequence[str], problems: int, repeats: int, clock: Callable[[], float]
+) -> None:
     prompts, _ = walks(problems, seed=1)
     common = {"max_new_tokens": ANSWER, "eos_token_id": [], "return_dict_in_generate": True}
     outputs = {}
@@ -175,9 +178,9 @@ def measure(model: LLaDAForDiffusionLM, problems: int, repeats: int, clock: Call
         outputs[name] = model.generate(prompts, **{**common, **SETTINGS[name]})
         bar.update()
 
-    with tqdm(desc="generating", total=len(SETTINGS) * (repeats + 1)) as bar:
-        seconds = interleaved_seconds({name: partial(run, name) for name in SETTINGS}, repeats, clock)
-    base = next(iter(SETTINGS))
+    with tqdm(desc="generating", total=len(names) * (repeats + 1)) as bar:
+        seconds = interleaved_seconds({name: partial(run, name) for name in names}, repeats, clock)
+    base = names[0]
     table = Table(title=f"walks: {problems} problems, k = {K} unless said, {machine()}")
     for column in ("decoding", "right, %", "+-", "tokens that follow, %", "passes of a row", "time"):
         table.add_column(column, justify="left" if column == "decoding" else "right")
@@ -201,10 +204,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500, help="optimizer steps of the training")
     parser.add_argument("--problems", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=1, help="rounds of timing after a warm-up; the median counts")
+    parser.add_argument("--only", default="", help="regular expression of the settings to run beside the first")
     parser.add_argument("--cpu-time", action="store_true", help="measure this process's CPU time, not wall time")
     options = parser.parse_args()
     clock = time.process_time if options.cpu_time else time.perf_counter
-    measure(trained(options.output_dir, options.steps), options.problems, options.repeats, clock)
+    first, *others = SETTINGS
+    names = [first, *(name for name in others if re.search(options.only, name))]
+    measure(trained(options.output_dir, options.steps), names, options.problems, options.repeats, clock)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ owt_from_mdlm.yaml trains a published model further at another k.
 
 Local files take a corpus' place, with the same detokenizer and cutting. A small run on one process:
 
-    python recipes/text_pretrain.py --config recipes/configs/text/text8_xdlm.yaml --config_name small.json \
-        --data_files my_text.txt --sequence_length 128 --max_steps 2000 --bf16 false --use_cpu true \
-        --per_device_train_batch_size 32 --global_batch_size 32 --output_dir outputs/small
+    python recipes/text_pretrain.py --config recipes/configs/text/small.yaml --data_files my_text.txt \
+        --mixing_ratio 0.1 --output_dir outputs/small
 
 It writes to `output_dir`: the model with the average of the weights (`ema_decay`), as `save_pretrained` does, the
 tokenizer, trainer_state.json with every logged figure, and checkpoint-* folders, which `xdlm-perplexity` and
