@@ -67,6 +67,15 @@ def test_statistics_and_losses(k, dtype, on_triton):
     torch.testing.assert_close(token_losses(found, terms), token_losses(exact, terms), rtol=1e-5, atol=1e-6)
 
 
+def test_statistics_over_lladas_vocabulary(on_triton):
+    """31 blocks of columns: the sums do not lose digits with their number."""
+    logits, terms, kernel = case(0.1, torch.bfloat16, n=126464)
+    exact = rows.logit_statistics(logits.double(), terms, kernel, True)
+    found = rows.logit_statistics(logits, terms, kernel, True)
+    for name in ("total", "rho", "share"):
+        torch.testing.assert_close(getattr(found, name), getattr(exact, name), rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("k", [0.0, 0.1, 1.0])
