@@ -3,6 +3,7 @@
 #   make test VENV=/path/to/venv       use another virtual environment (made if it is not there)
 #   make test TORCH="torch==2.9.1"     another torch; TORCH= keeps the one already installed
 #   make test ARGS="-k kernel -x"      extra pytest arguments
+#   make gpu STAGES="loss step"        some stages of benchmarks/gpu/run.py
 #   make test WORKERS=8                on 8 cores; a file's tests stay together, a worker uses one thread
 
 VENV ?= .venv
@@ -10,6 +11,8 @@ TORCH ?= torch==2.13.0
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
 WORKERS ?= 2
+STAGES ?=
+GPU_OUT ?= outputs/gpu
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -20,7 +23,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow style format bench clean
+.PHONY: help install demo test slow style format bench gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +52,9 @@ format: $(INSTALLED)  ## apply the linter's fixes and the formatter
 bench: $(INSTALLED)  ## every benchmark, one after the other
 	@for script in $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py)); do \
 		echo "[bench] $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+
+gpu: $(INSTALLED)  ## tests and figures that need a GPU, at most 9 minutes on an H200 (STAGES, GPU_OUT)
+	@$(BIN)/python benchmarks/gpu/run.py --output $(GPU_OUT) $(if $(STAGES),--stages $(STAGES)) $(ARGS)
 
 clean:  ## remove caches and builds; outputs and the virtual environment stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

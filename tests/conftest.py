@@ -27,6 +27,10 @@ settings.register_profile(
 settings.register_profile("explore", deadline=None, max_examples=600, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+# Before Triton is imported: without a GPU its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # One thread, unless asked otherwise: two workers with more would fight for the cores.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 

@@ -4,7 +4,7 @@ Shapes: M rows, N vocabulary.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -86,17 +86,7 @@ def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return index, ((target - (cdf.gather(-1, index) - weight)) / weight).clamp(0, 1)
 
 
-def chunk_blocks(chunks: Iterable[Tensor], absorbing_ids: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
-    """`_weight_blocks` of logits given in chunks; the slices index the concatenation of all chunks."""
-    start = 0
-    for chunk in chunks:
-        for part, weights in _weight_blocks(chunk, absorbing_ids):
-            yield slice(start + part.start, start + part.stop), weights
-        start += len(chunk)
-        del chunk  # frees it before the next one is computed
-
-
-def _weight_blocks(logits: Tensor, absorbing_ids: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+def weight_blocks(logits: Tensor, absorbing_ids: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, exp(logit - max)) of logits (M, N), a few rows at a time; 0 at absorbing tokens."""
     for part in row_blocks(len(logits), logits):
         block = masked_logits(logits[part], absorbing_ids)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from .checks import check_shapes, check_step, check_targets, work_dtype
 from .noise import NoiseDistribution, NoiseKernel
 from .objective import TokenTerms, finite_step_terms, limit_terms, token_losses
-from .ops.rows import gradient_scalars, logit_statistics, row_gradients, set_sparse_part
+from .ops.rows import gradient_scalars, logit_statistics, row_gradients
 
 
 # The public functions run outside torch.compile's graphs, which would unroll their loops over blocks and chunks.
@@ -97,5 +97,4 @@ class _DiffusionLoss(torch.autograd.Function):
         terms = gradient_scalars(ctx.statistics, ctx.terms, ctx.noise, grad_losses.double(), logits)
         gradient = torch.empty_like(logits)
         row_gradients(logits, gradient, terms, ctx.noise)
-        set_sparse_part(gradient, terms)
         return gradient, None, None, None

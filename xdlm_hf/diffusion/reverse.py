@@ -11,15 +11,16 @@ t = 0 is clean, t = 1 is noise, s < t. N counts every row of the output layer, [
 Shapes: B batch, L length, N vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .categorical import chunk_blocks, draw_from_weights, refuse_undefined, row_blocks, uniform
+from .categorical import draw_from_weights, refuse_undefined, row_blocks, uniform, weight_blocks
 from .checks import check_step, work_dtype
 from .noise import NoiseDistribution, NoiseKernel, beta_ts
+from .ops.kernels import triton_rows
 
 
 def posterior(p_x0: Tensor, z_t: Tensor, alpha_s: Tensor, alpha_t: Tensor, kernel: NoiseKernel) -> Tensor:
@@ -196,13 +197,37 @@ def finish_step(draw: StepDraw, chunks: Iterable[Tensor], generator: torch.Gener
     z_t, noise, choice, b_t, b_ts = (x[needed] for x in (draw.z_t, draw.noise, draw.choice, step.b_t, step.b_ts))
     u = uniform((len(z_t), 1), generator, z_t.device)
     drawn, undefined = torch.empty_like(z_t), torch.zeros_like(choice, dtype=torch.bool)
-    for part, weights in chunk_blocks(chunks, step.noise_s.absorbing_ids):
-        p_z = (weights.gather(-1, z_t[part, None]) / weights.sum(-1, keepdim=True)).squeeze(-1).double()
+    for part, p_z, from_p in _draws(chunks, z_t, u, step.noise_s.absorbing_ids):
         leave = b_ts[part] / (alpha_t[part] * p_z + b_t[part])
         otherwise = torch.where(choice[part] < leave, noise[part], z_t[part])
-        from_p = choice[part] < leave * alpha_s[part]
-        drawn[part] = torch.where(from_p, draw_from_weights(weights, u[part]), otherwise)
+        drawn[part] = torch.where(choice[part] < leave * alpha_s[part], from_p, otherwise)
         undefined[part] = p_z.isnan()
     refuse_undefined(undefined)
     z_s[needed] = drawn
     return z_s
+
+
+def _draws(
+    chunks: Iterable[Tensor], z_t: Tensor, u: Tensor, absorbing_ids: Sequence[int]
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For some of the M positions at a time: their slice, p(z_t) in float64, and the token at the quantile u of p."""
+    start = 0
+    for chunk in chunks:
+        part, kernels = slice(start, start + len(chunk)), triton_rows(chunk, absorbing_ids)
+        if kernels is None:
+            yield from _weighted_draws(chunk, start, z_t, u, absorbing_ids)
+        else:
+            tokens, p_z = kernels.draw(chunk, z_t[part], u[part, 0], next(iter(absorbing_ids), -1))
+            yield part, p_z.double(), tokens
+        start = part.stop
+        del chunk  # frees it before the next one is computed
+
+
+def _weighted_draws(
+    chunk: Tensor, start: int, z_t: Tensor, u: Tensor, absorbing_ids: Sequence[int]
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """`_draws` of one chunk, whose first position is `start`."""
+    for rows, weights in weight_blocks(chunk, absorbing_ids):
+        part = slice(start + rows.start, start + rows.stop)
+        p_z = (weights.gather(-1, z_t[part, None]) / weights.sum(-1, keepdim=True)).squeeze(-1).double()
+        yield part, p_z, draw_from_weights(weights, u[part])

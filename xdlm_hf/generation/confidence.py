@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..diffusion.categorical import draw_from_weights, row_blocks, uniform
 from ..diffusion.checks import work_dtype
+from ..diffusion.ops.kernels import triton_rows
 from .blocks import Blocks, check_blocks
 from .canvas import Canvas, StepView
 from .refinement import BudgetRefinement, NoRefinement, Refinement, most_confident
@@ -166,9 +167,14 @@ class ConfidenceSampler(Sampler):
     def predict(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Predicted ids, and the confidence of predicted and of current ids under the untempered float32 softmax.
 
-        Converts the logits (B, C, N), of any dtype, a few rows at a time, to save memory.
+        Converts the logits (B, C, N), of any dtype, a few rows at a time, to save memory; on a GPU and at temperature 0
+        a Triton kernel reads them once.
         """
         shape, logits, ids = ids.shape, logits.flatten(0, 1), ids.flatten()
+        kernels = triton_rows(logits, [self.settings.mask_token_id])
+        if kernels is not None and self.settings.temperature == 0:
+            predicted, found = kernels.confidences(logits, ids, self.settings.mask_token_id)
+            return predicted.view(shape), found[:, 0].view(shape), found[:, 1].view(shape)
         u = uniform((len(ids), 1), self.generator, ids.device) if self.settings.temperature > 0 else None
         predicted, wide = torch.empty_like(ids), work_dtype(logits)
         confidences = torch.empty(2, len(ids), dtype=wide, device=ids.device)

@@ -172,13 +172,12 @@ def _by_token_chunks(
         statistics.append(logit_statistics(logits, terms, noise, with_gradient))
         if any(needed):
             gradient_terms = gradient_scalars(statistics[-1], terms, noise, objective.token_weights[rows], logits)
-            row_gradients(logits, logits, gradient_terms, noise)
+            row_gradients(logits, logits, gradient_terms, noise, sparse_part=grad_hidden is None)
         if grad_hidden is not None:
-            set_sparse_part(logits, gradient_terms, to_zero=True)
             grad_hidden[rows] = torch.mm(logits, weight)
             add_sparse_part(grad_hidden[rows], weight, gradient_terms)
-        if grad_weight is not None or grad_bias is not None:
-            set_sparse_part(logits, gradient_terms)
+            if grad_weight is not None or grad_bias is not None:
+                set_sparse_part(logits, gradient_terms)
         if grad_weight is not None:
             grad_weight.addmm_(logits.T, chunk, beta=int(start > 0))
         if grad_bias is not None:
@@ -208,12 +207,11 @@ def _by_vocabulary_slices(
         part = weight[first : first + width]
         logits = buffer[: hidden.shape[0] * part.shape[0]].view(hidden.shape[0], part.shape[0])
         _logits(hidden, part, None if bias is None else bias[first : first + width], logits)
-        row_gradients(logits, logits, gradient_terms, noise, first)
+        row_gradients(logits, logits, gradient_terms, noise, first, sparse_part=grad_hidden is None)
         if grad_hidden is not None:
-            set_sparse_part(logits, gradient_terms, first, to_zero=True)
             grad_hidden += torch.mm(logits, part)
-        if grad_weight is not None or grad_bias is not None:
-            set_sparse_part(logits, gradient_terms, first)
+            if grad_weight is not None or grad_bias is not None:
+                set_sparse_part(logits, gradient_terms, first)
         if grad_weight is not None:
             torch.mm(logits.T, hidden, out=grad_weight[first : first + width])
         if grad_bias is not None:

@@ -17,6 +17,7 @@ from ..categorical import per_device
 from ..checks import work_dtype
 from ..noise import NoiseDistribution
 from ..objective import LogitStatistics, PerToken, TokenTerms, rho, token_state
+from .kernels import triton_rows
 
 # Elements of one row block, for each CPU thread: two float32 buffers of that size stay in cache, or fill a GPU.
 BLOCK_ELEMENTS = {"cpu": 2**18, "other": 2**26}
@@ -25,7 +26,24 @@ BLOCK_ELEMENTS = {"cpu": 2**18, "other": 2**26}
 def logit_statistics(
     logits: Tensor, terms: TokenTerms, noise: NoiseDistribution, with_gradient: bool
 ) -> LogitStatistics:
-    """One pass over the logits (M, N) of the tokens that have a loss, a second over those near t = 1.
+    """Six numbers of each token from its logits (M, N), on a GPU by a Triton kernel."""
+    floor, scored = _floor(terms, logits), terms.scale > 0
+    kernels = triton_rows(logits, noise.absorbing_ids)
+    if kernels is None:
+        sums = _row_sums(logits, floor, scored, noise, with_gradient)
+    else:
+        absorbing = next(iter(noise.absorbing_ids), -1)
+        sums = kernels.statistics(logits, floor.float(), scored, absorbing, noise.has_uniform).double().unbind(-1)
+    top, total, mean_rho, share = sums
+    log_p_0, log_p_z = (_log_p(logits, ids, top + total.log(), noise) for ids in (terms.x_0, terms.z_t))
+    return LogitStatistics(top, total, log_p_0, log_p_z.exp(), mean_rho, share)
+
+
+def _row_sums(
+    logits: Tensor, floor: Tensor, scored: Tensor, noise: NoiseDistribution, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """top, total, sum p rho(y), sum p y/(1 + y), (M,) float64: one pass over the tokens that have a loss, a second over
+    those near t = 1.
 
     With exp = exp(logit - top), total its sum and floor = u / alpha: p = exp / total and y = p / floor. As sum p = 1,
 
@@ -33,7 +51,6 @@ def logit_statistics(
 
     Where all y are small, these differences cancel; such rows are summed term by term.
     """
-    floor, scored = _floor(terms, logits), terms.scale > 0
     floor_column = floor.to(work_dtype(logits))[:, None]
     sums = torch.ones(logits.shape[0], 4, dtype=floor_column.dtype, device=logits.device)
     for rows, exp, scratch in _row_blocks(logits, scored, noise.absorbing_ids):
@@ -52,8 +69,7 @@ def logit_statistics(
         y = _exp_from_top(exp, sums[rows, :1]) / (floor_column[rows] * sums[rows, 1:2])
         mean_rho[rows] = (exp * rho(y)).sum(-1).double() / total[rows]
         share[rows] = (exp * (y / (1 + y))).sum(-1).double() / total[rows]
-    log_p_0, log_p_z = (_log_p(logits, ids, top + total.log(), noise) for ids in (terms.x_0, terms.z_t))
-    return LogitStatistics(top, total, log_p_0, log_p_z.exp(), mean_rho, share)
+    return top, total, mean_rho, share
 
 
 def _vocabulary_sums(y: Tensor, scratch: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
@@ -98,15 +114,39 @@ class _GradientTerms(PerToken):
     active: Tensor  # tokens that have a gradient, bool
 
 
-def row_gradients(logits: Tensor, out: Tensor, terms: _GradientTerms, noise: NoiseDistribution, first: int = 0) -> None:
+def row_gradients(
+    logits: Tensor,
+    out: Tensor,
+    terms: _GradientTerms,
+    noise: NoiseDistribution,
+    first: int = 0,
+    sparse_part: bool = True,
+) -> None:
     """Write the gradient of the logits (M, n) of tokens [first, first + n) to `out`, which may be `logits` itself.
 
-    `set_sparse_part` then sets its entries at z_t and x_0.
+    Without `sparse_part` its entries at z_t and x_0 are 0.
     """
+    absorbing = [i - first for i in noise.absorbing_ids if first <= i < first + logits.shape[-1]]
+    kernels = triton_rows(logits, absorbing)
+    if kernels is None or out.stride(-1) != 1:
+        _dense_part(logits, out, terms, noise, absorbing)
+        set_sparse_part(out, terms, first, to_zero=not sparse_part)
+        return
+    scalars = torch.cat((terms.top, terms.t, terms.mean, terms.factor), -1)
+    ids, at_ids = torch.stack((terms.z_t, terms.x_0), -1), torch.stack((terms.at_z, terms.at_0), -1)
+    places = {"absorbing": next(iter(absorbing), -1), "first": first}
+    kernels.gradients(
+        logits, out, scalars, ids, at_ids, terms.active, **places, has_uniform=noise.has_uniform, sparse=sparse_part
+    )
+
+
+def _dense_part(
+    logits: Tensor, out: Tensor, terms: _GradientTerms, noise: NoiseDistribution, absorbing: Sequence[int]
+) -> None:
+    """`row_gradients` as if no entry were special; absorbing tokens are counted from the first column."""
     width = logits.shape[-1]
     if not terms.active.all():
         out[~terms.active] = 0.0
-    absorbing = [i - first for i in noise.absorbing_ids if first <= i < first + width]
     in_place = out.dtype == work_dtype(out) and bool(terms.active.all())
     for rows, exp, f in _row_blocks(logits, terms.active, absorbing, out if in_place else None):
         _exp_from_top(exp, terms.top[rows], exact_zero=True)
@@ -121,11 +161,13 @@ def row_gradients(logits: Tensor, out: Tensor, terms: _GradientTerms, noise: Noi
 
 
 def set_sparse_part(out: Tensor, terms: _GradientTerms, first: int = 0, to_zero: bool = False) -> None:
-    """Set the entries at z_t and x_0 of a gradient that `row_gradients` wrote."""
+    """Set the entries at z_t and x_0 of a gradient that `row_gradients` wrote. Does not synchronize with the device."""
+    rows = torch.arange(len(out), device=out.device)
     for ids, value in ((terms.z_t, terms.at_z), (terms.x_0, terms.at_0)):
-        inside = ((ids >= first) & (ids < first + out.shape[-1])).nonzero().squeeze(-1)
+        inside = (ids >= first) & (ids < first + out.shape[-1])
+        columns = (ids - first).clamp(0, out.shape[-1] - 1)
         # Not scatter_, which takes as long as a pass over `out` in bfloat16.
-        out[inside, ids[inside] - first] = 0.0 if to_zero else value[inside].to(out.dtype)
+        out[rows, columns] = torch.where(inside, 0.0 if to_zero else value.to(out.dtype), out[rows, columns])
 
 
 def add_sparse_part(grad_hidden: Tensor, weight: Tensor, terms: _GradientTerms) -> None:
