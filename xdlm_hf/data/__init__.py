@@ -10,6 +10,7 @@ detokenizers   benchmark text back to plain text
 text8          its parts and its character tokenizer
 corpora        the paper's corpora, from the Hub or local files
 conversations  chat templates, prompts and answers as rows
+images         images to token ids and back: pixels, or codes of a VQ tokenizer
 collator       rows to batches
 """
 
