@@ -26,6 +26,7 @@ import image_train
 import numpy as np
 import torch
 from demo import fresh_folder
+from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 from rich.console import Console
 from rich.rule import Rule
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo-images"))
     parser.add_argument("--steps_scale", type=float, default=1.0, help="scales the training steps, at least 2 a run")
     options = parser.parse_args()
+    disable_progress_bar()
     start, cpu = time.perf_counter(), time.process_time()
     folder = fresh_folder(options.output_dir)
     console.print(Rule("1. digits as codes"))
