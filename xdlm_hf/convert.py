@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .atomic import check_new_folder, new_folder
+from .data.images import images_extra
+from .data.llamagen import renamed, vq_sizes
 from .models.dit.configuration_dit import DiTConfig, UDLMConfig
 from .models.dit.modeling_dit import DiTForDiffusionLM, UDLMForDiffusionLM
 
@@ -72,7 +74,37 @@ def released_dit(weights: Mapping[str, Tensor] | Sequence[Tensor], config: Mappi
     wanted = {name.removeprefix(PREFIX): weight for name, weight in model.named_parameters()}
     if named is None:
         named = dict(zip(wanted, weights, strict=True))
-    _check(named, wanted)
+    _check(named, wanted, "DiT")
+    with torch.no_grad():
+        for name, weight in wanted.items():
+            weight.copy_(named[name])
+    return model
+
+
+def llamagen_vq(weights: Mapping[str, Tensor]):
+    """LlamaGen's VQ tokenizer (`vq_ds16_c2i.pt`: 16,384 codes, of 16 x 16 pixels each) as a diffusers `VQModel`.
+
+    The rows of the codebook are normalised. LlamaGen normalises them, and the encoder's output z, at each use; the
+    nearest row of length 1 to z is that to z / |z|, so that diffusers' plain search and look-up give LlamaGen's codes
+    and images.
+
+    Args:
+        weights: Tensors by LlamaGen's names.
+
+    Returns:
+        A `VQModel`, float32, in evaluation mode.
+
+    Raises:
+        ValueError: If a name is missing or unknown, or a shape differs from the network's.
+    """
+    with images_extra():
+        from diffusers import VQModel
+
+    model = VQModel(**vq_sizes(weights)).eval()
+    named, wanted = renamed(weights), model.state_dict()
+    _check(named, wanted, "VQ tokenizer")
+    codebook = "quantize.embedding.weight"
+    named[codebook] = torch.nn.functional.normalize(named[codebook].double(), dim=-1)
     with torch.no_grad():
         for name, weight in wanted.items():
             weight.copy_(named[name])
@@ -118,7 +150,7 @@ def _sizes_of_list(weights: Sequence[Tensor]) -> dict[str, Any]:
     return fields | ({"num_classes": len(weights[5]) - 1} if classes else {})
 
 
-def _check(named: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def _check(named: Mapping[str, Tensor], wanted: Mapping[str, Tensor], network: str) -> None:
     problems = []
     for verb, names in (("lack", wanted.keys() - named.keys()), ("hold unknown", named.keys() - wanted.keys())):
         problems += [f"{verb} {_some(names)}"] if names else []
@@ -126,7 +158,7 @@ def _check(named: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     shapes = [f"{name} {theirs} instead of {ours}" for name, theirs, ours in both if theirs != ours]
     problems += [f"hold {_some(shapes)}"] if shapes else []
     if problems:
-        raise ValueError(f"the weights are not a supported DiT: they {'; they '.join(problems)}.")
+        raise ValueError(f"the weights are not a supported {network}: they {'; they '.join(problems)}.")
     strange = [name for name, weight in named.items() if not weight.is_floating_point()]
     if strange:
         raise ValueError(f"{_some(strange)}: weights must be floating-point numbers.")
@@ -163,7 +195,7 @@ def read_weights(path: str | Path, ema: bool | None = None) -> tuple[dict[str, T
         raise ValueError(f"{path} has no moving average (ema.shadow_params); leave out --ema.")
     if has_average and ema is not False:
         return averages, "ema"
-    raw = whole.get("state_dict", whole)
+    raw = whole.get("state_dict", whole.get("model", whole))
     if not isinstance(raw, Mapping) or not raw or not all(isinstance(x, Tensor) for x in raw.values()):
         what = ", ".join(map(str, list(whole)[:6]))
         raise ValueError(f"{path} has neither named tensors nor ema.shadow_params; its entries are {what}.")
