@@ -31,11 +31,10 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from ...diffusion.checks import validate_ids
-from ...diffusion.gidd import GIDDProcess
-from ...diffusion.process import NoiseProcess
 from ...generation.generate import XDLMGenerationMixin
 from ...generation.protocol import plain_output_layer
 from ..attention import BidirectionalAttention, prepare_mask, rotary_angles
+from ..configured_noise import ConfiguredNoise
 from ..network_inputs import (
     check_rows_hold_mask,
     check_text,
@@ -58,8 +57,6 @@ from .layers_dit import (
 )
 
 ROTARY_BASE = 10000.0
-# sigma = -log alpha_t is infinite at alpha = 0; the models were trained with a schedule that ends at alpha = 1e-3.
-LEAST_ALPHA = 1e-3
 
 
 class DiTBlock(FoldsConstants, GradientCheckpointingLayer):
@@ -275,7 +272,7 @@ class DiTModel(DiTPreTrainedModel):
         return class_labels.masked_fill(dropped, self.config.num_classes)
 
 
-class DiTForDiffusionLM(XDLMGenerationMixin, DiTPreTrainedModel):
+class DiTForDiffusionLM(ConfiguredNoise, XDLMGenerationMixin, DiTPreTrainedModel):
     """DiT with its output layer: token ids (B, L), noisy or masked, to logits of the clean tokens (B, L, N).
 
     `noise_process()` gives the noise that the checkpoint was trained with and the objective; `generate()` samples, by
@@ -301,38 +298,6 @@ class DiTForDiffusionLM(XDLMGenerationMixin, DiTPreTrainedModel):
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.backbone.output_layer.linear = OutputLayer.around(value)
-
-    @property
-    def conditioning(self) -> tuple[str, ...]:
-        return ("timesteps",) if self.config.time_conditioning else ()
-
-    @property
-    def stationary_noise(self) -> bool:
-        return self.config.noise_process == "stationary"
-
-    def noise_process(
-        self, mixing_ratio: float | None = None, noise_schedule: str | None = None, mask_token_id: int | None = None
-    ) -> NoiseProcess:
-        """The noise that the model was trained with; see [`DiffusionModel`].
-
-        Raises:
-            ValueError: Also if k or a schedule is given for GIDD, which has neither.
-        """
-        config = self.config
-        if self.stationary_noise:
-            return super().noise_process(mixing_ratio, noise_schedule, mask_token_id)
-        for name, value in (("mixing_ratio", mixing_ratio), ("noise_schedule", noise_schedule)):
-            if value:  # generation passes k = 0 for every model without one
-                raise ValueError(
-                    f"{name}={value!r} does not apply to noise_process='gidd', whose ratio changes with time and "
-                    "whose schedule is its own; leave it out."
-                )
-        mask = config.mask_token_id if mask_token_id is None else mask_token_id
-        return GIDDProcess(config.vocab_size, mask, config.p_uniform)
-
-    def timesteps(self, t: Tensor) -> Tensor:
-        """sigma_t = -log max(alpha_t, 1e-3) of the times t (B,), (B,) float32."""
-        return -self.noise_process().alpha(t.double()).clamp_min(LEAST_ALPHA).log().float()
 
     @plain_output_layer
     @can_return_tuple
