@@ -44,7 +44,10 @@ ROWS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "llada-xdlm-infer": (BASE, {"mixing_ratio": 0.1}),
     "llada-mdlm": (None, {"mixing_ratio": 0.0}),
     "llada-xdlm": (None, {"mixing_ratio": 0.1}),
-    "llada-xdlm-edit": (None, {"mixing_ratio": 0.1, "refinement": {"policy": "threshold", "threshold": EDIT_THRESHOLD}}),
+    "llada-xdlm-edit": (
+        None,
+        {"mixing_ratio": 0.1, "refinement": {"policy": "threshold", "threshold": EDIT_THRESHOLD}},
+    ),
 }
 NEW_TOKENS = 256
 ANSWERS = "answers"  # lm-eval adds _rank<n>.db

@@ -11,7 +11,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, PixelUNetConfig, PixelUNetForDiffusion
+from xdlm_hf import (
+    DiTConfig,
+    DiTForDiffusionLM,
+    LLaDAConfig,
+    LLaDAForDiffusionLM,
+    PixelUNetConfig,
+    PixelUNetForDiffusion,
+)
 
 # A checkpoint of 512 rows, with logits and generations recorded from the released code.
 CHECKPOINT = Path(__file__).resolve().parent / "fixtures" / "tiny-llada"
@@ -86,6 +93,19 @@ def small_model(**options):
     sizes = dict(d_model=16, n_layers=1, mlp_hidden_size=32, vocab_size=24)
     ids = dict(mask_token_id=20, eos_token_id=21, pad_token_id=22)
     return tiny_model(**{**sizes, **ids, **options}).eval()
+
+
+DIT = {"hidden_dim": 32, "cond_dim": 16, "n_blocks": 2, "n_heads": 2, "model_length": 24, "vocab_size": 40}
+
+
+def random_dit(**options):
+    """DiT of two blocks and 40 rows; every weight random, also those that begin at zero."""
+    torch.manual_seed(0)
+    model = DiTForDiffusionLM(DiTConfig(**{**DIT, **options}))
+    for name, weight in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    return model.eval()
 
 
 def model_of(tokenizer, **options):

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "loading": {"data", "models"},
     "serving": {"generation", "data", "watch", "loading"},
     "hub": {"atomic", "diffusion", "generation", "models"},
-    "convert": {"atomic", "models"},
+    "convert": {"atomic", "models", "data"},
 }
 LIBRARY = sorted((ROOT / "xdlm_hf").rglob("*.py"))
 MODULES = [path for path in LIBRARY if path.stem != "__init__"]

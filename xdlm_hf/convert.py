@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .atomic import check_new_folder, new_folder
+from .data.llamagen import renamed, vq_sizes
 from .models.dit.configuration_dit import DiTConfig, UDLMConfig
 from .models.dit.modeling_dit import DiTForDiffusionLM, UDLMForDiffusionLM
 from .models.unet.configuration_unet import PixelUNetConfig
@@ -81,6 +82,35 @@ def released_dit(weights: Mapping[str, Tensor] | Sequence[Tensor], config: Mappi
     return model
 
 
+def llamagen_vq(weights: Mapping[str, Tensor]):
+    """LlamaGen's VQ tokenizer (`vq_ds16_c2i.pt`: 16,384 codes, of 16 x 16 pixels each) as a diffusers `VQModel`.
+
+    The rows of the codebook are normalised. LlamaGen normalises them, and the encoder's output z, at each use; the
+    nearest row of length 1 to z is that to z / |z|, so that diffusers' plain search and look-up give LlamaGen's codes
+    and images.
+
+    Args:
+        weights: Tensors by LlamaGen's names.
+
+    Returns:
+        A `VQModel`, float32, in evaluation mode.
+
+    Raises:
+        ValueError: If a name is missing or unknown, or a shape differs from the network's.
+    """
+    from diffusers import VQModel
+
+    model = VQModel(**vq_sizes(weights)).eval()
+    named, wanted = renamed(weights), model.state_dict()
+    _check(named, wanted, "VQ tokenizer")
+    codebook = "quantize.embedding.weight"
+    named[codebook] = torch.nn.functional.normalize(named[codebook].double(), dim=-1)
+    with torch.no_grad():
+        for name, weight in wanted.items():
+            weight.copy_(named[name])
+    return model
+
+
 def released_unet(
     weights: Mapping[str, Tensor] | Sequence[Tensor], config: Mapping[str, Any] | PixelUNetConfig | None = None
 ) -> PixelUNetForDiffusion:
@@ -109,9 +139,8 @@ def released_unet(
         if len(weights) != len(released):
             raise ValueError(f"a list of {len(weights)} tensors does not fit a U-Net of {len(released)} parameters.")
         named = {each.theirs: weight for each, weight in zip(released, weights, strict=True)}
-    _check(
-        named, {each.theirs: torch.empty(each.shape(own[each.ours].shape), device="meta") for each in released}, "U-Net"
-    )
+    wanted = {each.theirs: torch.empty(each.shape(own[each.ours].shape), device="meta") for each in released}
+    _check(named, wanted, "U-Net")
     with torch.no_grad():
         for each in released:
             own[each.ours].copy_(each.converted(named[each.theirs]))
@@ -213,7 +242,7 @@ def read_weights(path: str | Path, ema: bool | None = None) -> tuple[dict[str, T
         raise ValueError(f"{path} has no moving average (ema.shadow_params); leave out --ema.")
     if has_average and ema is not False:
         return averages, "ema"
-    raw = whole.get("state_dict", whole)
+    raw = whole.get("state_dict", whole.get("model", whole))
     if not isinstance(raw, Mapping) or not raw or not all(isinstance(x, Tensor) for x in raw.values()):
         what = ", ".join(map(str, list(whole)[:6]))
         raise ValueError(f"{path} has neither named tensors nor ema.shadow_params; its entries are {what}.")

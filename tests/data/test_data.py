@@ -399,9 +399,21 @@ def test_collator_keeps_token_weights():
     assert batch["token_weights"].tolist() == [[0.5, 0, 2]] and batch["noise_mask"].all()
 
 
+def test_collator_keeps_class_labels():
+    rows = [{"input_ids": [7], "class_label": 2}, {"input_ids": [8], "class_label": None}, {"input_ids": [9]}]
+    labels = DiffusionCollator(0, num_classes=3)(rows)["class_labels"]
+    assert labels.tolist() == [2, 3, 3] and labels.dtype == torch.int64
+    assert "class_labels" not in DiffusionCollator(0, num_classes=3)(rows[1:])
+    with pytest.raises(ValueError, match="a row has class_label=2, but the model has no classes; remove the column"):
+        DiffusionCollator(0)(rows)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"class_label": 3}, r"class_label=3; the model's classes are 0\.\.2"),
+        ({"class_label": -1}, r"class_label=-1; the model's classes are 0\.\.2"),
+        ({"class_label": 0.5}, "class_label=0.5; the model's classes"),
         ({"labels": [6, 7], "prompt_mask": [0, 0]}, "both labels and prompt_mask"),
         ({"labels": [7, 8]}, "labels must repeat input_ids or be -100"),
         ({"labels": [6]}, "labels has 1 entries, input_ids 2"),
@@ -412,4 +424,4 @@ def test_collator_keeps_token_weights():
 )
 def test_collator_refuses_inconsistent_rows(row, message):
     with pytest.raises(ValueError, match=message):
-        DiffusionCollator(0, mask_token_id=5)([{"input_ids": [6, 7], **row}])
+        DiffusionCollator(0, mask_token_id=5, num_classes=3)([{"input_ids": [6, 7], **row}])

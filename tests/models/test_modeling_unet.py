@@ -86,7 +86,7 @@ def test_rows_without_a_value_are_excluded(model):
 
 
 def test_a_new_model_predicts_values_near_its_input():
-    """The last convolution starts at zero, so that mu = tanh(y) with the scale e^-2; attention starts as the identity."""
+    """The last convolution and what attention adds start at zero, so that mu = tanh(y) with the scale e^-2."""
     model = tiny_unet()
     hidden = model.backbone(IDS).last_hidden_state
     assert (

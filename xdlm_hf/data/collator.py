@@ -13,22 +13,27 @@ class DiffusionCollator:
     """Rows of ids to one batch of clean text x_0, with masks of noised and scored tokens.
 
     A row is a mapping with `input_ids` and, for supervised fine-tuning, one of `labels` (-100 marks the prompt) or
-    `prompt_mask` (true marks the prompt); optionally `token_weights`. Prompt and padding are neither noised nor scored.
+    `prompt_mask` (true marks the prompt); optionally `token_weights` and `class_label`, an integer or None for
+    no label. Prompt and padding are neither noised nor scored.
 
     The batch holds `input_ids` (B, L) int64; `noise_mask` (B, L) bool, true where noise may fall; `token_weights`
-    (B, L) float32, 0 where noise may not fall; and `attention_mask` (B, L) int64, only when a row is padded.
+    (B, L) float32, 0 where noise may not fall; `class_labels` (B,) int64, if a row has a `class_label`, with
+    `num_classes` (the null class) for rows without; and `attention_mask` (B, L) int64, only when a row is padded.
 
     Args:
         pad_token_id: Fills rows up to the longest.
         mask_token_id: When given, refused wherever noise may fall: the network can never predict it.
+        num_classes: Number of classes of the model; None refuses rows with a `class_label`.
 
     Raises:
         ValueError: If lengths disagree, a weight is negative or falls on a protected position, both prompt markers are
-            given, a label is neither -100 nor the token itself, or the mask token occurs.
+            given, a label is neither -100 nor the token itself, the mask token occurs, or a `class_label` is not one of
+            the model's classes.
     """
 
     pad_token_id: int
     mask_token_id: int | None = None
+    num_classes: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         columns = [self._row(row) for row in rows]
@@ -41,7 +46,22 @@ class DiffusionCollator:
         }
         if min(lengths) < max(lengths):
             batch["attention_mask"] = _pad([torch.ones(n, dtype=torch.int64) for n in lengths], 0)
+        labels = [row.get("class_label") for row in rows]
+        if any(label is not None for label in labels):
+            batch["class_labels"] = torch.tensor([self._class(label) for label in labels], dtype=torch.int64)
         return batch
+
+    def _class(self, label: Any) -> int:
+        if self.num_classes is None:
+            raise ValueError(f"a row has class_label={label!r}, but the model has no classes; remove the column.")
+        if label is None:
+            return self.num_classes
+        if isinstance(label, bool) or label != int(label) or not 0 <= label < self.num_classes:
+            raise ValueError(
+                f"a row has class_label={label!r}; the model's classes are 0..{self.num_classes - 1}, and None is no "
+                "label."
+            )
+        return int(label)
 
     def _row(self, row: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         ids = torch.as_tensor(row["input_ids"], dtype=torch.int64)

@@ -6,6 +6,7 @@ generation_config.json, and the defaults; None means "not set". Costs are counte
 Shapes: B batch, P prompt or given text, T total length (prompt and answer), N rows of the output layer.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from .ancestral import AncestralSampler
 from .blocks import check_blocks
 from .confidence import ConfidenceSampler, ConfidenceSettings
 from .config import XDLMGenerationConfig
-from .layout import Layout, continuation, default_steps
+from .layout import Layout, check_guidance, continuation, default_steps, label_tensor
 from .loop import StoppingRules, denoise
 from .network import Network
 from .options import Options
@@ -58,6 +59,7 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         generator: torch.Generator | None = None,
         streamer: Any = None,
         holes: Tensor | Spans | None = None,
+        class_labels: Tensor | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Tensor | DiffusionGenerateOutput:
         """
@@ -91,6 +93,9 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
             holes (`torch.BoolTensor` of shape `(B, P)` or list of `(first, end)` columns, *optional*):
                 Positions of `input_ids` to fill, whatever their ids; `steps` is then by default the largest number of
                 holes in a row, and a block without holes takes no forward pass.
+            class_labels (`torch.LongTensor` of shape `(B,)` or list of `int`, *optional*):
+                For a model with classes; `num_classes` is the null class, which is also the default. Without
+                `input_ids` they determine B. `cfg_scale` then guides against the null class with the same text.
             kwargs: Any option of [`XDLMGenerationConfig`].
 
         Returns:
@@ -106,6 +111,11 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
             raise ValueError("stopping_criteria apply to answers, not to holes; leave them out.")
         options = resolve(self, generation_config, kwargs, generator, "answer" if holes is None else "holes")
         generator = make_generator(generator, options.seed)
+        if class_labels is not None:
+            class_labels = label_tensor(self, class_labels, None if input_ids is None else len(input_ids))
+            if input_ids is None and attention_mask is None:
+                input_ids = torch.empty(len(class_labels), 0, dtype=torch.long)
+        check_guidance(self, options.cfg_scale, class_labels)
         input_ids, attention_mask = self._prepare_prompt(input_ids, attention_mask, options, holes is None)
         # 2.
         if holes is None:
@@ -113,6 +123,8 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         else:
             positions = position_mask("holes", holes, attention_mask)
             layout = Layout(input_ids, attention_mask, positions, positions, 0, open_ended=False)
+        if class_labels is not None:
+            layout = replace(layout, class_labels=class_labels.to(input_ids.device))
         if options.steps is None:
             options = replace(options, steps=default_steps(layout, options.block_length))
         if holes is not None and options.sampler == "confidence":
@@ -136,7 +148,7 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         stopping = StoppingRules(options, criteria, answer, sampler.may_edit or sampler.may_remask)
         canvas = sampler.begin(layout.ids, layout.generated, layout.holes)
         network_class = ReferenceNetwork if options.reference_compat else Network
-        network = network_class(self, layout.attention_mask, canvas, options, processors)
+        network = network_class(self, layout.attention_mask, canvas, options, processors, layout.class_labels)
         observer = StepObserver(options, streamer, sampler, stopping, layout.start)
         observer.begin(canvas.ids)
         progress = denoise(network, sampler, canvas, stopping, observer)

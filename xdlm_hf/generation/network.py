@@ -1,11 +1,12 @@
 """Logits of the positions that a step requests, with cache, classifier-free guidance and logits processors.
 
-Guidance evaluates two streams of ids: the text, and the text with its prompt masked (unconditional).
+Guidance evaluates two streams: the text, and an unconditional one. With class labels this is the same text with the
+null class, and both are one batch; otherwise it is the text with its prompt masked.
 
 Shapes: R active rows, T total length, C columns, m positions of a chunk, N vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,9 +36,11 @@ class Network:
         canvas: The sampler's first canvas.
         options: The resolved options.
         processors: The user's logits processors.
+        class_labels: (B,), or None for the null class.
     """
 
     counts_padding = False  # whether positions count padding
+    one_batch = False  # whether the streams are evaluated as one batch, also those of a masked prompt
 
     def __init__(
         self,
@@ -46,8 +49,9 @@ class Network:
         canvas: Canvas,
         options: Options,
         processors: LogitsProcessorList | None,
+        class_labels: Tensor | None = None,
     ):
-        self.model, self.options = model, options
+        self.model, self.options, self.class_labels = model, options, class_labels
         self.guidance_mask = self._guidance_mask(attention_mask, canvas)
         self.processors = LogitsProcessorList(processors) if processors else None
         self.num_forward_passes = 0
@@ -92,8 +96,9 @@ class Network:
             yield self._processed(self._stream_logits(ids, mask, None, t), ids[rows])
             return
         body, head = self.model.base_model, self.model.get_output_embeddings()
-        texts = enumerate(self._stream_ids(ids))
-        hidden_states = [body(**self._inputs(stream, text, None, t)).last_hidden_state[mask] for stream, text in texts]
+        hidden_states = self._run_streams(
+            ids, None, t, lambda inputs, repeats: body(**inputs).last_hidden_state[mask.repeat(repeats, 1)]
+        )
         for part in chunk_slices(len(rows), output_rows(self.model.config), ids.device):
             yield self._processed([head(hidden[part]) for hidden in hidden_states], ids[rows[part]])
 
@@ -101,30 +106,57 @@ class Network:
         self, ids: Tensor, positions: Tensor, columns: Tensor | None, t: float | None
     ) -> Sequence[Tensor]:
         """Logits of each stream, see `logits_at`; with a cache only `columns` (R, A) are computed."""
-        return [
-            logits_at(self.model, self._inputs(stream, text, columns, t), positions)
-            for stream, text in enumerate(self._stream_ids(ids))
-        ]
 
-    def _stream_ids(self, ids: Tensor) -> Sequence[Tensor]:
-        """Ids of each stream, (R, T)."""
+        def run(inputs: dict[str, Any], repeats: int) -> Tensor:
+            return logits_at(self.model, inputs, positions.repeat(repeats, 1) if positions.ndim == 2 else positions)
+
+        return self._run_streams(ids, columns, t, run)
+
+    def _run_streams(
+        self, ids: Tensor, columns: Tensor | None, t: float | None, run: Callable[[dict[str, Any], int], Tensor]
+    ) -> Sequence[Tensor]:
+        """`run(inputs, repeats)` for each stream; `repeats` is the number of streams in one batch."""
+        streams = self._streams(ids)
+        together = self.plan is None and (self.one_batch or self.class_labels is not None)
+        if len(streams) > 1 and together:
+            joined = {name: torch.cat([stream[name] for stream in streams]) for name in streams[0]}
+            inputs = self._inputs(joined, None, t, len(streams))
+            return run(inputs, len(streams)).chunk(len(streams))
+        return [run(self._inputs(x, columns, t, 1, self.caches[i]), 1) for i, x in enumerate(streams)]
+
+    def _streams(self, ids: Tensor) -> Sequence[dict[str, Tensor]]:
+        """Ids (R, T) and, if any, class labels (R,) of each stream."""
+        labels = self.class_labels
+        text = {"input_ids": ids} if labels is None else {"input_ids": ids, "class_labels": labels}
         if not self.options.cfg_scale:
-            return (ids,)
-        return ids, torch.where(self.guidance_mask, self.options.mask_token_id, ids)
+            return (text,)
+        if labels is not None:
+            return text, {"input_ids": ids, "class_labels": torch.full_like(labels, self.model.num_classes)}
+        return text, {"input_ids": torch.where(self.guidance_mask, self.options.mask_token_id, ids)}
 
-    def _inputs(self, stream: int, ids: Tensor, columns: Tensor | None, t: float | None) -> dict[str, Any]:
-        """Arguments of one forward pass; also counts it."""
-        self.num_forward_passes += 1
-        inputs = {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
+    def _inputs(
+        self,
+        stream: dict[str, Tensor],
+        columns: Tensor | None,
+        t: float | None,
+        repeats: int,
+        cache: CanvasCache | None = None,
+    ) -> dict[str, Any]:
+        """Arguments of one forward pass over a stream, or over `repeats` streams in one batch; also counts them."""
+        self.num_forward_passes += repeats
+        padding = {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
+        inputs = stream | {name: value.repeat(repeats, 1) for name, value in padding.items() if value is not None}
         if columns is not None:
             inputs["position_ids"] = columns if self.position_ids is None else self.position_ids.gather(1, columns)
-            ids = ids.gather(1, columns)
-        if self.caches[stream] is not None:
-            inputs["past_key_values"] = self.caches[stream].at(columns)
+            inputs["input_ids"] = stream["input_ids"].gather(1, columns)
+        if cache is not None:
+            inputs["past_key_values"] = cache.at(columns)
         if "timesteps" in self.model.conditioning:
-            times = torch.full((len(ids),), t, dtype=torch.float64, device=ids.device)
-            inputs["timesteps"] = self.model.timesteps(times)
-        return {"input_ids": ids, **{name: value for name, value in inputs.items() if value is not None}}
+            ids = stream["input_ids"]
+            inputs["timesteps"] = self.model.timesteps(
+                torch.full((len(ids),), t, dtype=torch.float64, device=ids.device)
+            )
+        return inputs
 
     def _processed(self, streams: Sequence[Tensor], ids: Tensor) -> Tensor:
         """Guidance, the user's processors, suppressed tokens.
@@ -138,7 +170,9 @@ class Network:
             streams = [self._upcast(logits) for logits in streams]
         logits = streams[0]
         if len(streams) > 1:
-            logits = streams[1] + (self.options.cfg_scale + 1) * (logits - streams[1])
+            guided = streams[1] + (self.options.cfg_scale + 1) * (logits - streams[1])
+            # Rows that the network itself excludes are -inf in both streams, and their difference would be NaN.
+            logits = guided.masked_fill(logits.isneginf(), -torch.inf)
         if self.processors is not None:
             rows = ids if logits.ndim == 2 else ids.repeat_interleave(logits.shape[1], 0)
             logits = self.processors(rows, logits.view(-1, logits.shape[-1])).view(logits.shape)
@@ -153,6 +187,8 @@ class Network:
     def select(self, rows: Tensor) -> None:
         """Keep some rows of the batch, (rows,)."""
         self.guidance_mask = self.guidance_mask[rows]
+        if self.class_labels is not None:
+            self.class_labels = self.class_labels[rows]
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask[rows]
         if self.position_ids is not None:

@@ -182,7 +182,8 @@ TABLE: dict[str, Option] = {
     "cfg_scale": Option(
         _number(lambda x: x >= 0, "be 0 (no guidance) or above"),
         "number >= 0",
-        "Classifier-free guidance, uncond + (cfg_scale + 1) (cond - uncond); the prompt of uncond is masked.",
+        "Classifier-free guidance, uncond + (cfg_scale + 1) (cond - uncond); the prompt of uncond is masked. With "
+        "`class_labels`, uncond is the same text with the null class.",
         "sampling",
         value=0.0,
         off=(0,),

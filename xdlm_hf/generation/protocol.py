@@ -7,6 +7,7 @@ Its config has, under Transformers' names:
     max_position_embeddings             longest sequence, in tokens
     mask_token_id                       [MASK], needed for k < 1; pad_token_id, bos_token_id and eos_token_id if any
     mixing_ratio, noise_schedule        the noise it was trained with; without them k = 0 and "linear"
+    num_classes, label_dropout          classes, and the share of training rows without their label; see `num_classes`
 
 The network has `get_input_embeddings()`, `get_output_embeddings()`, and `forward(input_ids, ...)`, whose output has
 `.logits` (B, L, N). If `forward` has these parameters, it gets `attention_mask` (B, L) for padded rows, with
@@ -36,7 +37,7 @@ class DiffusionModel:
 
     Attributes:
         conditioning: Required inputs of `forward` besides ids: "timesteps" (B,), see `timesteps`, or "class_labels"
-            (B,).
+            (B,) of a network without a null class.
         predicts_next: Whether the logits at a position predict the next one, as in converted autoregressive models; by
             default they predict the position itself.
         attention: "full", or "block_causal": a position attends to its own block and those before it.
@@ -70,6 +71,14 @@ class DiffusionModel:
         name = getattr(config, "noise_schedule", "linear") if noise_schedule is None else noise_schedule
         mask = getattr(config, "mask_token_id", None) if mask_token_id is None else mask_token_id
         return StationaryProcess(NoiseKernel(output_rows(config), k, mask), get_schedule(name))
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes of the optional input `class_labels` (B,) of `forward`; None if it has no such input.
+
+        The label `num_classes` is the null class: that of rows without a label, and the unconditional side of guidance.
+        """
+        return getattr(self.config, "num_classes", None)
 
     def noise_kernel(self, mixing_ratio: float | None = None) -> NoiseKernel:
         """The kernel of `noise_process(mixing_ratio)`, Eq. 7, over the N rows of the output layer.

@@ -32,7 +32,6 @@ from .blocks import check_even_blocks
 from .canvas import Canvas
 from .confidence import REMASKING
 from .network import Network
-from .protocol import logits_at
 from .sampler import Request, Sampler
 
 _LAST_TIME = 1e-5
@@ -58,23 +57,13 @@ class ReferenceNetwork(Network):
     """Logits as the released code computes them: its guidance, and its position ids of padded rows."""
 
     counts_padding = True
+    one_batch = True  # in low precision the batch size can change the rounding of a product
 
     def _guidance_mask(self, attention_mask: Tensor, canvas: Canvas) -> Tensor:
         return canvas.ids != self.options.mask_token_id
 
     def _upcast(self, logits: Tensor) -> Tensor:
         return logits
-
-    def _stream_logits(
-        self, ids: Tensor, positions: Tensor, columns: Tensor | None, t: float | None
-    ) -> tuple[Tensor, ...]:
-        """One pass over both streams, because in low precision the batch size can change the rounding of a product."""
-        texts = self._stream_ids(ids)
-        self.num_forward_passes += len(texts)
-        inputs = {"input_ids": torch.cat(list(texts))}
-        if self.attention_mask is not None:
-            inputs["attention_mask"] = self.attention_mask.repeat(len(texts), 1)
-        return logits_at(self.model, inputs, positions).chunk(len(texts))
 
 
 class ReferenceConfidenceSampler(Sampler):

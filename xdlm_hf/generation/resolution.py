@@ -300,7 +300,7 @@ def _check_against_model(model: Any, options: Options) -> None:
             "sampler='confidence' needs a mask token, and neither the model config nor the call gives "
             "mask_token_id; for a uniform-noise model (k = 1) use sampler='ancestral'."
         )
-    if options.cfg_scale and options.mask_token_id is None:
+    if options.cfg_scale and options.mask_token_id is None and model.num_classes is None:
         raise ValueError(f"cfg_scale={options.cfg_scale} masks the prompt; pass mask_token_id.")
     check_conditioning(
         model,

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.generation import LogitsProcessorList
 
 from .config import XDLMGenerationConfig
-from .layout import Layout, padded
+from .layout import Layout, check_guidance, padded
 from .options import Options
 from .output import DiffusionGenerateOutput
 from .refinement import make_refinement
@@ -64,6 +64,7 @@ class RevisionMixin:
         """
         options = resolve(self, generation_config, kwargs, generator, "revision")
         _check_revision(options)
+        check_guidance(self, options.cfg_scale, None)
         generator = make_generator(generator, options.seed)
         if isinstance(text, Tensor):
             ids, attention_mask = self._prepare_prompt(text, attention_mask, options, False)

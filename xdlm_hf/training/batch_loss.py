@@ -66,8 +66,9 @@ def weighted_loss(
     Args:
         model: The network, wrapped or not.
         process: The noise.
-        batch: `input_ids` and `z_t` (B, L), `t` (B,), `token_weights` (B, L); `attention_mask` (B, L) and `timesteps`
-            (B,) if the network is to have them; `weighting` (B, L), a factor of the token weights in the sum.
+        batch: `input_ids` and `z_t` (B, L), `t` (B,), `token_weights` (B, L); `attention_mask` (B, L), `timesteps` and
+            `class_labels` (B,) if the network is to have them; `weighting` (B, L), a factor of the token weights in the
+            sum.
         fused: Whether to fuse the loss with the output layer.
         chunk_size: Tokens per chunk of the fused loss; None for its default.
 
@@ -76,7 +77,7 @@ def weighted_loss(
     """
     if "weighting" in batch:
         batch = {**batch, "token_weights": batch["token_weights"] * batch["weighting"]}
-    optional = {name: batch[name] for name in ("attention_mask", "timesteps") if name in batch}
+    optional = {name: batch[name] for name in ("attention_mask", "timesteps", "class_labels") if name in batch}
     network_inputs = {"input_ids": batch["z_t"], **optional}
     if fused:
         outputs = model(**network_inputs, output_reduction=FusedLoss(process, batch, chunk_size))

@@ -1,7 +1,7 @@
-"""Times, noise and lengths of training rows, drawn on the CPU from one generator per row.
+"""Times, noise, dropped labels and lengths of training rows, drawn on the CPU from generators of the row.
 
-The generator is seeded by (noise seed, place of the row in the run), so that a row's time and noise depend neither on
-the number of processes, nor on accumulation, nor on the device, nor on the global random state.
+They are seeded by (noise seed, place of the row in the run), so that what is drawn for a row depends neither on the
+number of processes, nor on accumulation, nor on the device, nor on the global random state.
 
 t = 0 is clean, t = 1 is noise. Shapes: B batch, L length.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..diffusion.process import NoiseProcess
 
 # Second word of the seed: independent streams of random numbers.
-TRAIN_ROW, TRAIN_STEP, EVAL_ROW, EVAL_SHIFT, TRAIN_LENGTH = range(5)
+TRAIN_ROW, TRAIN_STEP, EVAL_ROW, EVAL_SHIFT, TRAIN_LENGTH, TRAIN_LABEL = range(6)
 
 
 def generator_of(seed: int, stream: int, index: int) -> torch.Generator:
@@ -99,6 +99,19 @@ class RowNoise:
             generator = generator_of(self.seed, TRAIN_STEP, step)
             self._strata = (key, torch.randperm(global_batch, generator=generator))
         return int(self._strata[1][place])
+
+    def drop_labels(self, labels: Tensor, indices: Sequence[int], probability: float, null: int) -> Tensor:
+        """Labels (B,) with some replaced by the null class; the noise of the rows does not depend on it.
+
+        Args:
+            labels: Class labels (B,). Not modified.
+            indices: Places of the rows in the run.
+            probability: Of dropping the label of a row.
+            null: Label of the null class.
+        """
+        generators = [generator_of(self.seed, TRAIN_LABEL, index) for index in indices]
+        dropped = torch.stack([torch.rand((), generator=generator) < probability for generator in generators])
+        return labels.masked_fill(dropped, null)
 
     def length(self, step: int, longest: int) -> int | None:
         """Length to which the rows of a step are cut, uniform in 1..longest; None for whole rows."""

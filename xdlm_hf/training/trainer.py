@@ -82,7 +82,8 @@ class XDLMTrainer(CheckpointingTrainer):
             `conditioning` it is given `model.timesteps(t)`.
         data_collator: By default a `DiffusionCollator` with the tokenizer's, else the model's padding id.
         train_dataset: Rows with `input_ids`: a `PackedDataset`, a `PackedStream` (built for this rank, repeating;
-            needs `max_steps`), or any dataset of such rows.
+            needs `max_steps`), or any dataset of such rows. For a model with `num_classes` they may have a
+            `class_label`, which training replaces by the null class with the probability `label_dropout` of its config.
         eval_dataset: As above, with a length.
         processing_class: The tokenizer; saved with the model.
         args, callbacks, optimizers: As in `Trainer`.
@@ -120,9 +121,10 @@ class XDLMTrainer(CheckpointingTrainer):
         check_ema(model, args)
         if optimizers[0] is None:
             check_offload(args)
+        self._label_dropout, self._null_class = getattr(model.config, "label_dropout", 0.0), model.num_classes
         self._fused = uses_fused_loss(model, args.fused_loss)
         if data_collator is None:
-            data_collator = _collator(self.process, processing_class, model.config)
+            data_collator = _collator(self.process, processing_class, model)
         self.metrics = _metrics(model, args)
         if isinstance(self.process, StationaryProcess):  # other noise has no k and no schedule to store
             model.config.mixing_ratio = args.mixing_ratio
@@ -201,9 +203,12 @@ class XDLMTrainer(CheckpointingTrainer):
             batch["token_weights"][repeated_rows(place, step, global_batch, len(self.train_dataset))] = 0
 
     def _add_noise(self, batch: dict[str, Tensor]) -> None:
-        """Add `z_t` and `t` to a batch that has its `sample_index`."""
+        """Add `z_t` and `t` to a batch that has its `sample_index`, and drop labels."""
         indices, global_batch = batch["sample_index"].tolist(), self.get_total_train_batch_size(self.args)
         batch["z_t"], batch["t"] = self.row_noise.draw(batch["input_ids"], batch["noise_mask"], indices, global_batch)
+        if "class_labels" in batch:
+            labels, null = batch["class_labels"], self._null_class
+            batch["class_labels"] = self.row_noise.drop_labels(labels, indices, self._label_dropout, null)
         weighting = self.process.weighting_factor(
             batch["input_ids"], batch["z_t"], batch["t"], self.args.gidd_weighting
         )
@@ -343,14 +348,15 @@ def _metrics(model: nn.Module, args: XDLMTrainingArguments) -> TrainingMetrics:
     )
 
 
-def _collator(process: NoiseProcess, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> DiffusionCollator:
+def _collator(process: NoiseProcess, tokenizer: PreTrainedTokenizerBase | None, model: nn.Module) -> DiffusionCollator:
     """A collator with the tokenizer's, else the model's padding id, which refuses the mask id, if any, in the text.
 
     Without a padding id, 0 is used: padding is neither attended to, noised nor scored.
     """
-    candidates = (getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None))
+    candidates = (getattr(tokenizer, "pad_token_id", None), getattr(model.config, "pad_token_id", None))
     pad_token_id = next((token_id for token_id in candidates if token_id is not None), 0)
-    return DiffusionCollator(pad_token_id, process.mask_token_id if process.absorbing_ids else None)
+    mask_token_id = process.mask_token_id if process.absorbing_ids else None
+    return DiffusionCollator(pad_token_id, mask_token_id, model.num_classes)
 
 
 def _list_rows(indices: Iterable[int], times: Iterable[float]) -> str:

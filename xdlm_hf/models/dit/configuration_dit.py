@@ -37,7 +37,7 @@ class DiTConfig(PreTrainedConfig):
         num_classes (`int`, *optional*):
             Number of classes for `class_labels` of `forward`; the table has one more row, the null class.
         label_dropout (`float`, *optional*, defaults to 0.1):
-            Probability of replacing a label by the null class in training.
+            Share of training rows whose label `XDLMTrainer` replaces by the null class; `forward` drops none.
         mask_token_id (`int`, *optional*, defaults to `vocab_size - 1` for model type `mdlm`): Id of [MASK].
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): As in other Transformers models.
         mixing_ratio (`float`, *optional*, defaults to 0.0, for `udlm` and `DUO` to 1.0):

@@ -251,25 +251,13 @@ class DiTModel(DiTPreTrainedModel):
             sigma = torch.zeros(1, device=device) if timesteps is None else timesteps
             c = self.sigma_map(sigma)
             if self.config.num_classes is not None:
-                c = c + self.y_embedder(self.labels(class_labels, len(sigma), device))
+                null = torch.full((len(sigma),), self.config.num_classes, device=device)
+                c = c + self.y_embedder(null if class_labels is None else class_labels)
             return silu(c)
 
         if timesteps is None and class_labels is None:
             return self.constants.folded(embedders, None, compute), True
         return compute(), False
-
-    def labels(self, class_labels: Tensor | None, rows: int, device: torch.device) -> Tensor:
-        """Labels for the class table, (B,): the null class without labels and, with label dropout, for random rows.
-
-        Dropout draws from PyTorch's global generator; override this method to use another one.
-        """
-        null = torch.full((rows,), self.config.num_classes, device=device)
-        if class_labels is None:
-            return null
-        if not self.training or not self.config.label_dropout:
-            return class_labels
-        dropped = torch.rand(class_labels.shape, device=device) < self.config.label_dropout
-        return class_labels.masked_fill(dropped, self.config.num_classes)
 
 
 class DiTForDiffusionLM(ConfiguredNoise, XDLMGenerationMixin, DiTPreTrainedModel):
