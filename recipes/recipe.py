@@ -176,9 +176,14 @@ def model_config(options: ModelArguments) -> PreTrainedConfig:
 
 
 def load_model(
-    options: ModelArguments, args: XDLMTrainingArguments, tokenizer: PreTrainedTokenizerBase, sequence_length: int
+    options: ModelArguments,
+    args: XDLMTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
+    sequence_length: int,
 ):
     """The base model, with adapters when asked for, or a model of random weights. Checked before weights are read.
+
+    Without a tokenizer, as for images, the config's own vocabulary applies.
 
     Raises:
         ValueError: If the options do not go together, the checkpoint cannot be read, trained weights would be in 16
@@ -191,7 +196,8 @@ def load_model(
         check_trained_dtype(weights_dtype(options, config), args.deepspeed_plugin)
     if options.config_name is not None:
         return new_model(options, args, tokenizer, config)
-    check_tokenizer(tokenizer, config)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, config)
     settings: dict[str, Any] = {"dtype": options.dtype, "attn_implementation": options.attn_implementation}
     if options.load_in_4bit:
         compute = torch.bfloat16 if args.bf16 else torch.float32
@@ -206,15 +212,19 @@ def load_model(
 
 
 def new_model(
-    options: ModelArguments, args: XDLMTrainingArguments, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+    options: ModelArguments,
+    args: XDLMTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PreTrainedConfig,
 ) -> PreTrainedModel:
     """Random weights of a config, the same for the same seed; vocabulary and special tokens are the tokenizer's."""
-    config.vocab_size = len(tokenizer)
-    if hasattr(config, "output_rows"):
-        config.output_rows = len(tokenizer)
-    for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, getattr(tokenizer, name))
-    check_tokenizer(tokenizer, config)
+    if tokenizer is not None:
+        config.vocab_size = len(tokenizer)
+        if hasattr(config, "output_rows"):
+            config.output_rows = len(tokenizer)
+        for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+        check_tokenizer(tokenizer, config)
     config._attn_implementation = options.attn_implementation
     set_seed(args.seed)
     # Built by its class: from_config would shard it under ZeRO-3 while its weights are drawn.
@@ -285,7 +295,7 @@ def train(
     model: torch.nn.Module,
     options: ModelArguments,
     args: XDLMTrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     train_rows: Dataset,
     validation_rows: Dataset | None,
     resume: str | bool | None,
@@ -354,4 +364,5 @@ def save_merged(trainer: XDLMTrainer, options: ModelArguments, adapter: Path) ->
         )
         with whole_model(output_dir, output_dir, message) as unfinished:
             merged.save_pretrained(unfinished)
-            trainer.processing_class.save_pretrained(unfinished)
+            if trainer.processing_class is not None:
+                trainer.processing_class.save_pretrained(unfinished)

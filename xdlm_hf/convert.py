@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .atomic import check_new_folder, new_folder
+from .data.images import images_extra
 from .data.llamagen import renamed, vq_sizes
 from .models.dit.configuration_dit import DiTConfig, UDLMConfig
 from .models.dit.modeling_dit import DiTForDiffusionLM, UDLMForDiffusionLM
@@ -98,7 +99,8 @@ def llamagen_vq(weights: Mapping[str, Tensor]):
     Raises:
         ValueError: If a name is missing or unknown, or a shape differs from the network's.
     """
-    from diffusers import VQModel
+    with images_extra():
+        from diffusers import VQModel
 
     model = VQModel(**vq_sizes(weights)).eval()
     named, wanted = renamed(weights), model.state_dict()

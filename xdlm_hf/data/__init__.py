@@ -11,6 +11,7 @@ text8          its parts and its character tokenizer
 corpora        the paper's corpora, from the Hub or local files
 conversations  chat templates, prompts and answers as rows
 images         images to token ids and back: pixels, or codes of a VQ tokenizer
+image_tokens   image datasets to datasets of token ids
 llamagen       names and sizes of LlamaGen's VQ tokenizer in diffusers
 patch_vq       a VQ tokenizer of image patches, without a network
 collator       rows to batches

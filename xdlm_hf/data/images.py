@@ -3,7 +3,8 @@
 Shapes: B batch, C channels (1 grey, 3 RGB), H height, W width, L tokens. Images are uint8, 0..255.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,15 @@ from torch import Tensor
 
 COLOURS = 256
 _MODES = {"L": 1, "RGB": 3}  # of PIL images, with their channels
+
+
+@contextlib.contextmanager
+def images_extra() -> Iterator[None]:
+    """Around the import of a package of the extra `images`: the error names the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error}; install the extra: pip install 'xdlm_hf[images]'") from error
 
 
 def pixel_ids(images: Tensor | Any | Sequence[Any]) -> Tensor:
@@ -90,7 +100,8 @@ def check_token_range(ids: Tensor, count: int, what: str) -> None:
 
 def pil_images(images: Tensor) -> list[Any]:
     """uint8 images (B, C, H, W) as PIL images of mode "L" or "RGB"."""
-    from PIL import Image
+    with images_extra():
+        from PIL import Image
 
     pixels = as_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
@@ -98,7 +109,8 @@ def pil_images(images: Tensor) -> list[Any]:
 
 def resize_and_crop(image: Any, size: int, channels: int = 3) -> Any:
     """A PIL image in the mode of `channels`, its shorter side resized to `size` (bilinear), its centre cropped."""
-    from PIL import Image
+    with images_extra():
+        from PIL import Image
 
     image = image.convert({count: mode for mode, count in _MODES.items()}[channels])
     width, height = image.size
@@ -208,9 +220,10 @@ def load_vq(path: str, subfolder: str | None = None) -> VQCodes:
     Raises:
         ValueError: If it cannot be read.
     """
-    from diffusers import VQModel
+    with images_extra():
+        from diffusers import VQModel
 
-    from .patch_vq import PatchVQ
+        from .patch_vq import PatchVQ
 
     kinds = {kind.__name__: kind for kind in (VQModel, PatchVQ)}
     where = {"subfolder": subfolder} if subfolder else {}
