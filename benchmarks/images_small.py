@@ -4,9 +4,9 @@
 
 XDLM at k = 0 (MDLM), 0.1, 0.5 and 1 (UDLM), each trained from two seeds by recipes/image_train.py with
 recipes/configs/images/small.yaml; models of one seed start from the same weights and see the same rows in the same
-order at the same times. The images are scikit-learn's digits (8 x 8, 17 greys: 64 tokens), or with --cifar10 photographs of
-an .npz file (train_images, train_labels, test_images, test_labels; uint8 NHWC) averaged to `--size` pixels in 17 greys.
-Then, with held-out images:
+order at the same times. The images are scikit-learn's digits (8 x 8, 17 greys: 64 tokens), or with --cifar10
+photographs of an .npz file (train_images, train_labels, test_images, test_labels; uint8 NHWC), averaged to `--size`
+pixels in 17 greys. Then, with held-out images:
 
 1. the bound on the likelihood, on the same noise times for all, with paired standard errors;
 2. ancestral samples at 4 to 64 steps, as many of each class as held out, against the held-out images: the accuracy of
