@@ -22,10 +22,8 @@ continues after an end; report.md and the pictures are written from what is ther
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -38,6 +36,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
+from measure import ROOT, finish_plot, run_job, training_curve
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
@@ -54,10 +53,7 @@ from xdlm_hf.loading import load_weights
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "recipes" / "configs" / "images" / "small.yaml"
 SIZES = ROOT / "recipes" / "configs" / "models" / "unet_digits.json"
 RATIOS = (0.0, 0.1, 0.5, 1.0)
@@ -89,6 +85,7 @@ def main() -> None:
     add("--report", action="store_true", help="only write the report from what was measured")
     add("--measure", help=argparse.SUPPRESS)  # name of a trained model, or of a baseline; how a job measures it
     options = parser.parse_args()
+    options.output_dir = options.output_dir.resolve()  # jobs run in the repository's folder
     if options.measure is not None:
         return measure(options.output_dir, options.measure)
     if not options.report:
@@ -195,7 +192,17 @@ def comparison_jobs(options: argparse.Namespace) -> list[Callable[[], None]]:
         if name in NAMES:
             k, seed = NAMES[name]
             train(folder, name, {"mixing_ratio": k, **steps, "seed": seed})
-        run([sys.executable, __file__, "--output_dir", str(folder), "--measure", name], folder / "logs" / name)
+        run_job(
+            [
+                sys.executable,
+                str(ROOT / "benchmarks" / "images_small.py"),
+                "--output_dir",
+                str(folder),
+                "--measure",
+                name,
+            ],
+            folder / "logs" / name,
+        )
 
     return [partial(job, name) for name in ("baselines", *NAMES)]
 
@@ -212,7 +219,7 @@ def train(folder: Path, name: str, settings: dict[str, Any]) -> None:
     file = start / "run.yaml"
     file.write_text(yaml.safe_dump({**config, **settings}))
     command = [sys.executable, str(ROOT / "recipes" / "image_train.py"), "--config", str(file)]
-    run([*command, "--resume_from_checkpoint", "auto"], folder / "logs" / name)
+    run_job([*command, "--resume_from_checkpoint", "auto"], folder / "logs" / name)
 
 
 def initial_model(settings: TokenSettings, seed: int) -> PixelUNetForDiffusion:
@@ -220,18 +227,6 @@ def initial_model(settings: TokenSettings, seed: int) -> PixelUNetForDiffusion:
     torch.manual_seed(seed)
     sizes = json.loads(SIZES.read_text()) | {"image_size": settings.height, "num_classes": len(settings.classes)}
     return PixelUNetForDiffusion(PixelUNetConfig(**sizes))
-
-
-def run(command: Sequence[str], folder: Path) -> None:
-    """Run a command on one thread, with its output appended to log.txt of a folder; a failure ends the benchmark."""
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    with (folder / "log.txt").open("a") as log:
-        status = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
-        ).returncode
-    if status:
-        raise SystemExit(f"images_small: {' '.join(command)} failed with status {status}; see {folder / 'log.txt'}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -337,13 +332,6 @@ def samples(model: Any, steps: int, labels: np.ndarray) -> Tensor:
     )
 
 
-def training_curve(folder: Path) -> dict[str, list[float]]:
-    """Steps and bounds of the evaluations during training."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    evaluated = [entry for entry in history if "eval_loss" in entry]
-    return {"steps": [e["step"] for e in evaluated], "nelbo": [e["eval_loss"] for e in evaluated]}
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # The report
 
@@ -445,7 +433,7 @@ def draw_curves(found: dict[str, Any], baseline: dict[str, dict[str, float]], fi
         for of, style in ((TRAINING, ":"), (INDEPENDENT, "-.")):
             place.axhline(baseline[of][name], color="grey", linestyle=style, label=of)
         place.set_xscale("log", base=2)
-        finish(figure, place, "sampling steps", title, file)
+        finish_plot(figure, place, "sampling steps", title, file)
 
 
 def draw_training(found: dict[str, Any], file: Path) -> None:
@@ -455,7 +443,7 @@ def draw_training(found: dict[str, Any], file: Path) -> None:
             curve = found.get(model_name(k, seed), {}).get("training", {"steps": [], "nelbo": []})
             label = f"k = {k:g}" if seed == SEEDS[0] else None
             axes.plot(curve["steps"], curve["nelbo"], f"C{number}", linestyle=LINES[seed], label=label)
-    finish(figure, axes, "optimizer step", "bound on held-out images, nats per pixel", file)
+    finish_plot(figure, axes, "optimizer step", "bound on held-out images, nats per pixel", file)
 
 
 def draw_grid(folder: Path, found: dict[str, Any], file: Path) -> None:
@@ -481,15 +469,6 @@ def draw_grid(folder: Path, found: dict[str, Any], file: Path) -> None:
             place.imshow(picture, cmap="gray_r", vmin=0, vmax=GREYS - 1, interpolation="nearest")
             of = ("held out", INDEPENDENT)[i] if name == "held out" else f"{name}, {STEPS[i]} steps"
             place.set_title(of, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-
-
-def finish(figure: Figure, axes: Axes, x: str, y: str, file: Path) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.legend(fontsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(file, dpi=120)
 
