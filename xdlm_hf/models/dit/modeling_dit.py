@@ -30,12 +30,12 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from ...diffusion.checks import validate_ids
 from ...generation.generate import XDLMGenerationMixin
 from ...generation.protocol import plain_output_layer
 from ..attention import BidirectionalAttention, prepare_mask, rotary_angles
 from ..configured_noise import ConfiguredNoise
 from ..network_inputs import (
+    check_conditions,
     check_rows_hold_mask,
     check_text,
     refuse_copying_code,
@@ -206,7 +206,8 @@ class DiTModel(DiTPreTrainedModel):
         """Input of the output layer, (B, L, D); the arguments are those of [`DiTForDiffusionLM`]."""
         refuse_unknown_arguments("DiT", kwargs)
         check_text(input_ids, inputs_embeds)
-        self._check_conditioning(input_ids if inputs_embeds is None else inputs_embeds, timesteps, class_labels)
+        rows = len(input_ids if inputs_embeds is None else inputs_embeds)
+        check_conditions(self.config, rows, timesteps, class_labels)
         if inputs_embeds is None:
             inputs_embeds = self.vocab_embed(input_ids)
         width = self.config.hidden_dim // self.config.n_heads
@@ -220,24 +221,6 @@ class DiTModel(DiTPreTrainedModel):
                 hidden_states, condition, constant, position_embeddings, attention_mask=attention_mask, **kwargs
             )
         return BaseModelOutput(last_hidden_state=self.output_layer(hidden_states, condition, constant))
-
-    def _check_conditioning(self, text: Tensor, timesteps: Tensor | None, class_labels: Tensor | None) -> None:
-        """Raise ValueError for times and labels that the network does not take, or that do not fit the text."""
-        timed, classes = self.config.time_conditioning, self.config.num_classes
-        if timed and timesteps is None:
-            raise ValueError(
-                "timesteps are missing: this network has time_conditioning=True; pass the noise levels sigma of the "
-                "rows, (B,), such as model.timesteps(t)."
-            )
-        if not timed and timesteps is not None:
-            raise ValueError("timesteps were given, but this network has time_conditioning=False; leave them out.")
-        if class_labels is not None and classes is None:
-            raise ValueError("class_labels were given, but this network has num_classes=None; leave them out.")
-        for name, value in (("timesteps", timesteps), ("class_labels", class_labels)):
-            if value is not None and value.shape != text.shape[:1]:
-                raise ValueError(f"{name} of shape {tuple(value.shape)} must be (B,) = ({text.shape[0]},).")
-        if class_labels is not None and not torch.compiler.is_compiling():
-            validate_ids("class_labels", class_labels, classes + 1)
 
     def _condition(
         self, timesteps: Tensor | None, class_labels: Tensor | None, device: torch.device

@@ -20,11 +20,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from ...diffusion.checks import validate_ids, work_dtype
+from ...diffusion.checks import work_dtype
 from ...generation.generate import XDLMGenerationMixin
 from ...generation.protocol import plain_output_layer
 from ..configured_noise import ConfiguredNoise
-from ..network_inputs import check_text, refuse_copying_code, refuse_unknown_arguments
+from ..network_inputs import check_conditions, check_text, refuse_copying_code, refuse_unknown_arguments
 from ..strict_loading import StrictLoading
 from .configuration_unet import PixelUNetConfig
 from .logistic_unet import LogisticHead
@@ -141,7 +141,7 @@ class PixelUNetModel(PixelUNetPreTrainedModel):
                 raise ValueError(f"{name}=True is not supported by the pixel U-Net; leave it out.")
         self._check_inputs(input_ids, timesteps, class_labels)
         config = self.config
-        ids = input_ids.view(-1, config.image_channels, config.image_size, config.image_size)
+        ids = input_ids.reshape(-1, config.image_channels, config.image_size, config.image_size)
         values, sample = self._scaled(ids)
         sigma = torch.zeros(len(ids), device=ids.device) if timesteps is None else timesteps
         inputs = {"sample": sample.to(self.unet.conv_in.weight.dtype), "timestep": _TIME_SCALE * sigma}
@@ -171,20 +171,7 @@ class PixelUNetModel(PixelUNetPreTrainedModel):
                 f"{config.image_channels} x {config.image_size} x {config.image_size}; generate with "
                 f"max_new_tokens={length}."
             )
-        if config.time_conditioning and timesteps is None:
-            raise ValueError(
-                "timesteps are missing: this network has time_conditioning=True; pass the noise levels sigma of the "
-                "rows, (B,), such as model.timesteps(t)."
-            )
-        if not config.time_conditioning and timesteps is not None:
-            raise ValueError("timesteps were given, but this network has time_conditioning=False; leave them out.")
-        if class_labels is not None and config.num_classes is None:
-            raise ValueError("class_labels were given, but this network has num_classes=None; leave them out.")
-        for name, value in (("timesteps", timesteps), ("class_labels", class_labels)):
-            if value is not None and value.shape != input_ids.shape[:1]:
-                raise ValueError(f"{name} of shape {tuple(value.shape)} must be (B,) = ({len(input_ids)},).")
-        if class_labels is not None and not torch.compiler.is_compiling():
-            validate_ids("class_labels", class_labels, config.num_classes + 1)
+        check_conditions(config, len(input_ids), timesteps, class_labels)
 
 
 class PixelUNetForDiffusion(ConfiguredNoise, XDLMGenerationMixin, PixelUNetPreTrainedModel):
