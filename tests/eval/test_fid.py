@@ -1,8 +1,10 @@
 """FID and Inception Score: known values, reference files, the command from folder to report, and what is refused."""
 
 import json
+import sys
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -88,7 +90,9 @@ def folder(tmp_path_factory):
     model = tiny_unet(**SHAPE, vocab_size=None, mixing_ratio=0.1)
     torch.nn.init.normal_(model.unet.conv_out.weight)
     model.save_pretrained(folder / "model")
-    main(["--make_reference", "small", "--dataset", str(folder / "images"), "--image_size", "4", *where(folder)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        main(["--make_reference", "small", "--dataset", str(folder / "images"), "--image_size", "4", *where(folder)])
     return folder
 
 
@@ -249,6 +253,6 @@ def test_unknown_extractors_are_refused(monkeypatch):
         load_extractor("builtins:dict")
     with pytest.raises(ValueError, match="--inception_weights weights.pth is for the extractor 'inception'"):
         load_extractor("seeded", "weights.pth")
-    monkeypatch.setitem(__import__("sys").modules, "torchmetrics.image.fid", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     with pytest.raises(ImportError, match="needs torchmetrics, torch-fidelity and the torchvision of this torch"):
         load_extractor("inception")
