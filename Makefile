@@ -20,15 +20,18 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow style format bench clean
+.PHONY: help install demo demo-images test slow style format bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## virtual environment with the package and its extras, editable
 
 demo: $(INSTALLED)  ## train, generate and score a small model on real text (about 8 minutes on 2 cores)
 	@$(BIN)/python recipes/demo.py $(ARGS)
+
+demo-images: $(INSTALLED)  ## train three small models of digits, draw with them and score them
+	@$(BIN)/python recipes/images_demo.py $(ARGS)
 
 test: $(INSTALLED)  ## the tests that run on a CPU within minutes
 	@echo "[test] pytest, without the tests marked slow, gpu or hub"

@@ -1,13 +1,16 @@
 """The HTML page of a generation, opened in a browser where there is one, and the plot of its counts."""
 
 import base64
+import io
 import json
 import re
 import shutil
 import zlib
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.watch.trace import change_counts, plot_history, save_trace
@@ -135,6 +138,46 @@ def test_refusals(tmp_path, tokenizer, history):
     with pytest.raises(ValueError, match="row=2 is not in a batch of 2"):
         plot_history(history, MASK, row=2)
     assert not list(tmp_path.iterdir())
+
+
+def as_images(ids):
+    """A pixel of each token, 2 x 2 tokens in an image; the hole is grey."""
+    return torch.where(ids == 9, 128, ids * 20).to(torch.uint8).view(-1, 1, 2, 2)
+
+
+def image_trace(folder):
+    history = [torch.tensor(state) for state in ([[9, 9, 9, 9]], [[1, 9, 9, 9]], [[2, 9, 3, 9]], [[2, 4, 3, 0]])]
+    images = {"images": as_images, "grid": (2, 2)}
+    return save_trace(folder / "i.html", history, None, 9, **images), history
+
+
+def test_images_of_every_step_are_in_the_page(tmp_path):
+    path, history = image_trace(tmp_path)
+    data = unpacked(path.read_text())
+    assert data["grid"] == [2, 2] and rebuilt(data)[:, 0].tolist() == [state[0].tolist() for state in history]
+    (files,) = data["images"]
+    for state, file in zip(history, files, strict=True):
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(file))))
+        assert pixels.tolist() == as_images(state)[0, 0].tolist()
+    assert data["counts"] == [[[1, 0, 0], [1, 1, 0], [2, 0, 0]]]
+    for wrong in ({"images": as_images}, {"images": as_images, "grid": (3, 2)}, {"grid": (2, 2)}):
+        with pytest.raises(ValueError, match="images need a grid that divides 4 tokens, and no other trace"):
+            save_trace(tmp_path / "w.html", history, None, 9, **wrong)
+
+
+def test_images_in_a_browser(browser, tmp_path):
+    path, _ = image_trace(tmp_path)
+    page, problems = browser.new_page(), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text))
+    page.goto(path.as_uri())
+    page.wait_for_selector("body[data-ready]")
+    page.fill("#slider", "2")
+    frames = "all => all.map(s => [s.className, s.style.left, s.style.top])"
+    assert page.eval_on_selector_all(".picture span", frames) == [["refined", "0%", "0%"], ["filled", "0%", "50%"]]
+    assert page.eval_on_selector(".picture img", "image => image.decode().then(() => image.naturalWidth)") == 2
+    assert not problems
+    page.close()
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,11 @@ Shapes: B batch, T whole length, S steps.
 
 import base64
 import html
+import io
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -54,6 +55,8 @@ def save_trace(
     start: int = 0,
     title: str = "Generation, step by step",
     note: str = "",
+    images: Callable[[Tensor], Tensor] | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> Path:
     """Write a generation as a self-contained HTML page; an existing file is replaced, whole or not at all.
 
@@ -61,22 +64,32 @@ def save_trace(
         path: The file; its folder must exist.
         history: (B, T) ids before the first step and after each: of a `DiffusionGenerateOutput` or a
             `HistoryStreamer`.
-        tokenizer: Anything with `decode(list[int]) -> str`.
+        tokenizer: Anything with `decode(list[int]) -> str`; None for images.
         mask_token_id: m; None for a model without one.
         start: First column of the answers, the prompt's length; columns before it are shown paler.
         title: Heading of the page.
         note: A line below the heading, e.g. the settings.
+        images: For tokens of images, their uint8 images (B, C, H, W), e.g. `XDLMImagePipeline.preview`; the page then
+            shows the image of each step, with the tokens as its cells.
+        grid: Rows and columns of tokens of an image; channels of pixels follow each other.
 
     Returns:
         The path written.
 
     Raises:
-        ValueError: As `change_counts`, or if `start` lies outside the sequences.
+        ValueError: As `change_counts`, or if `start` lies outside the sequences, or the grid does not fit.
     """
     counts = change_counts(history, mask_token_id)
+    if (images is None) != (grid is None) or (grid is not None and history[0].shape[1] % (grid[0] * grid[1])):
+        raise ValueError(
+            f"images need a grid that divides {history[0].shape[1]} tokens, and no other trace; got {grid}."
+        )
     if not 0 <= start <= history[0].shape[1]:
         raise ValueError(f"start={start} must lie between 0 and the length of the sequences, {history[0].shape[1]}.")
-    data = _changes_only([state.cpu() for state in history], tokenizer, mask_token_id, start)
+    data = _changes_only([state.cpu() for state in history], tokenizer or _IdText, mask_token_id, start)
+    if images is not None:
+        by_step = [_png(images(state)) for state in history]
+        data |= {"grid": list(grid), "images": [list(row) for row in zip(*by_step, strict=True)]}
     data |= {"start": start, "counts": counts.tolist(), "kinds": list(LABELS.values())}
     packed = zlib.compress(json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode(), 9)
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(
@@ -148,6 +161,26 @@ def _changes_only(history: list[Tensor], tokenizer: Any, mask_token_id: int | No
         "ids": used.tolist(),
         "hole": hole[0] if hole else -1,
     }
+
+
+class _IdText:
+    """Stands in for a tokenizer of image tokens, whose ids are their text."""
+
+    @staticmethod
+    def decode(ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def _png(images: Tensor) -> list[str]:
+    """Images (B, C, H, W) as PNG files in base64."""
+    from PIL import Image
+
+    files = []
+    for pixels in images.permute(0, 2, 3, 1).cpu().numpy():
+        file = io.BytesIO()
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, format="PNG")
+        files.append(base64.b64encode(file.getvalue()).decode())
+    return files
 
 
 def _padding(prompt: Tensor, tokenizer: Any) -> int:
