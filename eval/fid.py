@@ -209,8 +209,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for scale in options.guidance_scale:
         for steps in options.steps:
             images = draw(options, pipeline, steps, scale, state)
+            order = [i for rank in range(state.num_processes) for rows in shares(options, state, rank) for i in rows]
             cell = {"steps": steps, "guidance_scale": scale, "gamma": scale - 1, "num_images": options.num_images}
-            cell |= score(images, reference, extractor, device, state)
+            cell |= score(images, reference, extractor, device, state, order)
             cell["published"] = published_images(options.published, report["row"], steps, scale)
             report["cells"].append(cell)
             if options.output is not None and state.is_main_process:
@@ -250,14 +251,9 @@ def load_pipeline(options: argparse.Namespace) -> tuple[Any, str, bool]:
     from xdlm_hf.data.images import load_vq
     from xdlm_hf.image_pipeline import XDLMImagePipeline
 
-    name, saved = (
-        options.model,
-        next(
-            (path for path in (Path(options.model), Path(options.model) / "pipeline") if (path / INDEX).is_file()), None
-        ),
-    )
-    if saved == Path(options.model):
-        name = str(saved / "transformer")
+    folders = (Path(options.model), Path(options.model) / "pipeline")
+    saved = next((folder for folder in folders if (folder / INDEX).is_file()), None)
+    name = str(saved / "transformer") if saved == folders[0] else options.model
     config = read_config(name)
     check_trained_weights(options, config)
     if max(options.guidance_scale) > 1 and getattr(config, "num_classes", None) is None:
@@ -280,22 +276,27 @@ def draw(
     options: argparse.Namespace, pipeline: Any, steps: int, guidance_scale: float, state: PartialState
 ) -> Iterator[Tensor]:
     """This process' share of the images, in batches of uint8 (B, C, H, W); image i is of class i mod classes."""
-    classes, count, batch = pipeline.transformer.num_classes, options.num_images, options.batch_size
-    settings = dict(options.generate)
+    classes, settings = pipeline.transformer.num_classes, dict(options.generate)
     if options.mixing_ratio is not None:
         settings["mixing_ratio"] = options.mixing_ratio
-    starts = range(state.process_index * batch, count, state.num_processes * batch)
-    for start in tqdm(starts, desc=f"{steps} steps", unit=" batches", leave=False, disable=not state.is_main_process):
-        rows = range(start, min(start + batch, count))
+    share = shares(options, state, state.process_index)
+    for rows in tqdm(share, desc=f"{steps} steps", unit=" batches", leave=False, disable=not state.is_main_process):
         labels = {"class_labels": [i % classes for i in rows]} if classes else {"num_images_per_class": len(rows)}
         yield pipeline(
             **labels,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
-            generator=generator_of(options.seed, 0, start // batch),
+            generator=generator_of(options.seed, 0, rows.start // options.batch_size),
             output_type="uint8",
             **settings,
         ).images
+
+
+def shares(options: argparse.Namespace, state: PartialState, rank: int) -> list[range]:
+    """Places of the images of a process among all, in batches."""
+    count, batch = options.num_images, options.batch_size
+    starts = range(rank * batch, count, state.num_processes * batch)
+    return [range(start, min(start + batch, count)) for start in starts]
 
 
 class _Passed(nn.Module):
@@ -310,9 +311,17 @@ class _Passed(nn.Module):
 
 
 def score(
-    batches: Iterator[Tensor], reference: Reference, extractor: nn.Module, device: torch.device, state: PartialState
+    batches: Iterator[Tensor],
+    reference: Reference,
+    extractor: nn.Module,
+    device: torch.device,
+    state: PartialState,
+    order: Sequence[int] | None = None,
 ) -> dict[str, float | None]:
     """FID against the reference and, if the extractor gives logits, the Inception Score, of all processes' images.
+
+    `order` has the places of the images of process 0, then 1, ..., so that the splits of the score do not depend on the
+    number of processes.
 
     Raises:
         ValueError: If the extractor's features do not fit the reference.
@@ -345,7 +354,8 @@ def score(
         warnings.filterwarnings("ignore", message="Metric `InceptionScore` will save all extracted features")
         torch.manual_seed(0)  # of the shuffle before the images are split
         metric = InceptionScore(_Passed(0), splits=SPLITS, sync_on_compute=False).to(device)
-        metric.update(gather_rows(torch.cat(kept), state))
+        rows = gather_rows(torch.cat(kept), state)
+        metric.update(rows if order is None else rows[torch.tensor(order, device=rows.device).argsort()])
         mean, deviation = metric.compute()
     return {**found, "inception_score": mean.item(), "inception_score_deviation": deviation.item()}
 

@@ -1,6 +1,7 @@
 """FID and Inception Score: known values, reference files, the command from folder to report, and what is refused."""
 
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -149,6 +150,32 @@ def test_images_are_balanced_and_do_not_depend_on_the_number_of_processes(folder
     shared = [images(index, 2) for index in range(2)]
     assert all(part.equal(shared[i % 2][i // 2]) for i, part in enumerate(whole))
     assert not whole[0].equal(whole[1]) and whole[0].dtype == torch.uint8
+
+
+def test_a_saved_pipeline_draws_what_its_model_draws(folder, tmp_path):
+    chosen, state = _parser().parse_args(options(folder)), PartialState(cpu=True)
+    pipeline, _, _ = load_pipeline(chosen)
+    pipeline.save_pretrained(tmp_path / "run" / "pipeline")
+    pipeline.transformer.save_pretrained(tmp_path / "run")
+    images = next(draw(chosen, pipeline, 2, 1.0, state))
+    for place, model in (("run", "run"), ("run/pipeline", "run/pipeline/transformer")):
+        chosen.model = str(tmp_path / place)
+        again, name, average = load_pipeline(chosen)
+        assert name == str(tmp_path / model) and not average
+        assert next(draw(chosen, again, 2, 1.0, state)).equal(images)
+
+
+@pytest.mark.slow
+def test_two_processes_report_what_one_does(folder):
+    reports = []
+    for processes in (1, 2):
+        output = folder / f"{processes}.json"
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *launch, "-m", "xdlm_hf.evaluation.fid", *options(folder, "--output", str(output))]
+        subprocess.run(command, check=True)
+        reports.append(json.loads(output.read_text())["cells"])
+    for one, two in zip(*reports, strict=True):
+        assert {name: two[name] for name in one} == {name: pytest.approx(one[name], rel=1e-6) for name in one}
 
 
 def test_an_extractor_may_be_any_module():
