@@ -1,16 +1,23 @@
-"""Measurement of alternatives: median times of interleaved runs, and peak memory by the allocator's record.
+"""What the benchmarks share: median times of interleaved runs, peak memory, and parts of comparisons of trained models.
 
-All candidates of a comparison run in turn in one process, so that a slow minute of the machine affects all of them;
-ratios are reported.
+All candidates of a comparison of times run in turn in one process, so that a slow minute of the machine affects all of
+them; ratios are reported. Memory is by the allocator's record.
 """
 
+import json
+import os
 import platform
 import statistics
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def interleaved_seconds(
@@ -55,6 +62,36 @@ def machine() -> str:
     else:
         device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return f"{device}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def run_job(command: Sequence[str], folder: Path) -> None:
+    """Run a command on one thread, with its output appended to log.txt of a folder; a failure ends the benchmark."""
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    with (folder / "log.txt").open("a") as log:
+        status = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
+        ).returncode
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed with status {status}; see {folder / 'log.txt'}")
+
+
+def training_curve(folder: Path) -> dict[str, list[float]]:
+    """Steps and bounds of the evaluations during training."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    evaluated = [entry for entry in history if "eval_loss" in entry]
+    return {"steps": [e["step"] for e in evaluated], "nelbo": [e["eval_loss"] for e in evaluated]}
+
+
+def finish_plot(figure: Any, axes: Any, x: str, y: str, file: Path | None) -> None:
+    """Label and legend of a matplotlib plot; writes the figure unless `file` is None."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    if file is not None:
+        figure.tight_layout()
+        figure.savefig(file, dpi=120)
 
 
 def _synchronise() -> None:

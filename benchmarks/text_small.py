@@ -21,10 +21,8 @@ Without --texts the text is Python's own documentation.
 import argparse
 import csv
 import json
-import os
 import random
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -36,6 +34,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import torch
 import yaml
+from measure import ROOT, finish_plot, run_job, training_curve
 from transformers import AutoTokenizer
 
 from xdlm_hf.data.corpora import corpus_rows
@@ -51,9 +50,7 @@ from xdlm_hf.models.dit.modeling_dit import DiTForDiffusionLM
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 LINES = {1: "-", 2: "--"}  # by seed
 CONFIG = ROOT / "recipes" / "configs" / "text" / "small.yaml"
 SIZES = ROOT / "recipes" / "configs" / "models" / "dit_tiny_text8.json"
@@ -163,7 +160,7 @@ def comparison_jobs(options: argparse.Namespace) -> list[Callable[[], None]]:
         system, seed = NAMES[name]
         train(options.output_dir, name, system, {**system.training, **steps, "seed": seed})
         command = [sys.executable, __file__, "--output_dir", str(options.output_dir), "--measure", name]
-        run(command, options.output_dir / "models" / name)
+        run_job(command, options.output_dir / "models" / name)
 
     return [partial(job, name) for name in NAMES]
 
@@ -181,7 +178,7 @@ def train(folder: Path, name: str, system: System, settings: dict[str, Any]) -> 
     file = start / "run.yaml"
     file.write_text(yaml.safe_dump(config))
     command = [sys.executable, str(ROOT / "recipes" / "text_pretrain.py"), "--config", str(file)]
-    run([*command, "--resume_from_checkpoint", "auto"], output)
+    run_job([*command, "--resume_from_checkpoint", "auto"], output)
 
 
 def initial_model(system: System, seed: int) -> DiTForDiffusionLM:
@@ -196,18 +193,6 @@ def initial_model(system: System, seed: int) -> DiTForDiffusionLM:
         bias = block.adaLN_modulation.bias.detach().view(6, -1)  # shift, scale and gate of attention and MLP
         bias[2], bias[5] = 1.0, 1.0
     return model
-
-
-def run(command: Sequence[str], folder: Path) -> None:
-    """Run a command on one thread, with its output appended to log.txt of a folder; a failure ends the benchmark."""
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    with (folder / "log.txt").open("a") as log:
-        status = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
-        ).returncode
-    if status:
-        raise SystemExit(f"text_small: {' '.join(command)} failed with status {status}; see {folder / 'log.txt'}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -296,13 +281,6 @@ def repeated(text: str, n: int = 6) -> float:
 def looping(text: str) -> bool:
     """Whether something of 2 to 16 characters stands there three times in succession."""
     return re.search(r"(.{2,16}?)\1\1", text) is not None
-
-
-def training_curve(folder: Path) -> dict[str, list[float]]:
-    """Steps and bounds of the evaluations during training."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    evaluated = [entry for entry in history if "eval_loss" in entry]
-    return {"steps": [e["step"] for e in evaluated], "nelbo": [e["eval_loss"] for e in evaluated]}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -454,7 +432,7 @@ def draw_training(found: dict[str, Any], file: Path) -> None:
         for seed, measured in zip(SEEDS, each, strict=True):
             curve, label = measured["training"], system if seed == SEEDS[0] else None
             axes.plot(curve["steps"], curve["nelbo"], f"C{number}", label=label, linestyle=LINES[seed])
-    finish(figure, axes, "optimizer step", "bound on validation rows, nats per character", file)
+    finish_plot(figure, axes, "optimizer step", "bound on validation rows, nats per character", file)
 
 
 def draw_ancestral(found: dict[str, Any], file: Path) -> None:
@@ -466,8 +444,8 @@ def draw_ancestral(found: dict[str, Any], file: Path) -> None:
         place.axhline(next(iter(found.values()))["text"]["whole"][name], color="grey", linestyle=":", label="text")
         place.set_xscale("log", base=2)
     axes[0].set_yscale("log")
-    finish(figure, axes[0], "sampling steps", "judge perplexity of samples", None)
-    finish(figure, axes[1], "sampling steps", "entropy of samples, nats", file)
+    finish_plot(figure, axes[0], "sampling steps", "judge perplexity of samples", None)
+    finish_plot(figure, axes[1], "sampling steps", "entropy of samples, nats", file)
 
 
 def draw_pareto(found: dict[str, Any], file: Path, steps: Sequence[int] = (8, 32)) -> None:
@@ -481,7 +459,7 @@ def draw_pareto(found: dict[str, Any], file: Path, steps: Sequence[int] = (8, 32
                     error = {"xerr": (nats.std() / len(nats) ** 0.5).item(), "yerr": cell["perplexity_standard_error"]}
                     label = system if seed == SEEDS[0] else None
                     place.errorbar(nats.mean(), cell["perplexity"], **error, fmt=f"C{color}o", label=label)
-        finish(figure, place, "bound, nats per character", f"judge perplexity, {number} steps", file)
+        finish_plot(figure, place, "bound, nats per character", f"judge perplexity, {number} steps", file)
 
 
 def draw_confidence(found: dict[str, Any], file: Path) -> None:
@@ -497,22 +475,12 @@ def draw_confidence(found: dict[str, Any], file: Path) -> None:
             curve(place, policy, {steps: mean_of(cell, name) for steps, cell in cells.items() if cell})
         place.axhline(next(iter(found.values()))["text"]["continued"][name], color="grey", linestyle=":", label="text")
         place.set_xscale("log", base=2)
-        finish(figure, place, "steps", title, file)
+        finish_plot(figure, place, "steps", title, file)
 
 
 def curve(axes: Axes, label: str, points: dict[int, tuple[float, float]]) -> None:
     values, errors = zip(*points.values(), strict=True) if points else ((), ())
     axes.errorbar(list(points), values, errors, marker="o", markersize=3, capsize=2, label=label)
-
-
-def finish(figure: Figure, axes: Axes, x: str, y: str, file: Path | None) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.legend(fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    if file is not None:
-        figure.tight_layout()
-        figure.savefig(file, dpi=120)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Scoring: lm-evaluation-harness (model adapter, command line, tasks, sandbox), and perplexities of text models.
+"""Scoring: lm-evaluation-harness (model adapter, command line, tasks, sandbox), perplexities of text, FID of images.
 
 cli                    `xdlm-eval`: lm-eval's command line with checks before the model is loaded
 arguments              arguments of the model, checked without its weights
@@ -26,10 +26,13 @@ published              the published scores of Table 16
 rescore                scores stored answers by another protocol
 perplexity             `xdlm-perplexity`: validation and zero-shot sets
 generative_perplexity  `xdlm-gen-ppl`: samples for several numbers of steps, scored by a judge
-text_models            options, loading and description of a model for these two commands
+text_models            options, loading and description of a model for these commands
 text_judges            judges of generated text: causal or n-gram language models
 ngram                  n-gram model with Witten-Bell smoothing
 published_text         the published text results
+fid                    `xdlm-fid`: FID and Inception Score of images for several numbers of steps
+image_features         their feature extractors, and statistics of reference sets
+published_images       the published image results
 text_figures           the paper's text figures, from reports of these commands
 
 This folder is installed as `xdlm_hf.evaluation` (`package_dir` in setup.cfg), so that adapter and task files stay

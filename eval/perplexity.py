@@ -195,16 +195,17 @@ class Scorer:
 
     Args:
         model: A `DiffusionModel` in evaluation mode.
-        tokenizer: Of the rows.
+        tokenizer: Of the rows; None for rows of one length, such as images.
         options: With `mixing_ratio`, `nelbo_samples`, `batch_size` and `seed`.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: argparse.Namespace):
         self.model, self.options = model, options
         self.own = model.noise_process(options.mixing_ratio)
         self.fused = uses_fused_loss(model, None)
-        pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        self.collate = DiffusionCollator(pad)
+        candidates = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+        pad = next((token_id for token_id in candidates if token_id is not None), 0)
+        self.collate = DiffusionCollator(pad, num_classes=model.num_classes)
 
     def bound(self, rows: WrappedDataset) -> dict[str, float]:
         """The NELBO over (0, 1] as `XDLMTrainer` evaluates it, with the linear schedule (alpha from 1 to 0)."""

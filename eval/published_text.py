@@ -7,7 +7,7 @@ share of 0; and no network had time conditioning.
 """
 
 
-def _grid(text: str) -> dict[str, dict[str, float]]:
+def grid(text: str) -> dict[str, dict[str, float]]:
     """{row: {column: value}} of a table as text."""
     head, *lines = (line.split() for line in text.strip().splitlines())
     rows = {line[0].replace("XDLM-", "XDLM k="): map(float, line[1:]) for line in lines}
@@ -26,7 +26,7 @@ VALIDATION: dict[str, float] = {
 }
 
 # Table 8: zero-shot perplexity by corpus (names of `xdlm_hf.data.corpora`).
-ZERO_SHOT = _grid("""
+ZERO_SHOT = grid("""
 row        ag_news lambada   lm1b    ptb  arxiv pubmed wikitext average
 MDLM        61.374  47.967 65.629 89.049 37.457 41.981   32.093  53.650
 GIDD        60.607  47.811 65.898 86.911 39.019 42.634   30.809  53.384
@@ -38,7 +38,7 @@ UDLM        69.402  51.272 75.572 95.986 42.671 47.181   34.933  59.574
 """)
 
 # Table 9: the average of Table 8 by training step.
-ZERO_SHOT_BY_STEP = _grid("""
+ZERO_SHOT_BY_STEP = grid("""
 row          100k   200k   300k   400k   500k   600k   700k   800k   900k     1M
 MDLM       64.209 59.315 57.411 56.129 55.434 54.943 54.466 54.201 53.839 53.650
 GIDD       61.097 57.900 56.326 55.389 54.848 54.294 53.960 53.807 53.258 53.384
@@ -50,7 +50,7 @@ UDLM       71.220 65.789 63.692 62.320 61.258 60.937 60.577 60.192 59.711 59.574
 """)
 
 # Table 10: OpenWebText models, 1024 tokens: generative perplexity and entropy by sampling steps.
-OPENWEBTEXT_PERPLEXITY = _grid("""
+OPENWEBTEXT_PERPLEXITY = grid("""
 row              8      16      32      64    128    256    512    1024
 MDLM       711.382 288.157 156.576 106.098 80.198 64.376 51.756  41.545
 GIDD       654.841 273.829 151.331 102.558 77.548 62.077 49.822  39.981
@@ -60,7 +60,7 @@ XDLM-0.5   218.572 127.335  98.817  86.956 81.051 77.155 73.503  66.136
 XDLM-0.9   189.750 117.234  93.239  84.068 80.614 79.456 78.707  78.238
 UDLM       183.991 111.237  88.632  79.509 76.611 74.019 73.345 106.666
 """)
-OPENWEBTEXT_ENTROPY = _grid("""
+OPENWEBTEXT_ENTROPY = grid("""
 row            8    16    32    64   128   256   512  1024
 MDLM       5.872 5.767 5.687 5.614 5.543 5.472 5.387 5.287
 GIDD       5.832 5.748 5.675 5.605 5.534 5.462 5.370 5.269
@@ -72,7 +72,7 @@ UDLM       5.536 5.539 5.543 5.535 5.536 5.531 5.524 5.769
 """)
 
 # Table 11: LM1B models, 128 tokens: generative perplexity and entropy by sampling steps.
-LM1B_PERPLEXITY = _grid("""
+LM1B_PERPLEXITY = grid("""
 row              4       8      16      32      64     128
 MDLM       377.177 215.579 152.939 124.731 112.049 102.142
 GIDD       392.002 215.873 151.824 124.014 110.247 101.211
@@ -81,7 +81,7 @@ XDLM-0.1   246.134 155.487 123.129 113.006 105.509 101.983
 XDLM-0.5   232.702 141.121 116.063 106.182 103.419 100.754
 UDLM       232.403 136.914 110.575 102.072  98.571  96.385
 """)
-LM1B_ENTROPY = _grid("""
+LM1B_ENTROPY = grid("""
 row            4     8    16    32    64   128
 MDLM       4.405 4.379 4.366 4.357 4.353 4.347
 GIDD       4.401 4.373 4.361 4.359 4.354 4.348
@@ -92,7 +92,7 @@ UDLM       4.303 4.305 4.320 4.327 4.334 4.336
 """)
 
 # Table 18: LM1B models at 128 sampling steps: generative perplexity and entropy by training step.
-LM1B_BY_STEP_PERPLEXITY = _grid("""
+LM1B_BY_STEP_PERPLEXITY = grid("""
 row           100k    200k    300k    400k    500k    600k    700k    800k    900k      1M
 MDLM       113.218 107.864 106.735 105.839 104.594 104.106 103.559 103.174 102.769 102.142
 GIDD       107.366 103.473 103.386 101.854 102.367 101.745 101.904 101.957 101.490 101.211
@@ -101,7 +101,7 @@ XDLM-0.1   119.632 110.803 109.017 106.265 105.428 104.572 103.645 103.348 102.2
 XDLM-0.5   117.846 111.024 108.130 105.955 104.953 103.048 102.464 101.040 102.015 100.754
 UDLM       116.021 107.800 104.508 102.466 101.480  99.958  99.660  98.147  97.503  96.385
 """)
-LM1B_BY_STEP_ENTROPY = _grid("""
+LM1B_BY_STEP_ENTROPY = grid("""
 row         100k  200k  300k  400k  500k  600k  700k  800k  900k    1M
 MDLM       4.350 4.348 4.350 4.347 4.349 4.349 4.348 4.349 4.349 4.347
 GIDD       4.352 4.350 4.351 4.349 4.351 4.349 4.350 4.350 4.351 4.348

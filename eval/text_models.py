@@ -1,4 +1,4 @@
-"""Options, loading and description of a model, for the commands that measure text models.
+"""Options, loading and description of a model, for the commands that measure models of text and images.
 
 If a checkpoint has `ema.safetensors`, its weights are replaced by that average, unless `--trained_weights` is given.
 """
@@ -25,9 +25,15 @@ from xdlm_hf.training.ema import EMA_FILE, apply_saved_average
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options of `load_text_model`."""
     add = parser.add_argument
-    add("--model", required=True, help="folder or Hub name of a diffusion language model")
     add("--tokenizer", help="folder or Hub name, or text8; default: the model's")
     add("--length", type=int, help="tokens per row; default: the model's limit")
+    add_weights_options(parser)
+
+
+def add_weights_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The options of `load_model`."""
+    add = parser.add_argument
+    add("--model", required=required, help="folder or Hub name of a diffusion model")
     add("--mixing_ratio", type=float, help="k of the noise; default: the model's")
     add("--dtype", default="auto", choices=DTYPES, help="of the model's weights")
     add("--device", default="auto", help="auto, cpu, cuda:0, ...")
@@ -73,11 +79,7 @@ def load_text_model(
             trained weights are asked of a model that was saved with the average alone.
     """
     config = read_config(options.model)
-    if options.trained_weights and _decay(config) is not None and not (Path(options.model) / EMA_FILE).is_file():
-        raise ValueError(
-            f"--trained_weights: the weights of {options.model!r} are an average (ema_decay={_decay(config)}), and the "
-            "trained ones were not saved with it; pass a checkpoint-N folder of the run as --model."
-        )
+    check_trained_weights(options, config)
     limit = length_limit(config)
     if (options.length or 0) > limit:
         raise ValueError(f"--length {options.length} exceeds the model's limit of {limit} tokens.")
@@ -86,10 +88,25 @@ def load_text_model(
     if tokenizer.eos_token is None:  # BERT's
         set_boundary_tokens(tokenizer, released)
     check_tokenizer(tokenizer, config)
+    model, average = load_model(options)
+    return model, tokenizer, average
+
+
+def check_trained_weights(options: argparse.Namespace, config: Any) -> None:
+    """Raise ValueError if the trained weights are asked of a model that was saved with the average alone."""
+    if options.trained_weights and _decay(config) is not None and not (Path(options.model) / EMA_FILE).is_file():
+        raise ValueError(
+            f"--trained_weights: the weights of {options.model!r} are an average (ema_decay={_decay(config)}), and the "
+            "trained ones were not saved with it; pass a checkpoint-N folder of the run as --model."
+        )
+
+
+def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, bool]:
+    """Model in evaluation mode, and whether the weights are the average of a checkpoint; see `load_text_model`."""
     device = device_of(options.device)
     model = load_weights(options.model, dtype=options.dtype)
     average = not options.trained_weights and apply_saved_average(model, options.model)
-    return model.to(device).eval(), tokenizer, average
+    return model.to(device).eval(), average
 
 
 def _decay(config: Any) -> float | None:

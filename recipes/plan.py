@@ -170,8 +170,12 @@ def show(
         dtypes: `loaded` and `stored`, the weights' dtypes in training and in the checkpoint (None: random weights).
 
     Raises:
-        ValueError: If it cannot fit or its batches do not divide.
+        ValueError: If it cannot fit, its batches do not divide, or the model is no transformer.
     """
+    if not hasattr(config, "intermediate_size"):
+        raise ValueError(
+            f"memory is estimated for transformers, not for model_type={config.model_type!r}; try a few steps instead."
+        )
     run, model, known = planned_run(options, args, config, dtypes["loaded"], plan.plan_gpus, length)
     console = Console()
     rows = _global_rows(args, plan)

@@ -11,7 +11,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from xdlm_hf import DiTConfig, DiTForDiffusionLM, LLaDAConfig, LLaDAForDiffusionLM
+from xdlm_hf import (
+    DiTConfig,
+    DiTForDiffusionLM,
+    LLaDAConfig,
+    LLaDAForDiffusionLM,
+    PixelUNetConfig,
+    PixelUNetForDiffusion,
+)
 
 # A checkpoint of 512 rows, with logits and generations recorded from the released code.
 CHECKPOINT = Path(__file__).resolve().parent / "fixtures" / "tiny-llada"
@@ -122,3 +129,10 @@ def word_tokenizer(size=50, mask="<mask>"):
     names = {"mask_token": mask, "eos_token": "<eot>", "pad_token": "<eot>"}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in names.items() if v})
+
+
+def tiny_unet(seed=0, **options):
+    """A pixel U-Net of two levels for images of 6 x 2 x 2 with 8 values and 4 classes, in evaluation mode."""
+    sizes = dict(channels=8, channel_multipliers=[1, 2], residual_blocks=1, image_size=2, image_channels=6)
+    torch.manual_seed(seed)
+    return PixelUNetForDiffusion(PixelUNetConfig(**{**sizes, "num_values": 8, "num_classes": 4, **options})).eval()

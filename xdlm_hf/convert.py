@@ -1,13 +1,14 @@
 """Conversion of released weights into checkpoints that `from_pretrained` loads.
 
-    python -m xdlm_hf.convert dit --from FILE --to DIR
+    python -m xdlm_hf.convert dit --from FILE --to DIR        models of text, of the paper and of MDLM, UDLM and Duo
+    python -m xdlm_hf.convert unet --from FILE --to DIR       models of CIFAR-10 images
 
-reads the text models of the paper and of MDLM, UDLM and Duo: a Lightning checkpoint (`state_dict`, `ema`), a file with
-only `ema`, a plain dictionary of tensors, or safetensors. Files of `torch.save` are read with `weights_only=True`,
-which builds only tensors and plain containers and runs no code of the file.
+read a Lightning checkpoint (`state_dict`, `ema`), a file with only `ema`, a plain dictionary of tensors, or
+safetensors. Files of `torch.save` are read with `weights_only=True`, which builds only tensors and plain containers and
+runs no code of the file.
 
-Sizes are read from the shapes. Heads, length, noise and [MASK] are set by options, or by default as in the paper's
-models of the same sizes.
+Sizes are read from the shapes. What they do not determine (heads, length, noise, [MASK], image size) is set by options,
+or by default as in the paper's models of the same sizes.
 """
 
 import argparse
@@ -28,6 +29,9 @@ from .data.images import images_extra
 from .data.llamagen import renamed, vq_sizes
 from .models.dit.configuration_dit import DiTConfig, UDLMConfig
 from .models.dit.modeling_dit import DiTForDiffusionLM, UDLMForDiffusionLM
+from .models.unet.configuration_unet import PixelUNetConfig
+from .models.unet.modeling_unet import PixelUNetForDiffusion
+from .models.unet.released_unet import released_parameters, sizes_of_list, sizes_of_names
 
 PREFIX = "backbone."
 _DROPPED = "rotary_emb.inv_freq"
@@ -57,9 +61,7 @@ def released_dit(weights: Mapping[str, Tensor] | Sequence[Tensor], config: Mappi
     else:
         named, fields = None, _sizes_of_list(weights)
     given = dict(config or {})
-    for name in fields.keys() & given.keys():
-        if fields[name] != given[name]:
-            raise ValueError(f"{name}={given[name]} contradicts the shapes, which give {fields[name]}; leave it out.")
+    _check_sizes(given, fields)
     udlm = given.get("mixing_ratio") == 1
     fields |= {"time_conditioning": False, "mask_token_id": None if udlm else _MASKS.get(fields["vocab_size"])}
     gidd = given.get("noise_process") == "gidd"  # its models have another length than the paper's
@@ -109,6 +111,53 @@ def llamagen_vq(weights: Mapping[str, Tensor]):
         for name, weight in wanted.items():
             weight.copy_(named[name])
     return model
+
+
+def released_unet(
+    weights: Mapping[str, Tensor] | Sequence[Tensor], config: Mapping[str, Any] | PixelUNetConfig | None = None
+) -> PixelUNetForDiffusion:
+    """The pixel U-Net with released weights; the released class table's row that was never trained is left out.
+
+    Args:
+        weights: Tensors by name, with or without the prefix `backbone.`; or the list of an EMA file, in the order of
+            the network's parameters.
+        config: A [`PixelUNetConfig`], or fields of it that shapes do not determine.
+
+    Returns:
+        [`PixelUNetForDiffusion`], float32, in evaluation mode, with `mask_channels=False`.
+
+    Raises:
+        ValueError: If a name or a shape differs from the network's, or the config contradicts the shapes.
+    """
+    named = _without_prefix(weights) if isinstance(weights, Mapping) else None
+    fields = sizes_of_list(weights) if named is None else sizes_of_names(named)
+    fields["mask_channels"] = False
+    given = dict(config or {}) if not isinstance(config, PixelUNetConfig) else _fields(config)
+    _check_sizes(given, fields)
+    model = PixelUNetForDiffusion(PixelUNetConfig(**{**fields, **given})).eval()
+    own = dict(model.unet.named_parameters())
+    released = list(released_parameters(model.config))
+    if named is None:
+        if len(weights) != len(released):
+            raise ValueError(f"a list of {len(weights)} tensors does not fit a U-Net of {len(released)} parameters.")
+        named = {each.theirs: weight for each, weight in zip(released, weights, strict=True)}
+    wanted = {each.theirs: torch.empty(each.shape(own[each.ours].shape), device="meta") for each in released}
+    _check(named, wanted, "U-Net")
+    with torch.no_grad():
+        for each in released:
+            own[each.ours].copy_(each.converted(named[each.theirs]))
+    return model
+
+
+def _fields(config: PixelUNetConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in PixelUNetConfig.__annotations__}
+
+
+def _check_sizes(given: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for a field that contradicts the one read from the shapes."""
+    for name in fields.keys() & given.keys():
+        if fields[name] != given[name]:
+            raise ValueError(f"{name}={given[name]} contradicts the shapes, which give {fields[name]}; leave it out.")
 
 
 def _without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -234,34 +283,38 @@ def _read_torch(path: Path) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m xdlm_hf.convert", description="Convert released weights.")
-    dit = main.add_subparsers(dest="kind", required=True).add_parser("dit", help="the text models of the paper")
-    dit.add_argument("--from", dest="source", required=True, metavar="FILE", help="file of torch.save, or safetensors")
-    dit.add_argument("--to", dest="folder", required=True, metavar="DIR", help="new folder")
-    dit.add_argument(
-        "--ema", action=argparse.BooleanOptionalAction, help="read the moving average (default: if there is one)"
-    )
-    dit.add_argument("--mixing_ratio", type=float, help="k of the noise: 0 MDLM (default), 1 UDLM")
-    dit.add_argument("--p_uniform", type=float, help="noise of GIDD with this share of uniform noise")
-    dit.add_argument("--time_conditioning", action="store_true", help="the network was trained with times")
+    kinds = main.add_subparsers(dest="kind", required=True)
+    dit = kinds.add_parser("dit", help="the text models of the paper")
+    unet = kinds.add_parser("unet", help="the CIFAR-10 models of the paper")
+    for kind in (dit, unet):
+        kind.add_argument("--from", dest="source", required=True, metavar="FILE", help="of torch.save, or safetensors")
+        kind.add_argument("--to", dest="folder", required=True, metavar="DIR", help="new folder")
+        kind.add_argument(
+            "--ema", action=argparse.BooleanOptionalAction, help="read the moving average (default: if there is one)"
+        )
+        kind.add_argument("--mixing_ratio", type=float, help="k of the noise: 0 MDLM (default), 1 UDLM")
+        kind.add_argument("--p_uniform", type=float, help="noise of GIDD with this share of uniform noise")
+        kind.add_argument("--time_conditioning", action="store_true", help="the network was trained with times")
     for name in ("n_heads", "model_length", "mask_token_id"):
         dit.add_argument(f"--{name}", type=int, help="default: as in the paper's models of these sizes")
+    unet.add_argument("--image_size", type=int, help="height and width of the images; default: 32")
     return main
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     options = vars(parser().parse_args(arguments))
-    source, folder, ema = (options.pop(name) for name in ("source", "folder", "ema"))
-    config = {name: value for name, value in options.items() if value is not None and name != "kind"}
+    kind, source, folder, ema = (options.pop(name) for name in ("kind", "source", "folder", "ema"))
+    config = {name: value for name, value in options.items() if value is not None}
     if "p_uniform" in config:
         config["noise_process"] = "gidd"
     try:
         check_new_folder(folder)
         weights, which = read_weights(source, ema)
-        model = released_dit(weights, config)
+        model = {"dit": released_dit, "unet": released_unet}[kind](weights, config)
         with new_folder(folder) as unfinished:
             model.save_pretrained(unfinished)
-    except (ValueError, StrictDataclassError) as error:
+    except (ValueError, ImportError, StrictDataclassError) as error:
         sys.exit(f"error: {' '.join(str(error.__cause__ or error).split())}")
     kinds = {"ema": "the moving average", "raw": "the trained weights, not a moving average"}
     print(f"read {kinds[which]}: {model.num_parameters():,} parameters, N = {model.config.vocab_size}")

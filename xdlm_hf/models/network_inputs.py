@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, TransformersKwargs
 
+from ..diffusion.checks import validate_ids
+
 
 def refuse_unknown_arguments(name: str, kwargs: dict[str, Any]) -> None:
     """Raise ValueError for unknown arguments: a misspelt mask or unused `labels` would silently give wrong results.
@@ -34,6 +36,29 @@ def check_text(input_ids: Tensor | None, inputs_embeds: Tensor | None, logits_to
         raise ValueError("pass exactly one of input_ids (B, L) and inputs_embeds (B, L, D).")
     if isinstance(logits_to_keep, int) and logits_to_keep < 0:
         raise ValueError(f"logits_to_keep={logits_to_keep} must not be negative; it counts positions from the end.")
+
+
+def check_conditions(config: Any, rows: int, timesteps: Tensor | None, class_labels: Tensor | None) -> None:
+    """Check times and labels of a network whose config has `time_conditioning` and `num_classes`.
+
+    Raises:
+        ValueError: If the network does not take one of them, or it does not fit the rows, or needed times are missing.
+    """
+    timed, classes = config.time_conditioning, config.num_classes
+    if timed and timesteps is None:
+        raise ValueError(
+            "timesteps are missing: this network has time_conditioning=True; pass the noise levels sigma of the rows, "
+            "(B,), such as model.timesteps(t)."
+        )
+    if not timed and timesteps is not None:
+        raise ValueError("timesteps were given, but this network has time_conditioning=False; leave them out.")
+    if class_labels is not None and classes is None:
+        raise ValueError("class_labels were given, but this network has num_classes=None; leave them out.")
+    for name, value in (("timesteps", timesteps), ("class_labels", class_labels)):
+        if value is not None and value.shape != (rows,):
+            raise ValueError(f"{name} of shape {tuple(value.shape)} must be (B,) = ({rows},).")
+    if class_labels is not None and not torch.compiler.is_compiling():
+        validate_ids("class_labels", class_labels, classes + 1)
 
 
 def text_positions(position_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from .dit.configuration_dit import DiTConfig, DUOConfig, UDLMConfig
 from .dit.modeling_dit import DiTForDiffusionLM, DUOForDiffusionLM, UDLMForDiffusionLM
 from .llada.configuration_llada import LLaDAConfig
 from .llada.modeling_llada import LLaDAForDiffusionLM
+from .unet.configuration_unet import PixelUNetConfig
+from .unet.modeling_unet import PixelUNetForDiffusion
 
 # Configuration class -> class of the network with logits.
 MODEL_FAMILIES: dict[type[PreTrainedConfig], type[DiffusionModel]] = {}
@@ -30,6 +32,7 @@ def register() -> None:
     register_family(DiTConfig, DiTForDiffusionLM)
     register_family(UDLMConfig, UDLMForDiffusionLM)
     register_family(DUOConfig, DUOForDiffusionLM)
+    register_family(PixelUNetConfig, PixelUNetForDiffusion)
 
 
 def model_class(config: PreTrainedConfig) -> type[DiffusionModel]:

@@ -61,12 +61,15 @@ def flops_per_token(model: nn.Module, length: int) -> float:
 
     Two per weight and token for the forward pass, two for the gradient of the inputs, two more for the gradient of a
     trained weight; and forward and backward attention over `length` tokens: 12 layers x hidden_size x L. LLaDA-8B: 211
-    TFLOP for a row of 4096. Parts that run once a row, the model's `row_modules`, are not counted.
+    TFLOP for a row of 4096. Parts that run once a row, the model's `row_modules`, are not counted. A model with
+    `training_flops_per_token` counts for itself.
 
     Args:
         model: The model, or a peft model around it, before its parameters are sharded over processes.
         length: L, tokens per row.
     """
+    if hasattr(model, "training_flops_per_token"):
+        return model.training_flops_per_token()
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
     lookups = set() if embedding.weight is head.weight else {id(p) for p in embedding.parameters()}

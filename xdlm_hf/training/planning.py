@@ -99,9 +99,14 @@ def count_parameters(model: nn.Module, load_in_4bit: bool = False) -> Counts:
         quantized=sum(p.numel() for p in blocks.values() if not p.requires_grad) if load_in_4bit else 0,
         largest=max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()),
         block_matrices=sum(p.numel() for p in blocks.values()),
-        head_trained=model.get_output_embeddings().weight.requires_grad,
+        head_trained=_is_trained(model.get_output_embeddings()),
         trained_tensors=tuple((p.shape, id(p) in embeddings) for p in parameters.values() if p.requires_grad),
     )
+
+
+def _is_trained(head: nn.Module) -> bool:
+    weight = getattr(head, "weight", None)  # the U-Net's output layer has none
+    return weight is not None and weight.requires_grad
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from ...diffusion.gidd import GIDDProcess
-from ...diffusion.schedules import get_schedule
+from ..configured_noise import validate_noise
 from ..network_inputs import refuse_copying_code
 
 _POSITIVE = ("hidden_dim", "cond_dim", "n_blocks", "n_heads", "model_length", "vocab_size")
-NOISE_PROCESSES = ("stationary", "gidd")
 
 
 @strict
@@ -149,7 +147,7 @@ class DiTConfig(PreTrainedConfig):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must lie in [0, 1); 0 turns it off.")
         self._validate_tokens()
-        self._validate_noise()
+        validate_noise(self)
 
     def _validate_tokens(self) -> None:
         for field in ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"):
@@ -160,36 +158,6 @@ class DiTConfig(PreTrainedConfig):
                         f"{field}={token_id} is not a row of the embedding, which has {self.vocab_size}; give the "
                         "tokenizer's id, or raise vocab_size."
                     )
-
-    def _validate_noise(self) -> None:
-        if not 0 <= self.mixing_ratio <= 1:
-            raise ValueError(f"mixing_ratio={self.mixing_ratio} must lie in [0, 1]: 0 is MDLM, 1 is UDLM.")
-        if self.noise_process not in NOISE_PROCESSES:
-            raise ValueError(f"noise_process={self.noise_process!r} is not known; choose one of {NOISE_PROCESSES}.")
-        if self.noise_process == "stationary":
-            if self.p_uniform:
-                raise ValueError(
-                    f"p_uniform={self.p_uniform} is GIDD's share of uniform noise; use noise_process='gidd', or "
-                    "mixing_ratio for a ratio that is constant in time."
-                )
-            if self.mixing_ratio < 1 and self.mask_token_id is None:
-                raise ValueError(
-                    f"mixing_ratio={self.mixing_ratio} needs a mask_token_id; pass the tokenizer's, or mixing_ratio=1."
-                )
-            get_schedule(self.noise_schedule)
-            return
-        if self.mixing_ratio:
-            raise ValueError(
-                f"mixing_ratio={self.mixing_ratio} does not apply to noise_process='gidd', whose ratio changes with "
-                "time; leave it out and set p_uniform."
-            )
-        if self.noise_schedule is not None:
-            raise ValueError(
-                f"noise_schedule={self.noise_schedule!r}: noise_process='gidd' has its own schedule; leave it out."
-            )
-        if self.mask_token_id is None:
-            raise ValueError("noise_process='gidd' needs a mask_token_id; pass the tokenizer's.")
-        GIDDProcess(self.vocab_size, self.mask_token_id, self.p_uniform)
 
 
 @strict

@@ -30,13 +30,12 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from ...diffusion.checks import validate_ids
-from ...diffusion.gidd import GIDDProcess
-from ...diffusion.process import NoiseProcess
 from ...generation.generate import XDLMGenerationMixin
 from ...generation.protocol import plain_output_layer
 from ..attention import BidirectionalAttention, prepare_mask, rotary_angles
+from ..configured_noise import ConfiguredNoise
 from ..network_inputs import (
+    check_conditions,
     check_rows_hold_mask,
     check_text,
     refuse_copying_code,
@@ -58,8 +57,6 @@ from .layers_dit import (
 )
 
 ROTARY_BASE = 10000.0
-# sigma = -log alpha_t is infinite at alpha = 0; the models were trained with a schedule that ends at alpha = 1e-3.
-LEAST_ALPHA = 1e-3
 
 
 class DiTBlock(FoldsConstants, GradientCheckpointingLayer):
@@ -209,7 +206,8 @@ class DiTModel(DiTPreTrainedModel):
         """Input of the output layer, (B, L, D); the arguments are those of [`DiTForDiffusionLM`]."""
         refuse_unknown_arguments("DiT", kwargs)
         check_text(input_ids, inputs_embeds)
-        self._check_conditioning(input_ids if inputs_embeds is None else inputs_embeds, timesteps, class_labels)
+        rows = len(input_ids if inputs_embeds is None else inputs_embeds)
+        check_conditions(self.config, rows, timesteps, class_labels)
         if inputs_embeds is None:
             inputs_embeds = self.vocab_embed(input_ids)
         width = self.config.hidden_dim // self.config.n_heads
@@ -223,24 +221,6 @@ class DiTModel(DiTPreTrainedModel):
                 hidden_states, condition, constant, position_embeddings, attention_mask=attention_mask, **kwargs
             )
         return BaseModelOutput(last_hidden_state=self.output_layer(hidden_states, condition, constant))
-
-    def _check_conditioning(self, text: Tensor, timesteps: Tensor | None, class_labels: Tensor | None) -> None:
-        """Raise ValueError for times and labels that the network does not take, or that do not fit the text."""
-        timed, classes = self.config.time_conditioning, self.config.num_classes
-        if timed and timesteps is None:
-            raise ValueError(
-                "timesteps are missing: this network has time_conditioning=True; pass the noise levels sigma of the "
-                "rows, (B,), such as model.timesteps(t)."
-            )
-        if not timed and timesteps is not None:
-            raise ValueError("timesteps were given, but this network has time_conditioning=False; leave them out.")
-        if class_labels is not None and classes is None:
-            raise ValueError("class_labels were given, but this network has num_classes=None; leave them out.")
-        for name, value in (("timesteps", timesteps), ("class_labels", class_labels)):
-            if value is not None and value.shape != text.shape[:1]:
-                raise ValueError(f"{name} of shape {tuple(value.shape)} must be (B,) = ({text.shape[0]},).")
-        if class_labels is not None and not torch.compiler.is_compiling():
-            validate_ids("class_labels", class_labels, classes + 1)
 
     def _condition(
         self, timesteps: Tensor | None, class_labels: Tensor | None, device: torch.device
@@ -263,7 +243,7 @@ class DiTModel(DiTPreTrainedModel):
         return compute(), False
 
 
-class DiTForDiffusionLM(XDLMGenerationMixin, DiTPreTrainedModel):
+class DiTForDiffusionLM(ConfiguredNoise, XDLMGenerationMixin, DiTPreTrainedModel):
     """DiT with its output layer: token ids (B, L), noisy or masked, to logits of the clean tokens (B, L, N).
 
     `noise_process()` gives the noise that the checkpoint was trained with and the objective; `generate()` samples, by
@@ -289,38 +269,6 @@ class DiTForDiffusionLM(XDLMGenerationMixin, DiTPreTrainedModel):
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.backbone.output_layer.linear = OutputLayer.around(value)
-
-    @property
-    def conditioning(self) -> tuple[str, ...]:
-        return ("timesteps",) if self.config.time_conditioning else ()
-
-    @property
-    def stationary_noise(self) -> bool:
-        return self.config.noise_process == "stationary"
-
-    def noise_process(
-        self, mixing_ratio: float | None = None, noise_schedule: str | None = None, mask_token_id: int | None = None
-    ) -> NoiseProcess:
-        """The noise that the model was trained with; see [`DiffusionModel`].
-
-        Raises:
-            ValueError: Also if k or a schedule is given for GIDD, which has neither.
-        """
-        config = self.config
-        if self.stationary_noise:
-            return super().noise_process(mixing_ratio, noise_schedule, mask_token_id)
-        for name, value in (("mixing_ratio", mixing_ratio), ("noise_schedule", noise_schedule)):
-            if value:  # generation passes k = 0 for every model without one
-                raise ValueError(
-                    f"{name}={value!r} does not apply to noise_process='gidd', whose ratio changes with time and "
-                    "whose schedule is its own; leave it out."
-                )
-        mask = config.mask_token_id if mask_token_id is None else mask_token_id
-        return GIDDProcess(config.vocab_size, mask, config.p_uniform)
-
-    def timesteps(self, t: Tensor) -> Tensor:
-        """sigma_t = -log max(alpha_t, 1e-3) of the times t (B,), (B,) float32."""
-        return -self.noise_process().alpha(t.double()).clamp_min(LEAST_ALPHA).log().float()
 
     @plain_output_layer
     @can_return_tuple

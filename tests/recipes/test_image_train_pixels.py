@@ -1,0 +1,69 @@
+"""Training of the pixel U-Net: the paper's CIFAR-10 settings, and a run at the size of seconds with every noise."""
+
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from digits import image_folder
+
+from xdlm_hf import GIDDProcess, PixelUNetForDiffusion, XDLMImagePipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "recipes" / "configs"
+sys.path.insert(0, str(ROOT / "recipes"))
+import image_tokens  # noqa: E402
+import image_train  # noqa: E402
+
+SMALL = {"channels": 8, "channel_multipliers": [1, 2], "residual_blocks": 1, "image_size": 8, "num_classes": 3}
+K = {"mdlm": 0.0, "xdlm_0.001": 1e-3, "xdlm": 0.1, "xdlm_0.5": 0.5, "udlm": 1.0, "gidd": None}
+
+
+@pytest.mark.parametrize("name", K)
+def test_every_config_is_the_papers(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = CONFIGS / "images" / f"cifar10_{name}.yaml"
+    command = ["--config", str(path), "--use_cpu", "true", "--per_device_train_batch_size", "512", "--data", "pixels"]
+    model, images, args, _ = image_train.parse(command)
+    image_train.check(images, args)
+    config = image_train.recipe.model_config(model)
+    assert (config.channels, config.channel_multipliers, config.residual_blocks) == (128, [1, 2, 2, 2], 2)
+    assert (config.attention_levels, config.dropout, config.label_dropout) == ([1], 0.1, 0.1)
+    assert (config.max_position_embeddings, config.num_values, config.num_classes) == (3072, 256, 10)
+    assert config.mask_channels and not config.time_conditioning
+    assert (args.learning_rate, args.warmup_steps, args.max_steps, args.ema_decay) == (2e-4, 5000, 300_000, 0.9999)
+    assert (args.global_batch_size, args.bf16, args.max_grad_norm, args.weight_decay) == (512, False, 1.0, 0.0)
+    assert config.noise_process == ("gidd" if name == "gidd" else "stationary")
+    assert name == "gidd" or args.mixing_ratio == K[name]
+
+
+@pytest.mark.parametrize("name", ["xdlm", "gidd"])
+def test_from_images_to_a_pipeline(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    source, gidd = image_folder(tmp_path / "images", mode="RGB"), "_gidd" if name == "gidd" else ""
+    image_tokens.main(["--dataset", str(source), "--pixels", "--output_dir", str(tmp_path / "pixels")])
+    published = json.loads((CONFIGS / "models" / f"unet_cifar10{gidd}.json").read_text())
+    (tmp_path / "small.json").write_text(json.dumps({**published, **SMALL}))
+    options = {
+        "config": CONFIGS / "images" / f"cifar10_{name}.yaml",
+        "config_name": tmp_path / "small.json",
+        "data": tmp_path / "pixels",
+        "output_dir": tmp_path / "run",
+        "max_steps": 3,
+        "warmup_steps": 1,
+        "per_device_train_batch_size": 4,
+        "global_batch_size": 4,
+        "save_strategy": "no",
+        "dataloader_num_workers": 0,
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+    }
+    image_train.main([text for key, value in options.items() for text in (f"--{key}", str(value))])
+    pipeline = XDLMImagePipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    model = pipeline.transformer
+    assert type(model) is PixelUNetForDiffusion and isinstance(model.noise_process(), GIDDProcess) == bool(gidd)
+    images = pipeline(class_labels=[0, 2], num_inference_steps=2, output_type="uint8").images
+    assert images.shape == (2, 3, 8, 8)
+    with pytest.raises(SystemExit, match="estimated for transformers, not for model_type='pixel_unet'"):
+        image_train.main([*(f"--{key}={value}" for key, value in options.items()), "--plan"])
