@@ -198,9 +198,10 @@ def draw_pictures(folder: Path) -> None:
         rows.append([])
         for steps in STEPS:
             digits = pipes[k](list(range(10)), steps, GUIDANCE, generator=torch.Generator().manual_seed(1)).images
-            rows[-1].append(np.vstack([np.hstack(digits[:5]), np.hstack(digits[5:])]))
-    titles = [f"k = {k:g}" for k in K], [f"{steps} step{'s' * (steps > 1)}" for steps in STEPS]
-    save_image_grid(folder / "steps.png", rows, *titles, title=f"guidance_scale = {GUIDANCE:g}", cell=1.5)
+            framed = [np.pad(digit, 1, constant_values=110) for digit in digits]
+            rows[-1].append(np.vstack([np.hstack(framed[:5]), np.hstack(framed[5:])]))
+    titles = [f"k = {k:g}" for k in K], [counted(steps) for steps in STEPS]
+    save_image_grid(folder / "steps.png", rows, *titles, title=f"guidance_scale = {GUIDANCE:g}", cell=1.8)
     draw_path(pipes[0.1], folder)
     draw_holes(pipes[0.1], folder)
 
@@ -237,8 +238,12 @@ def draw_holes(pipe: XDLMImagePipeline, folder: Path) -> None:
     save_image_grid(folder / "holes.png", rows, ["held out", "given", "drawn", "drawn", "drawn"])
 
 
+def counted(steps: int) -> str:
+    return f"{steps} step{'s' * (steps > 1)}"
+
+
 def show(report: dict) -> None:
-    table = Table("k", "NELBO, nats/token", "guidance", "figure", *(f"{steps} steps" for steps in STEPS))
+    table = Table("k", "NELBO, nats/token", "guidance", "figure", *map(counted, STEPS))
     for k, figures in report["models"].items():
         bound = f"{figures['nelbo']:.3f} ± {figures['nelbo_standard_error']:.3f}"
         for kind, scale, _ in KINDS:

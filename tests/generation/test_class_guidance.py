@@ -51,6 +51,12 @@ def test_guidance_is_one_batch_and_nothing_without_it():
         assert batches == [labels] * 4 and output.num_forward_passes == 4 * (2 if gamma else 1)
 
 
+def test_guidance_by_class_needs_no_mask_token():
+    model = random_dit(num_classes=CLASSES, mixing_ratio=1.0)
+    model.config.mask_token_id = None
+    assert generate(model, class_labels=LABELS, cfg_scale=1.0).shape == (3, LENGTH)
+
+
 def test_the_null_class_is_no_label():
     model = random_dit(num_classes=CLASSES).double()
     texts = [generate(model, num_return_sequences=3), generate(model, class_labels=[5, 5, 5])]

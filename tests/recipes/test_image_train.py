@@ -121,7 +121,7 @@ def test_a_model_without_classes_is_trained_without_labels(data, tmp_path):
 
 
 def test_the_plan_needs_no_data(data, tmp_path, capsys):
-    command = options(data, "xdlm", tmp_path / "run", data=None, config_name=None)
+    command = options(data, "xdlm", tmp_path / "run", data=None, config_name=None, global_batch_size=None)
     image_train.main([*command, "--config_name", str(CONFIGS / "models" / "dit_imagenet.json"), "--plan"])
     assert "117" in capsys.readouterr().out  # million parameters
 

@@ -129,7 +129,7 @@ class VQCodes:
         vqvae: A diffusers `VQModel`, or a `PatchVQ`. Its encoder's result is looked up in its codebook.
 
     Raises:
-        ValueError: If it has no codebook, or is of another kind.
+        ValueError: If it has no codebook, is of another kind, or not in float32.
     """
 
     def __init__(self, vqvae: Any):
@@ -138,6 +138,11 @@ class VQCodes:
             raise ValueError(
                 f"vqvae={type(vqvae).__name__} has no codebook that decodes codes; pass a diffusers VQModel with "
                 "lookup_from_codebook=True."
+            )
+        if quantizer.embedding.weight.dtype != torch.float32:
+            raise ValueError(
+                f"the tokenizer's weights are {quantizer.embedding.weight.dtype}, in which codes are not exact; load "
+                "it in float32, a pipeline for example with torch_dtype={'transformer': torch.bfloat16}."
             )
         self.vqvae = vqvae
         self.num_codes, self.width = quantizer.embedding.weight.shape
@@ -173,7 +178,7 @@ class VQCodes:
                 f"images of {channels} x {height} x {width} do not fit the tokenizer, which takes {self.channels} "
                 f"channels and sides that are multiples of {self.factor}."
             )
-        with self._float32():
+        with torch.autocast(self.device.type, enabled=False):
             latents = self.vqvae.encode(images.to(self.device).float() / 127.5 - 1).latents
             codes = self.vqvae.quantize(latents)[2][2]
         return codes.view(len(images), -1).to(images.device)
@@ -198,20 +203,12 @@ class VQCodes:
                 f"codes of shape {tuple(codes.shape)} are not (B, L) with L = {rows} x {columns}; give grid."
             )
         check_token_range(codes, self.num_codes, "a code")
-        with self._float32():
+        with torch.autocast(self.device.type, enabled=False):
             shape = (len(codes), rows, columns, self.width)
             images = self.vqvae.decode(
                 codes.to(self.device).view(shape[:3]), force_not_quantize=True, shape=shape
             ).sample
         return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).to(codes.device)
-
-    def _float32(self) -> Any:
-        if self.vqvae.quantize.embedding.weight.dtype != torch.float32:
-            raise ValueError(
-                f"the tokenizer's weights are {self.vqvae.quantize.embedding.weight.dtype}, in which codes are not "
-                "exact; load it in float32 (vqvae.float())."
-            )
-        return torch.autocast(self.device.type, enabled=False)
 
 
 def load_vq(path: str, subfolder: str | None = None) -> VQCodes:

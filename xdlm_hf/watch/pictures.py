@@ -25,7 +25,7 @@ def save_image_grid(
         rows: Images of each row, the same number in each.
         row_titles, column_titles: One for each row, for each column.
         title: Heading.
-        cell: Side of an image in inches.
+        cell: Width of an image in inches.
 
     Raises:
         ValueError: If there are no images, or rows or titles differ in number.
@@ -40,7 +40,9 @@ def save_image_grid(
     for name, titles, count in (("row_titles", row_titles, len(rows)), ("column_titles", column_titles, columns)):
         if titles is not None and len(titles) != count:
             raise ValueError(f"{len(titles)} {name} do not fit {count}; give one for each.")
-    figure = Figure(figsize=(cell * columns + (1.0 if row_titles else 0.1), cell * len(rows) + (0.8 if title else 0.4)))
+    height, width = np.asarray(rows[0][0]).shape[:2]
+    size = cell * columns + (0.9 if row_titles else 0.1), cell * height / width * len(rows) + (0.7 if title else 0.35)
+    figure = Figure(figsize=size)
     figure.set_layout_engine("constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for i, row in enumerate(rows):
