@@ -197,7 +197,11 @@ def test_both_readings_of_the_published_guidance():
     assert (plain["fid"], plain["inception_score"], plain["source"]) == (25.144, 7.372, "Table 14, UDLM")
     assert plain["reference"] == "training images" and plain["samples"] == 50_000 and "reading" not in plain
     assert published_images("cifar10", "UDLM", 512, 3.0)["fid"] == 18.592
-    for none in (("cifar10", "UDLM", 16, 1.0), (None, "UDLM", 512, 1.0), ("imagenet", "MDLM", 8, 1.5)):
+    early = published_images("imagenet", "GIDD", 16, 1.0, 200_000)
+    assert (early["fid"], early["inception_score"], early["source"]) == (36.878, 33.042, "Table 19, GIDD")
+    none_published = [("cifar10", "UDLM", 16, 1.0), (None, "UDLM", 512, 1.0), ("imagenet", "MDLM", 8, 1.5)]
+    none_published += [("imagenet", "GIDD", 8, 1.0, 200_000), ("imagenet", "GIDD", 16, 1.0, 200_500)]
+    for none in none_published:
         assert published_images(*none) is None
 
 
