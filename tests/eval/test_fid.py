@@ -175,7 +175,8 @@ def test_two_processes_report_what_one_does(folder):
         subprocess.run(command, check=True)
         reports.append(json.loads(output.read_text())["cells"])
     for one, two in zip(*reports, strict=True):
-        assert {name: two[name] for name in one} == {name: pytest.approx(one[name], rel=1e-6) for name in one}
+        for name in ("fid", "inception_score", "inception_score_deviation"):
+            assert two[name] == pytest.approx(one[name], rel=1e-6)
 
 
 def test_an_extractor_may_be_any_module():
