@@ -14,10 +14,12 @@ pixels in 17 greys. Then, with held-out images:
    distance of 20 principal components, and the share in which a classifier trained on real images sees the right class.
 
 Before any model, the same figures are measured of training images, and of images whose pixels are drawn independently
-from the training images' values at that place in that class: what the metrics tell apart, and what they do not.
+from the training images' values at that place in that class: what the metrics tell apart, and what they do not. Of 597
+held-out digits the forest tells training images with 0.475 +- 0.014 and independent pixels with 0.863 +- 0.010; their
+Frechet distances are 0.046 and 0.220; the class is read right in 0.992 of both, which this figure does not tell apart.
 
-About 20 CPU minutes a model, on one thread each. Every part is kept in the output folder, so that the same command
-continues after an end; report.md and the pictures are written from what is there.
+About 12 CPU minutes a model of digits, on one thread each (0.19 s a training step). Every part is kept in the output
+folder, so that the same command continues after an end; report.md and the pictures are written from what is there.
 """
 
 import argparse
@@ -41,7 +43,7 @@ from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.model_selection import StratifiedKFold, cross_val_score
-from sklearn.neural_network import MLPClassifier
+from sklearn.svm import SVC
 from torch import Tensor, nn
 
 from xdlm_hf import PixelUNetConfig, PixelUNetForDiffusion
@@ -239,9 +241,7 @@ class Judges:
     def __init__(self, folder: Path):
         self.train, self.train_labels = images_of(folder, "train")
         self.held_out, self.labels = images_of(folder, "held_out")
-        self.reader = MLPClassifier((64,), max_iter=400, random_state=0).fit(
-            self._scaled(self.train), self.train_labels
-        )
+        self.reader = SVC().fit(self._scaled(self.train), self.train_labels)
         self.components = _Components(PCA(min(COMPONENTS, len(self.held_out) - 1)).fit(self._scaled(self.train)))
         as_images = [self.held_out[..., None, None]]
         self.reference = make_reference("held-out images", as_images, self.components, torch.device("cpu"), {})
@@ -315,8 +315,10 @@ def measure(folder: Path, name: str) -> None:
 
 def baselines(judges: Judges) -> dict[str, dict[str, float]]:
     """Figures of real images and of independent pixels, of the classes of the held-out images."""
-    rng = np.random.default_rng(1)
-    real = [rng.choice(np.flatnonzero(judges.train_labels == label)) for label in judges.labels]
+    # Without repetition, by which a classifier would know them.
+    order = np.random.default_rng(1).permutation(len(judges.train_labels))
+    waiting = {label: [i for i in order if judges.train_labels[i] == label] for label in np.unique(judges.labels)}
+    real = [waiting[label].pop() for label in judges.labels]
     drawn = independent_pixels(judges.train, judges.train_labels, judges.labels)
     return {
         TRAINING: judges.figures(judges.train[real], judges.labels),
@@ -433,6 +435,7 @@ def draw_curves(found: dict[str, Any], baseline: dict[str, dict[str, float]], fi
         for of, style in ((TRAINING, ":"), (INDEPENDENT, "-.")):
             place.axhline(baseline[of][name], color="grey", linestyle=style, label=of)
         place.set_xscale("log", base=2)
+        place.set_xticks(STEPS, map(str, STEPS))
         finish_plot(figure, place, "sampling steps", title, file)
 
 
@@ -464,7 +467,8 @@ def draw_grid(folder: Path, found: dict[str, Any], file: Path) -> None:
                 continue
             images = blocks[i].reshape(-1, settings.height, settings.width)
             blank = np.zeros((2 * half - len(images), *images.shape[1:]), images.dtype)
-            tiles = np.concatenate((images, blank)).reshape(2, half, *images.shape[1:])
+            padded = np.pad(np.concatenate((images, blank)), ((0, 0), (1, 1), (1, 1)))  # a margin around each
+            tiles = padded.reshape(2, half, *padded.shape[1:])
             picture = np.concatenate([np.concatenate(list(row), axis=1) for row in tiles])
             place.imshow(picture, cmap="gray_r", vmin=0, vmax=GREYS - 1, interpolation="nearest")
             of = ("held out", INDEPENDENT)[i] if name == "held out" else f"{name}, {STEPS[i]} steps"

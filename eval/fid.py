@@ -14,6 +14,7 @@ of processes. The report states counts, reference, extractor, k, steps, guidance
 
 import argparse
 import json
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -206,13 +207,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             f"draws {shape}; make one of that size with --image_size and --image_channels."
         )
     report = _describe(options, pipeline.transformer, folder, average, reference)
+    checkpoint = re.search(r"checkpoint-(\d+)$", folder.rstrip("/"))
+    trained = None if checkpoint is None else int(checkpoint[1])
     for scale in options.guidance_scale:
         for steps in options.steps:
             images = draw(options, pipeline, steps, scale, state)
             order = [i for rank in range(state.num_processes) for rows in shares(options, state, rank) for i in rows]
             cell = {"steps": steps, "guidance_scale": scale, "gamma": scale - 1, "num_images": options.num_images}
             cell |= score(images, reference, extractor, device, state, order)
-            cell["published"] = published_images(options.published, report["row"], steps, scale)
+            cell["published"] = published_images(options.published, report["row"], steps, scale, trained)
             report["cells"].append(cell)
             if options.output is not None and state.is_main_process:
                 options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

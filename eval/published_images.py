@@ -132,7 +132,9 @@ _READINGS = {
 }
 
 
-def published_images(dataset: str | None, row: str, steps: int, guidance_scale: float) -> dict[str, Any] | None:
+def published_images(
+    dataset: str | None, row: str, steps: int, guidance_scale: float, training_step: int | None = None
+) -> dict[str, Any] | None:
     """Published FID and IS, to print beside measured ones.
 
     Args:
@@ -140,6 +142,7 @@ def published_images(dataset: str | None, row: str, steps: int, guidance_scale: 
         row: Name of the model in the tables.
         steps: Sampling steps.
         guidance_scale: 1 + gamma; both 2 and 3 are readings of the guided tables.
+        training_step: Optimizer steps of a checkpoint; None for the final model.
 
     Returns:
         `fid`, `inception_score`, `source`, `samples`, `reference` and, with guidance, the `reading`; None if nothing
@@ -148,11 +151,16 @@ def published_images(dataset: str | None, row: str, steps: int, guidance_scale: 
     if guidance_scale != 1 and guidance_scale not in _READINGS:
         return None
     table, fid, score = _TABLES.get((dataset, guidance_scale != 1), (0, {}, {}))
-    if str(steps) not in fid.get(row, {}):
+    column = str(steps)
+    if training_step is not None:
+        known = dataset == "imagenet" and guidance_scale == 1 and steps == 16 and training_step % 1000 == 0
+        table, fid, score = (19, IMAGENET_BY_STEP_FID, IMAGENET_BY_STEP_IS) if known else (0, {}, {})
+        column = f"{training_step // 1000}k"
+    if column not in fid.get(row, {}):
         return None
     return {
-        "fid": fid[row][str(steps)],
-        "inception_score": score[row][str(steps)],
+        "fid": fid[row][column],
+        "inception_score": score[row][column],
         "source": f"Table {table}, {row}",
         "samples": SAMPLES,
         "reference": REFERENCES[dataset],

@@ -147,6 +147,7 @@ def test_holes_are_drawn_anew_and_the_rest_stays(vqvae):
         ),
         ({"num_inference_steps": 0}, "steps=0 must be a positive integer"),
         ({"colour": 1}, "colour"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate=True is not for images"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message):

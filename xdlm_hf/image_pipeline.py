@@ -141,6 +141,8 @@ class XDLMImagePipeline(DiffusionPipeline):
         Raises:
             ValueError: If a value does not fit; names it and the remedy.
         """
+        if options.get("return_dict_in_generate"):
+            raise ValueError("return_dict_in_generate=True is not for images; use callback_on_step_end for the steps.")
         labels = self._labels(class_labels, guidance_scale, output_type)
         ids, mask = self._given(image, holes, None if labels is None else len(labels))
         rows = len(labels) if labels is not None else len(ids) if ids is not None else 1

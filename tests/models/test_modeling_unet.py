@@ -45,14 +45,14 @@ def grid():
 
 
 def test_the_head_is_the_difference_of_two_sigmoids():
-    """In float64 to its rounding; in float32 to 1e-4 nats wherever p > 1e-30, where the plain difference is 0."""
+    """In float64 to its rounding; in float32 to 3e-5 nats wherever p > 1e-30, where the plain difference is 0."""
     parameters, head = grid(), LogisticHead(256, 256, 257)
     exact = direct(*parameters.unbind(-1), 256)
     double = log_softmax(head(parameters), -1)[..., :256]
     resolved = exact > -60
     assert (double - exact)[resolved].abs().max() < 1e-10
     single = log_softmax(head(parameters.float()), -1)[..., :256]
-    assert single.dtype == torch.float32 and (single - double)[double > -69].abs().max() < 1e-4
+    assert single.dtype == torch.float32 and (single - double)[double > -69].abs().max() < 3e-5
     assert head(parameters.to(torch.bfloat16)).dtype == torch.float32
 
 

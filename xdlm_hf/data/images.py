@@ -141,8 +141,8 @@ class VQCodes:
             )
         if quantizer.embedding.weight.dtype != torch.float32:
             raise ValueError(
-                f"the tokenizer's weights are {quantizer.embedding.weight.dtype}, in which codes are not exact; load it "
-                "in float32, a pipeline for example with torch_dtype={'transformer': torch.bfloat16}."
+                f"the tokenizer's weights are {quantizer.embedding.weight.dtype}, in which codes are not exact; load "
+                "it in float32, a pipeline for example with torch_dtype={'transformer': torch.bfloat16}."
             )
         self.vqvae = vqvae
         self.num_codes, self.width = quantizer.embedding.weight.shape

@@ -109,6 +109,8 @@ class RowNoise:
             probability: Of dropping the label of a row.
             null: Label of the null class.
         """
+        if not probability:
+            return labels
         generators = [generator_of(self.seed, TRAIN_LABEL, index) for index in indices]
         dropped = torch.stack([torch.rand((), generator=generator) < probability for generator in generators])
         return labels.masked_fill(dropped, null)

@@ -82,8 +82,8 @@ class XDLMTrainer(CheckpointingTrainer):
             `conditioning` it is given `model.timesteps(t)`.
         data_collator: By default a `DiffusionCollator` with the tokenizer's, else the model's padding id.
         train_dataset: Rows with `input_ids`: a `PackedDataset`, a `PackedStream` (built for this rank, repeating;
-            needs `max_steps`), or any dataset of such rows. For a model with `num_classes` they may have a
-            `class_label`, which training replaces by the null class with the probability `label_dropout` of its config.
+            needs `max_steps`), or any dataset of such rows. With `num_classes` they may have a `class_label`; training
+            replaces the share `label_dropout` of them by the null class.
         eval_dataset: As above, with a length.
         processing_class: The tokenizer; saved with the model.
         args, callbacks, optimizers: As in `Trainer`.
@@ -121,7 +121,7 @@ class XDLMTrainer(CheckpointingTrainer):
         check_ema(model, args)
         if optimizers[0] is None:
             check_offload(args)
-        self._label_dropout, self._null_class = getattr(model.config, "label_dropout", 0.0), model.num_classes
+        self._label_dropout = getattr(model.config, "label_dropout", 0.0), model.num_classes
         self._fused = uses_fused_loss(model, args.fused_loss)
         if data_collator is None:
             data_collator = _collator(self.process, processing_class, model)
@@ -173,9 +173,8 @@ class XDLMTrainer(CheckpointingTrainer):
         length = self._random_length(self.state.global_step)
         for number, batch in enumerate(batches):
             if length is not None:
-                batch.update(
-                    {name: x[:, :length] for name, x in batch.items() if isinstance(x, Tensor) and x.ndim == 2}
-                )
+                cut = {name: x[:, :length] for name, x in batch.items() if isinstance(x, Tensor) and x.ndim == 2}
+                batch.update(cut)
             if "stream_state" in batch:
                 self._stream_position.advance(batch.pop("stream_state"))
             self._place_rows(batch, number)
@@ -207,8 +206,7 @@ class XDLMTrainer(CheckpointingTrainer):
         indices, global_batch = batch["sample_index"].tolist(), self.get_total_train_batch_size(self.args)
         batch["z_t"], batch["t"] = self.row_noise.draw(batch["input_ids"], batch["noise_mask"], indices, global_batch)
         if "class_labels" in batch:
-            labels, null = batch["class_labels"], self._null_class
-            batch["class_labels"] = self.row_noise.drop_labels(labels, indices, self._label_dropout, null)
+            batch["class_labels"] = self.row_noise.drop_labels(batch["class_labels"], indices, *self._label_dropout)
         weighting = self.process.weighting_factor(
             batch["input_ids"], batch["z_t"], batch["t"], self.args.gidd_weighting
         )
@@ -277,11 +275,8 @@ class XDLMTrainer(CheckpointingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`; logs of training steps also hold the figures of `metrics`."""
         if "loss" in logs:
-            logs = {**logs, **self.metrics.report(self._all_sum, self._all_max)}
+            logs = {**logs, **self.metrics.report(self._all_sum, lambda x: self.accelerator.gather(x[None]).amax(0))}
         super().log(logs, start_time)
-
-    def _all_max(self, values: Tensor) -> Tensor:
-        return self.accelerator.gather(values[None]).amax(0)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self.metrics.paused():
