@@ -147,7 +147,8 @@ def bounds(folder: Path) -> dict:
     rows = read_tokens(folder / "codes" / "train")[:]
     codes, classes = rows["input_ids"].astype(np.int64), rows["class_label"]
     generator = np.random.default_rng(0)
-    alike = [generator.choice(np.flatnonzero(classes == label)) for label in labels.tolist()]
+    pools = [list(generator.permutation(np.flatnonzero(classes == label))) for label in range(10)]
+    alike = [pools[label].pop() for label in labels.tolist()]  # none twice, which a forest would notice
     places = [
         [generator.choice(codes[classes == label, place]) for place in range(codes.shape[1])]
         for label in labels.tolist()
