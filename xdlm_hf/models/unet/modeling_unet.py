@@ -35,8 +35,8 @@ _TIME_SCALE = 1000  # of sigma, for the sinusoids of the time embedding
 def make_unet(config: PixelUNetConfig) -> nn.Module:
     """diffusers' `UNet2DModel` of a config, with the released network's residual sums and groups of norms.
 
-    Sums are divided by sqrt 2. A norm over c channels has min(c / 4, 32) groups, or the next smaller divisor of c: 32 in
-    all norms of the paper's network.
+    Sums are divided by sqrt 2. A norm over c channels has min(c / 4, 32) groups, or the next smaller divisor of c,
+    which is 32 in all norms of the paper's network.
 
     Raises:
         ImportError: Without diffusers.
