@@ -305,10 +305,10 @@ def write_report(folder: Path) -> None:
     print("\n\n".join(tables))
 
 
-def by_system(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """What was measured of each system's models, by seed."""
+def by_system(found: dict[str, Any]) -> dict[str, list[dict[str, Any] | None]]:
+    """What was measured of each system's models, by seed; None for a model that is missing."""
     measured = {system.name: [found.get(model_name(system, seed)) for seed in SEEDS] for system in SYSTEMS}
-    return {name: each for name, each in measured.items() if all(each)}
+    return {name: each for name, each in measured.items() if any(each)}
 
 
 def likelihood_table(found: dict[str, Any]) -> str:
@@ -319,13 +319,16 @@ def likelihood_table(found: dict[str, Any]) -> str:
         "| system | " + " | ".join(f"seed {seed} | difference" for seed in SEEDS) + " | mean difference |",
         "| --- |" + " ---: |" * (2 * len(SEEDS) + 1),
     ]
-    systems = {name: torch.tensor([m["nats"] for m in each]) for name, each in by_system(found).items()}
-    base = systems.get(SYSTEMS[0].name)
-    for name, nats in systems.items():
-        line = [name]
-        for own, other in zip(nats, nats if base is None else base, strict=True):
-            line += [mean_and_error(own), "" if other is own else mean_and_error(own - other)]
-        line.append("" if base is None else mean_and_error((nats - base).mean(0)))
+    base = by_system(found).get(SYSTEMS[0].name, [None] * len(SEEDS))
+    for name, each in by_system(found).items():
+        line, differences = [name], []
+        for own, other in zip(each, base, strict=True):
+            line += ["-" if own is None else mean_and_error(torch.tensor(own["nats"])), ""]
+            if own is not None and other is not None and own is not other:
+                differences.append(torch.tensor(own["nats"]) - torch.tensor(other["nats"]))
+                line[-1] = mean_and_error(differences[-1])
+        whole = len(differences) == len(SEEDS)
+        line.append(mean_and_error(torch.stack(differences).mean(0)) if whole else "")
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)
 
@@ -336,9 +339,8 @@ def mean_and_error(values: torch.Tensor) -> str:
 
 def ancestral_table(found: dict[str, Any]) -> str:
     """Judge perplexity and entropy of ancestral samples by steps."""
-    rows = {
-        name: [cell_rows(each, "ancestral", steps) for steps in ANCESTRAL_STEPS] for name, each in systems_of(found)
-    }
+    systems = by_system(found)
+    rows = {name: [cell_rows(each, "ancestral", steps) for steps in ANCESTRAL_STEPS] for name, each in systems.items()}
     title = f"{SAMPLES} ancestral samples of {LENGTH} characters a model"
     return "\n\n".join(
         f"{what}, {title}; both seeds, ± the standard error of their mean over samples.\n\n"
@@ -355,7 +357,7 @@ def confidence_table(found: dict[str, Any]) -> str:
     """The same of greedy continuations, by policy."""
     rows = {
         f"{system}, {policy}": [cell_rows(each, policy, steps) for steps in CONFIDENCE_STEPS]
-        for system, each in systems_of(found)
+        for system, each in by_system(found).items()
         for policy in CONTINUED.get(system, ())
     }
     title = f"{SAMPLES} greedy continuations of {PROMPT} held-out characters by {LENGTH - PROMPT} a model"
@@ -373,14 +375,9 @@ def confidence_table(found: dict[str, Any]) -> str:
     )
 
 
-def systems_of(found: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
-    return list(by_system(found).items())
-
-
-def cell_rows(measured: Sequence[dict[str, Any]], kind: str, steps: int) -> list[dict[str, Any]]:
-    """A cell of each seed; empty if one is missing."""
-    cells = [each["cells"].get(f"{kind} {steps}") for each in measured]
-    return cells if all(cells) else []
+def cell_rows(measured: Sequence[dict[str, Any] | None], kind: str, steps: int) -> list[dict[str, Any] | None]:
+    """A cell of each seed; None for one that is missing."""
+    return [None if each is None else each["cells"].get(f"{kind} {steps}") for each in measured]
 
 
 def table(
@@ -395,15 +392,16 @@ def table(
     return "\n".join([*lines, f"| held-out text | {text} |" + " |" * (len(steps) - 1)])
 
 
-def both_seeds(cells: Sequence[dict[str, Any]], figure: str, digits: int) -> str:
-    if not cells:
-        return ""
-    values = " / ".join(f"{cell[figure]:.{digits}f}" for cell in cells)
+def both_seeds(cells: Sequence[dict[str, Any] | None], figure: str, digits: int) -> str:
+    if not any(cells):
+        return "-"
+    values = " / ".join("-" if cell is None else f"{cell[figure]:.{digits}f}" for cell in cells)
     return f"{values} ± {mean_of(cells, figure)[1]:.{digits}f}"
 
 
-def mean_of(cells: Sequence[dict[str, Any]], figure: str) -> tuple[float, float]:
-    """Mean over seeds and its standard error over samples."""
+def mean_of(cells: Sequence[dict[str, Any] | None], figure: str) -> tuple[float, float]:
+    """Mean over the seeds that there are, and its standard error over samples."""
+    cells = [cell for cell in cells if cell is not None]
     errors = [cell[f"{figure}_standard_error"] for cell in cells]
     return sum(cell[figure] for cell in cells) / len(cells), sum(e * e for e in errors) ** 0.5 / len(cells)
 
@@ -417,8 +415,9 @@ def examples(found: dict[str, Any]) -> str:
     """The first sample of some cells, seed 1."""
     chosen = ("ancestral 8", "ancestral 128", "none 4", "budget 4", "threshold 0.5 4", "budget 32")
     lines = ["First samples of seed 1; | ends the prompt.", ""]
-    for system, each in systems_of(found):
-        lines += [f"    {system:7} {c:16} {each[0]['cells'][c]['texts'][0]}" for c in chosen if c in each[0]["cells"]]
+    for system, (first, *_) in by_system(found).items():
+        cells = first["cells"] if first else {}
+        lines += [f"    {system:14} {c:16} {cells[c]['texts'][0]}" for c in chosen if c in cells]
     return "\n".join(lines)
 
 
@@ -428,21 +427,22 @@ def examples(found: dict[str, Any]) -> str:
 
 def draw_training(found: dict[str, Any], file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    for number, (system, each) in enumerate(systems_of(found)):
+    for number, (system, each) in enumerate(by_system(found).items()):
         for seed, measured in zip(SEEDS, each, strict=True):
-            curve, label = measured["training"], system if seed == SEEDS[0] else None
-            axes.plot(curve["steps"], curve["nelbo"], f"C{number}", label=label, linestyle=LINES[seed])
+            if measured is not None:
+                points, label = measured["training"], system if seed == SEEDS[0] else None
+                axes.plot(points["steps"], points["nelbo"], f"C{number}", label=label, linestyle=LINES[seed])
     finish_plot(figure, axes, "optimizer step", "bound on validation rows, nats per character", file)
 
 
 def draw_ancestral(found: dict[str, Any], file: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
     for place, name in zip(axes, ("perplexity", "entropy"), strict=True):
-        for system, each in systems_of(found):
+        for system, each in by_system(found).items():
             cells = {steps: cell_rows(each, "ancestral", steps) for steps in ANCESTRAL_STEPS}
-            curve(place, system, {steps: mean_of(cell, name) for steps, cell in cells.items() if cell})
+            curve(place, system, {steps: mean_of(cell, name) for steps, cell in cells.items() if any(cell)})
         place.axhline(next(iter(found.values()))["text"]["whole"][name], color="grey", linestyle=":", label="text")
-        place.set_xscale("log", base=2)
+        label_steps(place, ANCESTRAL_STEPS)
     axes[0].set_yscale("log")
     finish_plot(figure, axes[0], "sampling steps", "judge perplexity of samples", None)
     finish_plot(figure, axes[1], "sampling steps", "entropy of samples, nats", file)
@@ -451,9 +451,9 @@ def draw_ancestral(found: dict[str, Any], file: Path) -> None:
 def draw_pareto(found: dict[str, Any], file: Path, steps: Sequence[int] = (8, 32)) -> None:
     figure, axes = pyplot.subplots(1, len(steps), figsize=(5 * len(steps), 4))
     for place, number in zip(axes, steps, strict=True):
-        for color, (system, each) in enumerate(systems_of(found)):
-            for seed, measured in zip(SEEDS, each, strict=True):
-                cell = measured["cells"].get(f"ancestral {number}")
+        for color, (system, each) in enumerate(by_system(found).items()):
+            cells = cell_rows(each, "ancestral", number)
+            for seed, measured, cell in zip(SEEDS, each, cells, strict=True):
                 if cell is not None:
                     nats = torch.tensor(measured["nats"])
                     error = {"xerr": (nats.std() / len(nats) ** 0.5).item(), "yerr": cell["perplexity_standard_error"]}
@@ -472,10 +472,16 @@ def draw_confidence(found: dict[str, Any], file: Path) -> None:
     for place, (name, title) in zip(axes, names.items(), strict=True):
         for policy in REFINEMENTS:
             cells = {steps: cell_rows(measured, policy, steps) for steps in CONFIDENCE_STEPS}
-            curve(place, policy, {steps: mean_of(cell, name) for steps, cell in cells.items() if cell})
+            curve(place, policy, {steps: mean_of(cell, name) for steps, cell in cells.items() if any(cell)})
         place.axhline(next(iter(found.values()))["text"]["continued"][name], color="grey", linestyle=":", label="text")
-        place.set_xscale("log", base=2)
+        label_steps(place, CONFIDENCE_STEPS)
+        place.set_yscale("log" if name == "perplexity" else "linear")
         finish_plot(figure, place, "steps", title, file)
+
+
+def label_steps(axes: Axes, steps: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(steps, [str(n) for n in steps])
 
 
 def curve(axes: Axes, label: str, points: dict[int, tuple[float, float]]) -> None:
