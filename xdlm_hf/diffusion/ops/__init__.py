@@ -2,5 +2,6 @@
 
 rows         sums over the vocabulary and the closed-form gradient, in blocks of rows
 fused        output layer and loss together, in chunks of tokens
-triton_rows  the passes over rows as kernels for a GPU; `kernels` chooses
+kernels      choice between a pass over rows and its Triton twin
+triton_rows  the passes over rows as Triton kernels, for a GPU
 """
