@@ -179,7 +179,8 @@ def measure(
         bar.update()
 
     with tqdm(desc="generating", total=len(names) * (repeats + 1)) as bar:
-        seconds = interleaved_seconds({name: partial(run, name) for name in names}, repeats, clock)
+        work = {name: partial(run, name) for name in names}
+        seconds = interleaved_seconds(work, repeats, clock) if repeats else {name: one() for name, one in work.items()}
     base = names[0]
     table = Table(title=f"walks: {problems} problems, k = {K} unless said, {machine()}")
     for column in ("decoding", "right, %", "+-", "tokens that follow, %", "passes of a row", "time"):
@@ -193,7 +194,7 @@ def measure(
             f"{100 * right.std() / problems**0.5:.1f}",
             f"{100 * fits.double().mean():.2f}",
             f"{output.row_forward_passes.double().mean():.1f}",
-            f"{seconds[name] / seconds[base]:.3f}",
+            f"{seconds[name] / seconds[base]:.3f}" if repeats else "-",
         )
     Console(width=120).print(table)
 
@@ -203,7 +204,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/walks"))
     parser.add_argument("--steps", type=int, default=2500, help="optimizer steps of the training")
     parser.add_argument("--problems", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=1, help="rounds of timing after a warm-up; the median counts")
+    parser.add_argument("--repeats", type=int, default=1, help="rounds of timing after a warm-up, 0 for none")
     parser.add_argument("--only", default="", help="regular expression of the settings to run beside the first")
     parser.add_argument("--cpu-time", action="store_true", help="measure this process's CPU time, not wall time")
     options = parser.parse_args()
