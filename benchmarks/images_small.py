@@ -26,7 +26,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +37,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
-from measure import ROOT, finish_plot, run_job, training_curve
+from measure import ROOT, finish_plot, run_job, run_jobs, training_curve
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
@@ -92,13 +91,7 @@ def main() -> None:
         return measure(options.output_dir, options.measure)
     if not options.report:
         prepare(options)
-        with ThreadPoolExecutor(options.jobs) as pool:
-            running = [pool.submit(job) for job in comparison_jobs(options)]
-            wait(running, return_when=FIRST_EXCEPTION)
-            pool.shutdown(cancel_futures=True)
-        for job in running:
-            if not job.cancelled():
-                job.result()
+        run_jobs(comparison_jobs(options), options.jobs)
     write_report(options.output_dir)
     return None
 

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,17 @@ def run_job(command: Sequence[str], folder: Path) -> None:
         ).returncode
     if status:
         raise SystemExit(f"{' '.join(command)} failed with status {status}; see {folder / 'log.txt'}")
+
+
+def run_jobs(jobs: Sequence[Callable[[], None]], at_a_time: int) -> None:
+    """Run jobs in threads, some at a time; after one fails, no other begins, and its error is raised."""
+    with ThreadPoolExecutor(at_a_time) as pool:
+        running = [pool.submit(job) for job in jobs]
+        wait(running, return_when=FIRST_EXCEPTION)
+        pool.shutdown(cancel_futures=True)
+    for job in running:
+        if not job.cancelled():
+            job.result()
 
 
 def training_curve(folder: Path) -> dict[str, list[float]]:

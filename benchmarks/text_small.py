@@ -25,7 +25,6 @@ import random
 import re
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +33,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import torch
 import yaml
-from measure import ROOT, finish_plot, run_job, training_curve
+from measure import ROOT, finish_plot, run_job, run_jobs, training_curve
 from transformers import AutoTokenizer
 
 from xdlm_hf.data.corpora import corpus_rows
@@ -99,17 +98,12 @@ def main() -> None:
     add("--report", action="store_true", help="only write the report from what was measured")
     add("--measure", help=argparse.SUPPRESS)  # name of a trained model; how a job measures it
     options = parser.parse_args()
+    options.output_dir = options.output_dir.resolve()  # jobs run in the repository's folder
     if options.measure is not None:
         return measure(options.output_dir, options.measure)
     if not options.report:
         prepare(options.output_dir, options.texts)
-        with ThreadPoolExecutor(options.jobs) as pool:
-            running = [pool.submit(job) for job in comparison_jobs(options)]
-            wait(running, return_when=FIRST_EXCEPTION)
-            pool.shutdown(cancel_futures=True)
-        for job in running:
-            if not job.cancelled():
-                job.result()
+        run_jobs(comparison_jobs(options), options.jobs)
     write_report(options.output_dir)
     return None
 

@@ -1,7 +1,7 @@
 """Passes over rows of logits as Triton kernels, for a GPU: twins of `rows`, of the confidence and the ancestral step.
 
-One program reads one row, twice at most; the second time it comes from the L2 cache, where a row of 126,464 bfloat16
-logits (253 KB) fits. Loads are converted to float32 at once; nothing but the gradient is stored in the logits' dtype.
+One program reads one row; what it reads again comes from the L2 cache, where a row of 126,464 bfloat16 logits (253 KB)
+fits. Loads are converted to float32 at once; nothing but the gradient is stored in the logits' dtype.
 
     statistics     top, total, sum p rho(y), sum p y/(1 + y), as `rows.logit_statistics`, but summed term by term
     gradients      the closed-form gradient, in place or not, with its entries at z_t and x_0, as `rows.row_gradients`
