@@ -155,9 +155,9 @@ def test_adapters_on_the_maps_of_the_condition_count():
 
 
 def test_operations_are_those_of_the_matrices():
-    model = tiny()
+    model = tiny(use_absolute_position_embeddings=True)
     config = model.config
-    elsewhere = ("vocab_embed", "sigma_map", "adaLN")  # a lookup, and the conditioning of a row
+    elsewhere = ("vocab_embed", "position_embed", "sigma_map", "adaLN")  # lookups, and the conditioning of a row
     matrices = sum(
         p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not any(name in n for name in elsewhere)
     )

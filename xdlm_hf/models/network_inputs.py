@@ -68,6 +68,33 @@ def text_positions(position_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor
     return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
 
 
+def check_positions(position_ids: Tensor | None, inputs_embeds: Tensor, rows: int) -> None:
+    """Refuse positions outside a table of learned position embeddings.
+
+    Args:
+        position_ids: Positions, or None for 0..L-1.
+        inputs_embeds: (B, L, D).
+        rows: Rows of the table.
+
+    Raises:
+        ValueError: Naming the length or the position.
+    """
+    length = inputs_embeds.shape[1]
+    if position_ids is None:
+        if length > rows:
+            raise ValueError(
+                f"rows of {length} tokens are longer than the table of position embeddings (model_length={rows}); pass "
+                f"at most {rows}."
+            )
+    elif not torch.compiler.is_compiling():
+        outside = (position_ids < 0) | (position_ids >= rows)
+        if outside.any():
+            raise ValueError(
+                f"position_ids hold {position_ids[outside][0].item()}, outside the table of position embeddings, "
+                f"[0, {rows})."
+            )
+
+
 def check_rows_hold_mask(rows: int | None, mask_token_id: int | None) -> None:
     """Raise ValueError if an embedding with this number of rows (None: unchanged) would have no row for [MASK]."""
     if rows is not None and mask_token_id is not None and rows <= mask_token_id:

@@ -72,7 +72,8 @@ def flops_per_token(model: nn.Module, length: int) -> float:
         return model.training_flops_per_token()
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
-    lookups = set() if embedding.weight is head.weight else {id(p) for p in embedding.parameters()}
+    tables = [embedding, *(module for module in model.modules() if isinstance(module, nn.Embedding))]
+    lookups = {id(p) for table in tables for p in table.parameters()} - {id(head.weight)}
     once_a_row = set(getattr(model, "row_modules", ()))
     flops = 0
     for name, parameter in model.named_parameters():

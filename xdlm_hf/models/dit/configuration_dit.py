@@ -34,6 +34,10 @@ class DiTConfig(PreTrainedConfig):
         dropout (`float`, *optional*, defaults to 0.1): Dropout in training, on the two branches of a block.
         time_conditioning (`bool`, *optional*, defaults to `False`):
             Whether `forward` takes `timesteps`; otherwise sigma = 0.
+        use_absolute_position_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether to add a learned vector for each position to the token embeddings, from a table of `model_length`
+            rows. Not part of the public formats, whose only positions are rotary: those depend on differences, and
+            cannot tell the positions of a row apart whose tokens are all [MASK].
         num_classes (`int`, *optional*):
             Number of classes for `class_labels` of `forward`; the table has one more row, the null class.
         label_dropout (`float`, *optional*, defaults to 0.1):
@@ -68,6 +72,7 @@ class DiTConfig(PreTrainedConfig):
     vocab_size: int = 50258
     dropout: float | int = 0.1
     time_conditioning: bool = False
+    use_absolute_position_embeddings: bool = False
     num_classes: int | None = None
     label_dropout: float | int = 0.1
     mask_token_id: int | None = None

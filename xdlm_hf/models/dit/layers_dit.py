@@ -15,7 +15,7 @@ FREQUENCIES = 128  # of the time embedding, each with its cosine and sine
 
 
 class DiTEmbedding(nn.Embedding):
-    """Token embedding whose weight is named `embedding`, as in the checkpoint format."""
+    """Embedding whose weight is named `embedding`, as that of the tokens is in the checkpoint format."""
 
     def __init__(self, rows: int, width: int, **options: Any):
         super().__init__(rows, width, **options)

@@ -9,6 +9,9 @@ without conversion. With c the conditioning vector,
     x = x + g2 mlp(h)                                      h = norm2(x) (1 + sc2) + sh2
     logits = linear( norm_final(x) (1 + sc) + sh )         with a bias
 
+x starts as vocab_embed(token), plus position_embed(position) with `use_absolute_position_embeddings`, which no public
+checkpoint has.
+
 Norms and rotary embeddings are computed in float32 whatever the model's dtype. Maps of c, the output layer and its bias
 start at zero, so that a new model's blocks are the identity and its logits 0.
 
@@ -36,6 +39,7 @@ from ..attention import BidirectionalAttention, prepare_mask, rotary_angles
 from ..configured_noise import ConfiguredNoise
 from ..network_inputs import (
     check_conditions,
+    check_positions,
     check_rows_hold_mask,
     check_text,
     refuse_copying_code,
@@ -184,6 +188,8 @@ class DiTModel(DiTPreTrainedModel):
     def __init__(self, config: DiTConfig):
         super().__init__(config)
         self.vocab_embed = DiTEmbedding(config.vocab_size, config.hidden_dim)
+        if config.use_absolute_position_embeddings:
+            self.position_embed = DiTEmbedding(config.model_length, config.hidden_dim)
         self.sigma_map = TimestepEmbedder(config.cond_dim)
         if config.num_classes is not None:
             self.y_embedder = LabelEmbedder(config.num_classes, config.cond_dim)
@@ -210,8 +216,12 @@ class DiTModel(DiTPreTrainedModel):
         check_conditions(self.config, rows, timesteps, class_labels)
         if inputs_embeds is None:
             inputs_embeds = self.vocab_embed(input_ids)
+        positions = text_positions(position_ids, inputs_embeds)
+        if self.config.use_absolute_position_embeddings:
+            check_positions(position_ids, inputs_embeds, self.config.model_length)
+            inputs_embeds = inputs_embeds + self.position_embed(positions)
         width = self.config.hidden_dim // self.config.n_heads
-        position_embeddings = rotary_angles(text_positions(position_ids, inputs_embeds), width, ROTARY_BASE)
+        position_embeddings = rotary_angles(positions, width, ROTARY_BASE)
         attention_mask = prepare_mask(self.config, attention_mask, inputs_embeds)
         condition, constant = self._condition(timesteps, class_labels, inputs_embeds.device)
         hidden_states = inputs_embeds
@@ -294,7 +304,8 @@ class DiTForDiffusionLM(ConfiguredNoise, XDLMGenerationMixin, DiTPreTrainedModel
             class_labels (`torch.LongTensor` of shape `(B,)`, *optional*, defaults to the null class `num_classes`):
                 Only for a config with `num_classes`.
             position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*, defaults to 0..L-1):
-                Positions. Rotary embeddings depend only on differences, so left padding needs no `position_ids`.
+                Positions. Rotary embeddings depend only on differences, so left padding needs no `position_ids`, unless
+                the config has `use_absolute_position_embeddings`.
             inputs_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): Instead of `input_ids`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Positions of the output layer: the last n, 0 for all; a LongTensor of columns, logits `(B, n, N)`; or a
