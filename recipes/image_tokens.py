@@ -48,7 +48,7 @@ def load_tokenizer(options: argparse.Namespace) -> VQCodes | None:
     if options.pixels:
         return None
     if Path(options.vqvae).is_file():
-        codes = VQCodes(llamagen_vq(read_weights(options.vqvae)[0]))
+        codes = VQCodes(llamagen_vq(read_weights(options.vqvae, ema=False)[0]))
     else:
         codes = load_vq(options.vqvae, options.subfolder)
     codes.vqvae.to(options.device)

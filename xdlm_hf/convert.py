@@ -2,6 +2,7 @@
 
     python -m xdlm_hf.convert dit --from FILE --to DIR        models of text, of the paper and of MDLM, UDLM and Duo
     python -m xdlm_hf.convert unet --from FILE --to DIR       models of CIFAR-10 images
+    python -m xdlm_hf.convert llamagen-vq --from FILE --to DIR    LlamaGen's tokenizer of images, as a diffusers model
 
 read a Lightning checkpoint (`state_dict`, `ema`), a file with only `ema`, a plain dictionary of tensors, or
 safetensors. Files of `torch.save` are read with `weights_only=True`, which builds only tensors and plain containers and
@@ -23,9 +24,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .atomic import check_new_folder, new_folder
-from .data.images import images_extra
+from .data.images import VQCodes, images_extra
 from .data.llamagen import renamed, vq_sizes
 from .models.dit.configuration_dit import DiTConfig, UDLMConfig
 from .models.dit.modeling_dit import DiTForDiffusionLM, UDLMForDiffusionLM
@@ -286,9 +288,11 @@ def parser() -> argparse.ArgumentParser:
     kinds = main.add_subparsers(dest="kind", required=True)
     dit = kinds.add_parser("dit", help="the text models of the paper")
     unet = kinds.add_parser("unet", help="the CIFAR-10 models of the paper")
-    for kind in (dit, unet):
+    vq = kinds.add_parser("llamagen-vq", help="LlamaGen's VQ tokenizer (vq_ds16_c2i.pt)")
+    for kind in (dit, unet, vq):
         kind.add_argument("--from", dest="source", required=True, metavar="FILE", help="of torch.save, or safetensors")
         kind.add_argument("--to", dest="folder", required=True, metavar="DIR", help="new folder")
+    for kind in (dit, unet):
         kind.add_argument(
             "--ema", action=argparse.BooleanOptionalAction, help="read the moving average (default: if there is one)"
         )
@@ -304,22 +308,36 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     options = vars(parser().parse_args(arguments))
-    kind, source, folder, ema = (options.pop(name) for name in ("kind", "source", "folder", "ema"))
-    config = {name: value for name, value in options.items() if value is not None}
-    if "p_uniform" in config:
-        config["noise_process"] = "gidd"
+    kind, source, folder = (options.pop(name) for name in ("kind", "source", "folder"))
     try:
         check_new_folder(folder)
-        weights, which = read_weights(source, ema)
-        model = {"dit": released_dit, "unet": released_unet}[kind](weights, config)
+        model, report = _convert_vq(source) if kind == "llamagen-vq" else _convert_network(kind, source, **options)
         with new_folder(folder) as unfinished:
             model.save_pretrained(unfinished)
     except (ValueError, ImportError, StrictDataclassError) as error:
         sys.exit(f"error: {' '.join(str(error.__cause__ or error).split())}")
+    print(f"{report}\nwritten to {folder}")
+
+
+def _convert_network(kind: str, source: str, ema: bool | None, **options: Any) -> tuple[PreTrainedModel, str]:
+    """The model of a file, and what was read."""
+    config = {name: value for name, value in options.items() if value is not None}
+    if "p_uniform" in config:
+        config["noise_process"] = "gidd"
+    weights, which = read_weights(source, ema)
+    model = {"dit": released_dit, "unet": released_unet}[kind](weights, config)
     kinds = {"ema": "the moving average", "raw": "the trained weights, not a moving average"}
-    print(f"read {kinds[which]}: {model.num_parameters():,} parameters, N = {model.config.vocab_size}")
-    print(f"noise: {model.noise_process()!r}" + ("" if config.keys() & {"mixing_ratio", "p_uniform"} else ", assumed"))
-    print(f"written to {folder}")
+    assumed = "" if config.keys() & {"mixing_ratio", "p_uniform"} else ", assumed"
+    read = f"read {kinds[which]}: {model.num_parameters():,} parameters, N = {model.config.vocab_size}"
+    return model, f"{read}\nnoise: {model.noise_process()!r}{assumed}"
+
+
+def _convert_vq(source: str) -> tuple[Any, str]:
+    """The tokenizer of a file, and what was read."""
+    vqvae = llamagen_vq(read_weights(source, ema=False)[0])
+    codes = VQCodes(vqvae)
+    sizes = f"{codes.num_codes:,} codes of width {codes.width}, of {codes.factor} x {codes.factor} pixels each"
+    return vqvae, f"read a VQ tokenizer: {vqvae.num_parameters():,} parameters, {sizes}"
 
 
 if __name__ == "__main__":

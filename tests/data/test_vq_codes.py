@@ -1,15 +1,16 @@
 """VQ tokenizers: codes and images of LlamaGen's, and of image patches."""
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from rule_weights import weights_by_rule
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
-from xdlm_hf.convert import llamagen_vq, read_weights
+from xdlm_hf.convert import llamagen_vq, main
 from xdlm_hf.data.images import VQCodes, load_vq
 from xdlm_hf.data.patch_vq import PatchVQ
 
@@ -93,8 +94,47 @@ def test_tokenizers_are_loaded_by_their_kind(converted, tmp_path, kind):
     loaded = load_vq(str(tmp_path), "vqvae")
     assert type(loaded.vqvae) is type(vqvae)
     assert loaded.vqvae.quantize.embedding.weight.equal(vqvae.quantize.embedding.weight)
-    torch.save({"model": WEIGHTS}, tmp_path / "vq.pt")
-    assert read_weights(tmp_path / "vq.pt")[0].keys() == WEIGHTS.keys()
+
+
+FILES = {  # LlamaGen's files have the key "model"; training files also an optimizer and a moving average
+    "vq_ds16_c2i.pt": {"model": WEIGHTS},
+    "training.pt": {"model": WEIGHTS, "ema": {"decay": 0.9999}, "optimizer": {"state": {}}, "steps": 3},
+    "flat.safetensors": WEIGHTS,
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_command_writes_a_tokenizer(converted, tmp_path, name, capsys):
+    (save_file if name.endswith("safetensors") else torch.save)(FILES[name], tmp_path / name)
+    main(["llamagen-vq", "--from", str(tmp_path / name), "--to", str(tmp_path / "vq")])
+    assert sorted(path.name for path in (tmp_path / "vq").iterdir()) == [
+        "config.json", "diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    read, wanted = load_vq(str(tmp_path / "vq")).vqvae.state_dict(), converted.state_dict()
+    assert read.keys() == wanted.keys() and all(read[key].equal(wanted[key]) for key in wanted)
+    count = sum(weight.numel() for weight in WEIGHTS.values())
+    assert f"{count:,} parameters, 64 codes of width 8, of 16 x 16 pixels each\nwritten to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "error: .*file.pt is not a file; pass the checkpoint file."),
+        ({"model": {"backbone.vocab_embed.embedding": torch.ones(3, 2)}}, "error: .*they lack encoder.conv_in.weight,"),
+        ({"ema": {"shadow_params": [torch.ones(2)]}}, "error: .*file.pt has neither named tensors nor"),
+        ({"model": {**WEIGHTS, "quant_conv.weight": torch.ones(2)}}, r"quant_conv.weight \(2,\) instead of \(8,"),
+        ({"model": WEIGHTS, "code": argparse.Namespace(x=1)}, "is refused, because it contains objects of argparse"),
+    ],
+)
+def test_the_command_refuses_other_files_in_one_line(tmp_path, content, message):
+    source, folder = tmp_path / "file.pt", tmp_path / "vq"
+    if content is not None:
+        torch.save(content, source)
+    with pytest.raises(SystemExit, match=message) as stopped:
+        main(["llamagen-vq", "--from", str(source), "--to", str(folder)])
+    assert "\n" not in str(stopped.value) and not folder.exists()
+    with pytest.raises(SystemExit, match="2"):  # a moving average, noise and times are not of a tokenizer
+        main(["llamagen-vq", "--from", str(source), "--to", str(folder), "--ema"])
 
 
 def test_what_does_not_fit_is_refused(converted, tmp_path):
@@ -123,6 +163,11 @@ def test_what_does_not_fit_is_refused(converted, tmp_path):
     [
         (lambda w: w.pop("encoder.conv_in.weight"), "not a supported VQ tokenizer: they lack encoder.conv_in.weight"),
         (lambda w: w.pop("quant_conv.bias"), "they lack quant_conv.bias"),
+        (lambda w: w.pop("encoder.conv_blocks.1.res.0.conv1.weight"), "they lack encoder.conv_blocks.1.res.0.conv1"),
+        (
+            lambda w: w.update({"quantize.embedding.weight": torch.ones(64)}),
+            r"quantize.embedding.weight of shape \(64,\) has not 2 dimensions",
+        ),
         (lambda w: w.update({"loss.weight": torch.ones(2)}), "they hold unknown loss.weight"),
         (lambda w: w.update({"quant_conv.bias": torch.ones(9)}), r"quant_conv.bias \(9,\) instead of \(8,\)"),
     ],

@@ -25,12 +25,9 @@ _NAMES = (
     (r"(\.attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
     (r"(\.attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
 )
-_NEEDED = (
-    "encoder.conv_in.weight",
-    "encoder.conv_blocks.0.res.0.conv1.weight",
-    "encoder.conv_out.weight",
-    "quantize.embedding.weight",
-)
+# Weights that determine sizes, with their dimensions; also the first convolution of each block.
+_NEEDED = {"encoder.conv_in.weight": 4, "encoder.conv_out.weight": 4, "quantize.embedding.weight": 2}
+_CONVOLUTION = "encoder.conv_blocks.{}.res.0.conv1.weight"
 
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -51,17 +48,23 @@ def vq_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of `VQModel`, from LlamaGen's names and shapes.
 
     Raises:
-        ValueError: If a weight is missing that determines a size.
+        ValueError: If a weight that determines a size is missing, or is no matrix or convolution.
     """
-    missing = [name for name in _NEEDED if name not in weights]
+    count = len({name.split(".")[2] for name in weights if name.startswith("encoder.conv_blocks.")})
+    blocks = range(max(count, 1))
+    needed = _NEEDED | {_CONVOLUTION.format(i): 4 for i in blocks}
+    missing = [name for name in needed if name not in weights]
     if missing:
         raise ValueError(f"the weights are not a supported VQ tokenizer: they lack {', '.join(missing)}.")
-    count = len({name.split(".")[2] for name in weights if name.startswith("encoder.conv_blocks.")})
-    blocks = [str(i) for i in range(count)]
+    for name, dimensions in needed.items():
+        if weights[name].ndim != dimensions:
+            raise ValueError(
+                f"the weights are not a supported VQ tokenizer: {name} of shape {tuple(weights[name].shape)} has not "
+                f"{dimensions} dimensions."
+            )
     attends = [
         [f"{part}.conv_blocks.{i}.attn.0.q.weight" in weights for i in blocks] for part in ("encoder", "decoder")
     ]
-    convolutions = [weights.get(f"encoder.conv_blocks.{i}.res.0.conv1.weight", ()) for i in blocks]
     rows, width = weights["quantize.embedding.weight"].shape
     channels = weights["encoder.conv_in.weight"].shape[1]
     return {
@@ -69,7 +72,7 @@ def vq_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "out_channels": channels,
         "down_block_types": tuple("Attn" * attends + "DownEncoderBlock2D" for attends in attends[0]),
         "up_block_types": tuple("Attn" * attends + "UpDecoderBlock2D" for attends in attends[1]),
-        "block_out_channels": tuple(len(convolution) for convolution in convolutions),
+        "block_out_channels": tuple(len(weights[_CONVOLUTION.format(i)]) for i in blocks),
         "layers_per_block": len({x.split(".")[4] for x in weights if x.startswith("encoder.conv_blocks.0.res.")}),
         "latent_channels": len(weights["encoder.conv_out.weight"]),
         "vq_embed_dim": width,
