@@ -4,6 +4,7 @@ llada             LLaDA, in the format of its public checkpoints
 dit               the DiT of MDLM, UDLM, Duo and XDLM, in the format of its public checkpoints
 unet              the pixel U-Net of the CIFAR-10 models, diffusers' `UNet2DModel`
 registry          registration of the families with Transformers' Auto classes
+format_config     base of the configs, and the refusal to copy a part of the code
 configured_noise  noise that the config of a model states
 attention         bidirectional attention with rotary positions
 network_inputs    checks of the arguments of forward

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, TransformersKwargs
+from transformers.utils import TransformersKwargs
 
 from ..diffusion.checks import validate_ids
 
@@ -99,16 +99,3 @@ def check_rows_hold_mask(rows: int | None, mask_token_id: int | None) -> None:
     """Raise ValueError if an embedding with this number of rows (None: unchanged) would have no row for [MASK]."""
     if rows is not None and mask_token_id is not None and rows <= mask_token_id:
         raise ValueError(f"{rows} rows would remove mask_token_id={mask_token_id}; keep at least {mask_token_id + 1}.")
-
-
-def refuse_copying_code(cls: type) -> None:
-    """Refuse Transformers' `register_for_auto_class`, which saves only the code files of one folder.
-
-    Raises:
-        ValueError: For a class of this package; code loaded from the Hub is in one folder.
-    """
-    if not cls.__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
-        raise ValueError(
-            f"{cls.__name__}.register_for_auto_class would save only a part of the model's code; "
-            "use xdlm_hf.export_for_hub(model, folder)."
-        )

@@ -7,17 +7,15 @@ One network, three public formats: `mdlm` (kuleshov-group/mdlm-owt), `udlm` (kul
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ..configured_noise import validate_noise
-from ..network_inputs import refuse_copying_code
+from ..format_config import FormatConfig
 
 _POSITIVE = ("hidden_dim", "cond_dim", "n_blocks", "n_heads", "model_length", "vocab_size")
 
 
 @strict
-class DiTConfig(PreTrainedConfig):
+class DiTConfig(FormatConfig):
     r"""
     Configuration of [`DiTForDiffusionLM`]. The defaults are those of kuleshov-group/mdlm-owt.
 
@@ -85,17 +83,11 @@ class DiTConfig(PreTrainedConfig):
     p_uniform: float | int = 0.0
 
     def __post_init__(self, **kwargs):
-        # Standard names first: the base class would set them only after the derived values below.
-        for alias, field in self.attribute_map.items():
-            if alias in kwargs:
-                setattr(self, field, kwargs.pop(alias))
+        self.take_standard_names(kwargs)
         if self.mask_token_id is None and self.model_type == "mdlm":
             self.mask_token_id = self.vocab_size - 1
         if self.noise_schedule is None and self.noise_process == "stationary":
             self.noise_schedule = "loglinear"
-        if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
-            # It names code files of the folder it was read from, which are missing where the config is saved.
-            kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
         # Files may hold these fields of Transformers: the format never ties embeddings, and `return_dict` is an
         # argument of calls.
@@ -109,15 +101,7 @@ class DiTConfig(PreTrainedConfig):
             family = formats.get(config_dict.get("model_type"))
             if family is not None:
                 return family.from_dict(config_dict, **kwargs)
-        # Overrides are set before construction, so that derived values follow them and all are checked.
-        fields = {*DiTConfig.__annotations__, *cls.__annotations__, *cls.attribute_map}
-        overrides = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        refuse_copying_code(cls)
-        super().register_for_auto_class(auto_class)
+        return super().from_dict(config_dict, **kwargs)
 
     # Standard fields of Transformers that this format fixes.
 

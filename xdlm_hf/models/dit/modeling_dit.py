@@ -37,12 +37,12 @@ from ...generation.generate import XDLMGenerationMixin
 from ...generation.protocol import plain_output_layer
 from ..attention import BidirectionalAttention, prepare_mask, rotary_angles
 from ..configured_noise import ConfiguredNoise
+from ..format_config import PackageCode
 from ..network_inputs import (
     check_conditions,
     check_positions,
     check_rows_hold_mask,
     check_text,
-    refuse_copying_code,
     refuse_unknown_arguments,
     text_positions,
 )
@@ -120,7 +120,7 @@ class DiTOutputLayer(FoldsConstants):
         return modulate(self.norm_final(hidden_states), shift, scale).to(hidden_states.dtype)
 
 
-class DiTPreTrainedModel(StrictLoading, PreTrainedModel):
+class DiTPreTrainedModel(StrictLoading, PackageCode, PreTrainedModel):
     """Loading, initialisation and capabilities of both DiT classes."""
 
     config: DiTConfig
@@ -139,11 +139,6 @@ class DiTPreTrainedModel(StrictLoading, PreTrainedModel):
     def __init__(self, config: DiTConfig):
         super().__init__(config)
         config.validate_dit()  # fields may have been set after construction
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        refuse_copying_code(cls)
-        super().register_for_auto_class(auto_class)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

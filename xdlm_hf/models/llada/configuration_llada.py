@@ -5,11 +5,9 @@ of arXiv 2602.01362) and `noise_schedule`, the noise of training; a file without
 """
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ...diffusion.schedules import get_schedule
-from ..network_inputs import refuse_copying_code
+from ..format_config import FormatConfig
 
 # Fields of the format that change the network and that no public checkpoint uses: field -> supported values.
 _SUPPORTED = {
@@ -42,7 +40,7 @@ _POSITIVE = (
 
 
 @strict
-class LLaDAConfig(PreTrainedConfig):
+class LLaDAConfig(FormatConfig):
     r"""
     Configuration of [`LLaDAModel`] and [`LLaDAForDiffusionLM`]. The defaults have the sizes of LLaDA-8B.
 
@@ -139,35 +137,17 @@ class LLaDAConfig(PreTrainedConfig):
     noise_schedule: str = "linear"
 
     def __post_init__(self, **kwargs):
-        # Standard names first: the base class would set them only after the derived values below.
-        for alias, field in self.attribute_map.items():
-            if alias in kwargs:
-                setattr(self, field, kwargs.pop(alias))
+        self.take_standard_names(kwargs)
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         if self.mlp_hidden_size is None:
             self.mlp_hidden_size = int(self.mlp_ratio * self.d_model)
         if self.embedding_size is None:
             self.embedding_size = self.vocab_size
-        if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
-            # It names code files of the folder it was read from, which are missing where the config is saved.
-            kwargs.pop("auto_map", None)
         _refuse_unsupported(kwargs)
         kwargs.pop("rope_scaling", None)  # it is None here, and the base class would warn
         super().__post_init__(**kwargs)
         self.validate_llada()
-
-    @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        loaded = super().from_dict(config_dict, **kwargs)
-        # Keyword overrides are set after construction.
-        (loaded[0] if isinstance(loaded, tuple) else loaded).validate_llada()
-        return loaded
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        refuse_copying_code(cls)
-        super().register_for_auto_class(auto_class)
 
     def validate_llada(self) -> None:
         """Raise ValueError, naming field, value and remedy, if a field is invalid or not supported."""

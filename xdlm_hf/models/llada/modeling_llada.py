@@ -27,10 +27,10 @@ from ...generation.cache import CanvasCache, check_cache_attention
 from ...generation.generate import XDLMGenerationMixin
 from ...generation.protocol import plain_output_layer
 from ..attention import BidirectionalAttention, prepare_mask, rotary_angles
+from ..format_config import PackageCode
 from ..network_inputs import (
     check_rows_hold_mask,
     check_text,
-    refuse_copying_code,
     refuse_unknown_arguments,
     text_positions,
 )
@@ -98,7 +98,7 @@ class LLaDABlock(GradientCheckpointingLayer):
         return nn.functional.dropout(branch, self.residual_dropout, self.training)
 
 
-class LLaDAPreTrainedModel(StrictLoading, PreTrainedModel):
+class LLaDAPreTrainedModel(StrictLoading, PackageCode, PreTrainedModel):
     """Base of both LLaDA classes: strict loading, embeddings, supported features of Transformers."""
 
     config: LLaDAConfig
@@ -115,11 +115,6 @@ class LLaDAPreTrainedModel(StrictLoading, PreTrainedModel):
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)
         config.validate_llada()  # fields may have been set after construction
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        refuse_copying_code(cls)
-        super().register_for_auto_class(auto_class)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.transformer.wte

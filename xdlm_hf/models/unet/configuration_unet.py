@@ -1,20 +1,16 @@
 """Configuration of the pixel U-Net: sizes, classes, and the noise it was trained with."""
 
-from typing import Any
-
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ..configured_noise import validate_noise
-from ..network_inputs import refuse_copying_code
+from ..format_config import FormatConfig
 
 _POSITIVE = ("channels", "image_size", "image_channels", "residual_blocks", "num_values")
 _RELEASED_ROWS = 3  # of the released vocabulary besides the values: [MASK], and two that do not occur
 
 
 @strict
-class PixelUNetConfig(PreTrainedConfig):
+class PixelUNetConfig(FormatConfig):
     r"""
     Configuration of [`PixelUNetForDiffusion`]. The defaults are those of the paper's CIFAR-10 models, apart from the
     input (`mask_channels`).
@@ -84,25 +80,11 @@ class PixelUNetConfig(PreTrainedConfig):
             self.mask_token_id = self.num_values
         if self.noise_schedule is None and self.noise_process == "stationary":
             self.noise_schedule = "loglinear"
-        if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
-            # It names code files of the folder it was read from, which are missing where the config is saved.
-            kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
         # Files may hold these fields of Transformers: there is no token embedding to tie, and `return_dict` is an
         # argument of calls.
         self.tie_word_embeddings, self.return_dict = False, True
         self.validate_unet()
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        # Overrides are set before construction, so that derived values follow them and all are checked.
-        overrides = {name: kwargs.pop(name) for name in cls.__annotations__.keys() & kwargs.keys()}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        refuse_copying_code(cls)
-        super().register_for_auto_class(auto_class)
 
     # What Transformers' standard fields mean here.
 

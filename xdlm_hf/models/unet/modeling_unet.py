@@ -24,7 +24,8 @@ from ...diffusion.checks import work_dtype
 from ...generation.generate import XDLMGenerationMixin
 from ...generation.protocol import plain_output_layer
 from ..configured_noise import ConfiguredNoise
-from ..network_inputs import check_conditions, check_text, refuse_copying_code, refuse_unknown_arguments
+from ..format_config import PackageCode
+from ..network_inputs import check_conditions, check_text, refuse_unknown_arguments
 from ..strict_loading import StrictLoading
 from .configuration_unet import PixelUNetConfig
 from .logistic_unet import LogisticHead
@@ -78,7 +79,7 @@ def make_unet(config: PixelUNetConfig) -> nn.Module:
     return unet
 
 
-class PixelUNetPreTrainedModel(StrictLoading, PreTrainedModel):
+class PixelUNetPreTrainedModel(StrictLoading, PackageCode, PreTrainedModel):
     """Loading, initialisation and capabilities of both U-Net classes."""
 
     config: PixelUNetConfig
@@ -90,11 +91,6 @@ class PixelUNetPreTrainedModel(StrictLoading, PreTrainedModel):
     def __init__(self, config: PixelUNetConfig):
         super().__init__(config)
         config.validate_unet()  # fields may have been set after construction
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        refuse_copying_code(cls)
-        super().register_for_auto_class(auto_class)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
