@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from models import CHECKPOINT, TINY, tiny_model, word_tokenizer
+from models import CHECKPOINT, TINY, random_dit, tiny_model, tiny_unet, word_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
+from xdlm_hf.data.patch_vq import PatchVQ
 from xdlm_hf.hub import export_for_hub, model_card
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,6 +171,52 @@ def test_card_of_a_model_from_scratch(model):
     assert "| Base model | none: trained from scratch |" in card
     assert "| Mixing ratio k (Eq. 7) | 0, masked noise only (MDLM) |" in card
     assert "| Mask token | 49 |" in card and "| Pad token | none |" in card
+
+
+def image_model(kind):
+    """A model of images of 3 classes, and the tokenizer of its codes."""
+    if kind == "pixels":
+        return tiny_unet(image_size=4, image_channels=3, num_values=256, num_classes=3, mixing_ratio=0.1), None
+    vqvae = PatchVQ(num_codes=16, patch_size=2)
+    torch.nn.init.uniform_(vqvae.quantize.embedding.weight, -1, 1)
+    return random_dit(vocab_size=17, mask_token_id=16, model_length=16, num_classes=3), vqvae
+
+
+@pytest.mark.parametrize("kind", ["pixels", "codes"])
+def test_the_card_of_an_image_model_shows_how_to_draw(kind, tmp_path, monkeypatch):
+    """Its examples are run as they stand."""
+    model, vqvae = image_model(kind)
+    monkeypatch.chdir(tmp_path)
+    card = (export_for_hub(model, "drawer", vqvae=vqvae) / "README.md").read_text()
+    what = {
+        "pixels": "| Images | 3 x 4 x 4 (channels, height, width), 256 values |",
+        "codes": "| Images | 16 codes each, of a codebook of 16; their tokenizer is in `vqvae/` |",
+    }[kind]
+    assert what in card.splitlines() and "| Classes | 3, and none |" in card.splitlines()
+    assert "A discrete diffusion model of images" in card and "AutoTokenizer" not in card
+    with_package, without = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert "XDLMImagePipeline" in with_package and "guidance_scale=2.0" in with_package
+    assert "xdlm_hf" not in without and "trust_remote_code=True" in without
+    found = {}
+    exec(with_package, found)
+    assert found["image"].size == ((4, 4) if kind == "pixels" else (8, 8)) and Path("image.png").is_file()
+    exec(without, found)
+    assert found["ids"].shape == (2, 48 if kind == "pixels" else 16)
+
+
+def test_a_text_model_with_classes_says_so(model):
+    assert "`class_labels=[0]` chooses a class" in model_card(random_dit(num_classes=4), name="by-class")
+    assert "class" not in model_card(model, name="plain")
+
+
+def test_a_vqvae_that_does_not_fit_is_refused(tmp_path):
+    for vqvae, message in (
+        (PatchVQ(num_codes=40, patch_size=2), "the vqvae has 40 codes, the model 17 rows and mask_token_id=16"),
+        (torch.nn.Linear(1, 1), "vqvae=Linear has no codebook; pass the tokenizer of the model's images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_for_hub(image_model("codes")[0], tmp_path / "out", vqvae=vqvae)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_occupied_folder_is_refused(model, tmp_path):

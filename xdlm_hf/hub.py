@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ from .atomic import check_new_folder, new_folder
 from .diffusion.process import StationaryProcess
 from .generation.protocol import length_limit, output_rows
 from .models.registry import MODEL_FAMILIES
+from .models.unet.configuration_unet import PixelUNetConfig
 
 PAPER = "arXiv 2602.01362"
 _SPECIAL_TOKENS = ("mask_token_id", "eos_token_id", "pad_token_id")
@@ -23,6 +25,7 @@ def export_for_hub(
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    vqvae: Any = None,
     base_model: str | None = None,
     license: str | None = None,
     repo_id: str | None = None,
@@ -31,12 +34,14 @@ def export_for_hub(
     """Write a folder to upload to the Hub; it also loads without this package, with `trust_remote_code=True`.
 
     The folder holds model.safetensors (or shards), config.json with its `auto_map`, generation_config.json, the code
-    files that the `auto_map` names, the tokenizer if given, and README.md, the model card. It is written atomically.
+    files that the `auto_map` names, the tokenizer if given (that of images in `vqvae/`), and README.md, the model card.
+    It is written atomically.
 
     Args:
         model: The model; merge adapters first.
         folder: Target folder; must not exist or be empty.
         tokenizer: Saved beside the model; its mask id, if it has one, must be the model's.
+        vqvae: For a model of image codes, their tokenizer: a diffusers `VQModel` or a `PatchVQ`.
         base_model: Hub name of the checkpoint that training started from.
         license: Licence of the weights as a Hub identifier, e.g. "mit". The code files are Apache-2.0.
         repo_id: Future name of the model on the Hub, for the examples on the card; defaults to the folder's name.
@@ -47,21 +52,24 @@ def export_for_hub(
 
     Raises:
         ValueError: If the folder is not empty, the model is of no registered family or has an adapter, the config is
-            invalid, or the tokenizer does not fit the model.
+            invalid, or a tokenizer does not fit the model.
     """
     folder = check_new_folder(folder)
     _validate_model(model)
     _validate_config(model.config)
     if tokenizer is not None:
         _validate_tokenizer(tokenizer, model.config)
-    card = model_card(
-        model, tokenizer, name=repo_id or folder.name, base_model=base_model, license=license, notes=notes
-    )
+    if vqvae is not None:
+        _validate_vqvae(vqvae, model.config)
+    name = repo_id or folder.name
+    card = model_card(model, tokenizer, name=name, vqvae=vqvae, base_model=base_model, license=license, notes=notes)
     with new_folder(folder) as export:
         with _auto_map(model.config, _write_code(model, export)):
             model.save_pretrained(export)
         if tokenizer is not None:
             tokenizer.save_pretrained(export)
+        if vqvae is not None:
+            vqvae.save_pretrained(export / "vqvae")
         (export / "README.md").write_text(card, encoding="utf-8")
     return folder
 
@@ -71,11 +79,15 @@ def model_card(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     name: str,
+    vqvae: Any = None,
     base_model: str | None = None,
     license: str | None = None,
     notes: str = "",
 ) -> str:
-    """README.md of an export: base, k, schedule, special tokens, sizes, an example. See [`export_for_hub`]."""
+    """README.md of an export: base, k, schedule, special tokens, sizes, an example. See [`export_for_hub`].
+
+    A model is one of images if its ids are pixels (a U-Net), or if `vqvae` is given.
+    """
     # No pipeline_tag: Transformers' text-generation pipeline is for autoregressive models.
     header = ["---", "library_name: transformers"]
     header += ["tags:", "- diffusion-language-model", "- xdlm", f"- {model.config.model_type}"]
@@ -89,22 +101,23 @@ def model_card(
         "Vocabulary N": f"{output_rows(config):,} rows of the output layer",
         "Training length": f"{length_limit(config):,} tokens",
     }
+    images = _image_tokens(config, vqvae)
+    facts |= {"Images": images} if images else {}
+    facts |= {} if model.num_classes is None else {"Classes": f"{model.num_classes:,}, and none"}
     facts |= {
         field.removesuffix("_id").replace("_", " ").capitalize(): _describe(getattr(config, field, None), tokenizer)
         for field in _SPECIAL_TOKENS
     }
     table = ["| | |", "|---|---|"] + [f"| {fact} | {value} |" for fact, value in facts.items()]
+    kind = "model of images" if images else "language model"
     weights = f"The weights: {license}." if license else "The weights: as stated for the base model."
     return "\n".join(
         [*header, "---", "", f"# {name}", ""]
-        + [f"A discrete diffusion language model (`{config.model_type}`) after XDLM ({PAPER}): it starts from noise"]
-        + ["and denoises all positions in parallel, in a chosen number of steps.", "", *table, ""]
-        + ["## Generate", "", "With the package `xdlm_hf`, no remote code:", ""]
-        + _example(name, "import xdlm_hf  # registers the model type\n", "")
-        + ["", "Without it, with the code files of this repository:", ""]
-        + _example(name, "", ", trust_remote_code=True")
-        + ["", "`model.generate(steps=32)` generates without a prompt. More steps take more forward passes and usually"]
-        + ["give better text.", "", *([notes.strip(), ""] if notes else [])]
+        + [f"A discrete diffusion {kind} (`{config.model_type}`) after XDLM ({PAPER}): it starts from noise"]
+        + ["and denoises all positions in parallel, in a chosen number of steps."]
+        + ["", *table, "", "## Generate", "", "With the package `xdlm_hf`, no remote code:", ""]
+        + (_image_usage(model, name, vqvae) if images else _text_usage(model, name))
+        + ["", *([notes.strip(), ""] if notes else [])]
         + ["## Licence", "", f"The code files: Apache-2.0. {weights}", ""]
     )
 
@@ -119,7 +132,18 @@ def _noise(model: PreTrainedModel) -> dict[str, str]:
     return {"Mixing ratio k (Eq. 7)": f"{k:g}, {kind}", "Noise schedule": process.schedule.name}
 
 
-def _example(name: str, first_line: str, argument: str) -> list[str]:
+def _text_usage(model: PreTrainedModel, name: str) -> list[str]:
+    by_class = "" if model.num_classes is None else " `class_labels=[0]` chooses a class, and `cfg_scale` guides by it."
+    return [
+        *_text_example(name, "import xdlm_hf  # registers the model type\n", ""),
+        *("", "Without it, with the code files of this repository:", ""),
+        *_text_example(name, "", ", trust_remote_code=True"),
+        *("", "`model.generate(steps=32)` generates without a prompt. More steps take more forward passes and usually"),
+        f"give better text.{by_class}",
+    ]
+
+
+def _text_example(name: str, first_line: str, argument: str) -> list[str]:
     return [
         "```python",
         f"{first_line}from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -130,6 +154,43 @@ def _example(name: str, first_line: str, argument: str) -> list[str]:
         "sequences = model.generate(**inputs, steps=32, max_new_tokens=64)",
         "print(tokenizer.batch_decode(sequences, skip_special_tokens=True))",
         "```",
+    ]
+
+
+def _image_tokens(config: PreTrainedConfig, vqvae: Any) -> str | None:
+    """What the tokens of an image are, or None for a model of text."""
+    if vqvae is not None:
+        codes = len(vqvae.quantize.embedding.weight)
+        return f"{length_limit(config):,} codes each, of a codebook of {codes:,}; their tokenizer is in `vqvae/`"
+    if isinstance(config, PixelUNetConfig):
+        size = f"{config.image_channels} x {config.image_size} x {config.image_size}"
+        return f"{size} (channels, height, width), {config.num_values} values"
+    return None
+
+
+def _image_usage(model: PreTrainedModel, name: str, vqvae: Any) -> list[str]:
+    config, by_class = model.config, model.num_classes is not None
+    imports = [] if vqvae is None else ["from xdlm_hf.data.images import load_vq"]
+    parts = "model" if vqvae is None else f'model, load_vq("{name}", "vqvae").vqvae'
+    arguments = "class_labels=[0, 1], guidance_scale=2.0, " if by_class else ""
+    if vqvae is None:
+        found = f"# values 0..{config.num_values - 1}: ids.view(-1, {config.image_channels}, {config.image_size}, "
+        found += f"{config.image_size})"
+    else:
+        found = "# codes of the tokenizer in vqvae/, row by row"
+    return [
+        "```python",
+        *("from transformers import AutoModelForCausalLM", "from xdlm_hf import XDLMImagePipeline", *imports, ""),
+        f'model = AutoModelForCausalLM.from_pretrained("{name}").eval()',
+        f"pipe = XDLMImagePipeline({parts})",
+        f"image = pipe({arguments}num_inference_steps=16).images[0]",
+        *('image.save("image.png")', "```", "", "Without it, with the code files of this repository:", ""),
+        *("```python", "from transformers import AutoModelForCausalLM", ""),
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)',
+        f"ids = model.generate({'class_labels=[0, 1], cfg_scale=1.0, ' if by_class else ''}steps=16, "
+        f"max_new_tokens={length_limit(config)})",
+        *(found, "```", "", "More steps take more forward passes and usually give better images."),
+        *(["`guidance_scale` is 1 + `cfg_scale`; 1 is no guidance."] if by_class else []),
     ]
 
 
@@ -176,6 +237,19 @@ def _validate_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedCo
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {output_rows(config)} rows; "
             "pass the tokenizer the model was trained with."
+        )
+
+
+def _validate_vqvae(vqvae: Any, config: PreTrainedConfig) -> None:
+    codebook = getattr(getattr(vqvae, "quantize", None), "embedding", None)
+    if codebook is None:
+        raise ValueError(f"vqvae={type(vqvae).__name__} has no codebook; pass the tokenizer of the model's images.")
+    codes = len(codebook.weight)
+    mask = getattr(config, "mask_token_id", None)
+    if codes > (output_rows(config) if mask is None else mask):
+        raise ValueError(
+            f"the vqvae has {codes} codes, the model {output_rows(config)} rows and mask_token_id={mask}; pass the "
+            "tokenizer that the model was trained with."
         )
 
 
