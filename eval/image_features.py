@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xdlm_hf.convert import read_weights
+
 INCEPTION, SEEDED = "inception", "seeded"
 INCEPTION_SIDE = "bilinear to 299 x 299 like TensorFlow 1 (antialias=False), as the published values"
 
@@ -50,12 +52,15 @@ class InceptionFeatures(nn.Module):
 
     Raises:
         ImportError: Without torchmetrics or torch-fidelity.
+        ValueError: If the file is not one of tensors alone.
     """
 
     num_features = 2048
 
     def __init__(self, weights: str | None = None):
         super().__init__()
+        if weights is not None:
+            read_weights(weights)  # torch-fidelity would run code that the file holds
         try:
             from torchmetrics.image.fid import NoTrainInceptionV3
 

@@ -276,7 +276,7 @@ def test_references_that_cannot_be_made_are_refused(folder, tmp_path):
         make_reference("x", [images, images.new_zeros(1, 3, 5, 5)], SeededFeatures(), CPU, {})
 
 
-def test_unknown_extractors_are_refused(monkeypatch):
+def test_unknown_extractors_are_refused(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="'vgg' is not known; choose inception, seeded or MODULE:ATTRIBUTE"):
         load_extractor("vgg")
     with pytest.raises(ValueError, match="cannot be imported"):
@@ -285,6 +285,9 @@ def test_unknown_extractors_are_refused(monkeypatch):
         load_extractor("builtins:dict")
     with pytest.raises(ValueError, match="--inception_weights weights.pth is for the extractor 'inception'"):
         load_extractor("seeded", "weights.pth")
+    torch.save({"fc.weight": torch.ones(2), "code": SimpleNamespace()}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="weights.pth is refused, because it contains objects of types"):
+        load_extractor("inception", str(tmp_path / "weights.pth"))
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     with pytest.raises(ImportError, match="needs torchmetrics, torch-fidelity and the torchvision of this torch"):
         load_extractor("inception")
