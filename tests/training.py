@@ -38,6 +38,21 @@ def flags(values):
     return [str(part) for name, value in values.items() if value is not None for part in (f"--{name}", value)]
 
 
+# Options of three steps of a recipe that trains from scratch, in seconds.
+THREE_STEPS = {
+    "max_steps": 3,
+    "warmup_steps": 1,
+    "per_device_train_batch_size": 4,
+    "global_batch_size": 4,
+    "learning_rate": 1e-2,
+    "save_strategy": "no",
+    "dataloader_num_workers": 0,
+    "bf16": "false",
+    "use_cpu": "true",
+    "disable_tqdm": "true",
+}
+
+
 def logged(output_dir, name="loss"):
     history = json.loads((pathlib.Path(output_dir) / "trainer_state.json").read_text())["log_history"]
     return [entry[name] for entry in history if name in entry]

@@ -8,12 +8,12 @@ import datasets
 import pytest
 from digits import image_folder, patch_tokenizer
 from safetensors.torch import load_file
+from training import CONFIGS, THREE_STEPS, flags
 
 from xdlm_hf import GIDDProcess, StationaryProcess, XDLMImagePipeline
 from xdlm_hf.data.image_tokens import read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "recipes" / "configs"
 sys.path.insert(0, str(ROOT / "recipes"))
 import image_tokens  # noqa: E402
 import image_train  # noqa: E402
@@ -47,19 +47,10 @@ def options(folder, name, output_dir, **changes):
         "config_name": folder / ("dit_imagenet_gidd.json" if name == "gidd" else "dit_imagenet.json"),
         "data": folder / "codes",
         "output_dir": output_dir,
-        "max_steps": 3,
-        "warmup_steps": 1,
-        "per_device_train_batch_size": 4,
-        "global_batch_size": 4,
-        "save_strategy": "no",
-        "dataloader_num_workers": 0,
-        "bf16": "false",
-        "use_cpu": "true",
-        "disable_tqdm": "true",
-        "learning_rate": 1e-2,
+        **THREE_STEPS,
         **changes,
     }
-    return [text for key, value in chosen.items() if value is not None for text in (f"--{key}", str(value))]
+    return flags(chosen)
 
 
 @pytest.mark.parametrize("name", K)

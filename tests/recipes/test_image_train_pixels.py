@@ -7,11 +7,11 @@ from pathlib import Path
 import datasets
 import pytest
 from digits import image_folder
+from training import CONFIGS, THREE_STEPS, flags
 
 from xdlm_hf import GIDDProcess, PixelUNetForDiffusion, XDLMImagePipeline
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "recipes" / "configs"
 sys.path.insert(0, str(ROOT / "recipes"))
 import image_tokens  # noqa: E402
 import image_train  # noqa: E402
@@ -50,20 +50,13 @@ def test_from_images_to_a_pipeline(name, tmp_path, monkeypatch):
         "config_name": tmp_path / "small.json",
         "data": tmp_path / "pixels",
         "output_dir": tmp_path / "run",
-        "max_steps": 3,
-        "warmup_steps": 1,
-        "per_device_train_batch_size": 4,
-        "global_batch_size": 4,
-        "save_strategy": "no",
-        "dataloader_num_workers": 0,
-        "use_cpu": "true",
-        "disable_tqdm": "true",
+        **THREE_STEPS,
     }
-    image_train.main([text for key, value in options.items() for text in (f"--{key}", str(value))])
+    image_train.main(flags(options))
     pipeline = XDLMImagePipeline.from_pretrained(tmp_path / "run" / "pipeline")
     model = pipeline.transformer
     assert type(model) is PixelUNetForDiffusion and isinstance(model.noise_process(), GIDDProcess) == bool(gidd)
     images = pipeline(class_labels=[0, 2], num_inference_steps=2, output_type="uint8").images
     assert images.shape == (2, 3, 8, 8)
     with pytest.raises(SystemExit, match="estimated for transformers, not for model_type='pixel_unet'"):
-        image_train.main([*(f"--{key}={value}" for key, value in options.items()), "--plan"])
+        image_train.main([*flags(options), "--plan"])

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from training import CONFIGS, THREE_STEPS, flags
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xdlm_hf import GIDDProcess, StationaryProcess
 from xdlm_hf.data.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "recipes" / "configs"
 sys.path.insert(0, str(ROOT / "recipes"))
 import text_pretrain  # noqa: E402
 
@@ -44,24 +44,15 @@ def options(files, name, output_dir, **changes):
         "config": CONFIGS / "text" / f"{name}.yaml",
         "config_name": files / ("gidd.json" if name.endswith("gidd") else "stationary.json"),
         "output_dir": output_dir,
+        **THREE_STEPS,
         "sequence_length": 24,
-        "max_steps": 3,
-        "warmup_steps": 1,
-        "per_device_train_batch_size": 4,
-        "global_batch_size": 4,
         "per_device_eval_batch_size": 8,
         "validation_rows": 8,
         "eval_steps": 2,
-        "save_strategy": "no",
         "logging_steps": 1,
-        "dataloader_num_workers": 0,
-        "bf16": "false",
-        "use_cpu": "true",
-        "disable_tqdm": "true",
-        "learning_rate": 1e-2,
         **changes,
     }
-    return [text for key, value in chosen.items() if value is not None for text in (f"--{key}", str(value))]
+    return flags(chosen)
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "text").glob("*_*.yaml")), ids=lambda path: path.stem)
