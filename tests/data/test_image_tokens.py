@@ -1,5 +1,7 @@
 """Image datasets to datasets of tokens: their content, resuming, and images that are refused."""
 
+import contextlib
+
 import datasets
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from digits import image_folder, patch_tokenizer
 from PIL import Image
 
 from xdlm_hf.data.image_tokens import ImageSource, TokenWriter, read_settings, read_tokens
-from xdlm_hf.data.images import VQCodes, as_uint8, pixel_ids, resize_and_crop
+from xdlm_hf.data.images import VQCodes, as_uint8, pil_images, pixel_ids, resize_and_crop
+from xdlm_hf.data.patch_vq import PatchVQ
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +55,23 @@ def test_pixels_without_flips(source, tmp_path):
     assert read_settings(tmp_path / "out").length == 64
 
 
+def test_uint16_holds_every_code(tmp_path):
+    """Also those beyond 16,384 and 32,768; a larger codebook is refused."""
+    vqvae = PatchVQ(2**16, 2)
+    places = torch.arange(2**16)
+    greys = torch.stack([places // 256, places % 256, 0 * places, 0 * places], -1)
+    vqvae.quantize.embedding.weight.data = greys.float() / 127.5 - 1
+    codes, ids = VQCodes(vqvae), torch.tensor([[16_383, 16_384, 32_768, 65_535]])
+    features = datasets.Features({"image": datasets.Image()})
+    saved = datasets.Dataset.from_dict({"image": pil_images(codes.decode(ids))}, features=features)
+    saved.save_to_disk(str(tmp_path / "saved"))
+    source = ImageSource(str(tmp_path / "saved"))
+    TokenWriter(source, codes, flips=False).write(tmp_path / "out", show_progress=False)
+    assert read_tokens(tmp_path / "out")[0]["input_ids"].tolist() == ids[0].tolist()
+    with pytest.raises(ValueError, match="a tokenizer of 65537 codes is too large: ids are uint16, 65536 at most"):
+        TokenWriter(source, VQCodes(PatchVQ(2**16 + 1, 2)))
+
+
 def test_an_interrupted_run_goes_on_after_its_last_shard(source, tmp_path, monkeypatch):
     whole = write(source, tmp_path / "whole", shard_size=4)
     encoded, encode = [], VQCodes.encode
@@ -62,13 +82,12 @@ def test_an_interrupted_run_goes_on_after_its_last_shard(source, tmp_path, monke
         encoded.append(len(images))
         return encode(self, images)
 
-    for expected in ([1, 8], [1, 8], [1, 8]):  # the first image alone shows the size; then a shard of four and flips
+    monkeypatch.setattr(VQCodes, "encode", stops)
+    for ends in (False, False, True):
         encoded.clear()
-        monkeypatch.setattr(VQCodes, "encode", stops)
-        with pytest.raises(KeyboardInterrupt) if expected is not None else pytest.raises(KeyboardInterrupt):
+        with contextlib.nullcontext() if ends else pytest.raises(KeyboardInterrupt):
             write(source, tmp_path / "cut", shard_size=4)
-            raise KeyboardInterrupt  # the third run writes the last shard and ends
-        assert encoded == expected
+        assert encoded == [1, 8]  # the first image alone shows the size; then a shard of four with their flips
     monkeypatch.setattr(VQCodes, "encode", encode)
     resumed = read_tokens(tmp_path / "cut")
     assert resumed.data.table.equals(whole.data.table)

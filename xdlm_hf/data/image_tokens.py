@@ -25,6 +25,7 @@ with images_extra():
     from PIL import Image
 
 SETTINGS = "tokens.json"
+MOST_CODES = 2**16  # that uint16 holds
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class TokenWriter:
         batch_size, shard_size: Images per call of the tokenizer, and per shard.
 
     Raises:
-        ValueError: If the images do not fit the tokenizer.
+        ValueError: If the images do not fit the tokenizer, or its codes do not fit into uint16.
     """
 
     def __init__(
@@ -190,6 +191,10 @@ class TokenWriter:
         for name, value in (("image_size", image_size), ("batch_size", batch_size), ("shard_size", shard_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
+        if codes is not None and codes.num_codes > MOST_CODES:
+            raise ValueError(
+                f"a tokenizer of {codes.num_codes} codes is too large: ids are uint16, {MOST_CODES} at most."
+            )
         self.source, self.codes = source, codes
         self.batch_size, self.shard_size = batch_size, shard_size
         self._size, self._channels = image_size, None if codes is None else codes.channels
