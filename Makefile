@@ -33,7 +33,7 @@ install: $(INSTALLED)  ## virtual environment with the package and its extras, e
 demo: $(INSTALLED)  ## train, generate and score a small model on real text (about 8 minutes on 2 cores)
 	@$(BIN)/python recipes/demo.py $(ARGS)
 
-demo-images: $(INSTALLED)  ## train three small models of digits, draw with them and score them
+demo-images: $(INSTALLED)  ## train three small models of digits, draw with them and score them (about 5 minutes on 2 cores)
 	@$(BIN)/python recipes/images_demo.py $(ARGS)
 
 test: $(INSTALLED)  ## the tests that run on a CPU within minutes

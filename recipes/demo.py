@@ -83,6 +83,12 @@ def fresh_folder(folder: Path) -> Path:
     return folder
 
 
+def scaled_steps(config: Path, scale: float, least: int) -> int:
+    """`max_steps` of a config file, scaled."""
+    steps = int(re.search(r"^max_steps: (\d+)", config.read_text(), re.MULTILINE)[1])
+    return max(least, round(steps * scale))
+
+
 def build(folder: Path) -> list[str]:
     """Write a tokenizer and a LLaDA of random weights, 1.4 million parameters; return the held-out documents."""
     with console.status("reading the language reference and the docstrings of the standard library"):
@@ -111,12 +117,12 @@ def build(folder: Path) -> list[str]:
 
 def train(config: str, model: Path, output: Path, steps_scale: float) -> None:
     """One run of the recipe, started by accelerate."""
-    steps = int(re.search(r"^max_steps: (\d+)", (CONFIGS / config).read_text(), re.MULTILINE)[1])
+    steps = scaled_steps(CONFIGS / config, steps_scale, least=20)  # the loss is first logged at step 20
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
     command += ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [str(Path(__file__).with_name("llada_cpt.py")), "--config", str(CONFIGS / config)]
     command += ["--model_name_or_path", str(model), "--output_dir", str(output)]
-    command += ["--max_steps", str(max(20, round(steps * steps_scale)))]  # the loss is first logged at step 20
+    command += ["--max_steps", str(steps)]
     # Waiting threads sleep: spinning ones slow training tenfold on a shared machine.
     run(command, OMP_NUM_THREADS=str(os.cpu_count()), OMP_WAIT_POLICY="PASSIVE")
 
