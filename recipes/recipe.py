@@ -217,7 +217,12 @@ def new_model(
     tokenizer: PreTrainedTokenizerBase | None,
     config: PreTrainedConfig,
 ) -> PreTrainedModel:
-    """Random weights of a config, the same for the same seed; vocabulary and special tokens are the tokenizer's."""
+    """Random weights of a config, the same for the same seed; vocabulary and special tokens are the tokenizer's.
+
+    Raises:
+        ValueError: If the config has a field that its model does not know, or the tokenizer does not fit.
+    """
+    refuse_unknown_fields(config)
     if tokenizer is not None:
         config.vocab_size = len(tokenizer)
         if hasattr(config, "output_rows"):
@@ -229,6 +234,20 @@ def new_model(
     set_seed(args.seed)
     # Built by its class: from_config would shard it under ZeRO-3 while its weights are drawn.
     return model_class(config)(config).to(weights_dtype(options, config))
+
+
+def refuse_unknown_fields(config: PreTrainedConfig) -> None:
+    """A trained checkpoint may have fields of other code; in the sizes of a new model they are spelling mistakes."""
+    default = type(config)()
+    known = {*vars(default), *getattr(config, "unused_fields", ())}
+    unknown = [name for name in vars(config) if name not in known and not hasattr(type(config), name)]
+    if unknown:
+        own = {*vars(default), *config.attribute_map} - vars(PreTrainedConfig()).keys()
+        values = ", ".join(f"{name}={getattr(config, name)!r}" for name in unknown)
+        raise ValueError(
+            f"the config of random weights has fields that {type(config).__name__} does not know: {values}. Correct or "
+            f"remove them; its fields: {', '.join(sorted(own))}."
+        )
 
 
 def weights_dtype(options: ModelArguments, config: PreTrainedConfig) -> torch.dtype:

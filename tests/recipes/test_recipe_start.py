@@ -83,6 +83,19 @@ def test_random_weights_that_cannot_be_are_refused(base, tmp_path, config, chang
     assert not (tmp_path / "run").exists()
 
 
+def test_sizes_with_a_misspelt_field_are_refused(base, tmp_path, config):  # noqa: F811
+    """The fields that LLaDA's own files have beside those of the class are no mistake."""
+    sizes = json.loads(config.read_text())
+    config.write_text(json.dumps({**sizes, "alibi_bias_max": 8.0, "attention_layer_norm_with_affine": True}))
+    values = {"model_name_or_path": None, "config_name": config, "tokenizer_name": base / "model", "max_steps": 1}
+    llada_cpt.main(options(base, tmp_path / "run", **values))
+    config.write_text(json.dumps({**sizes, "n_layer": 3}))
+    message = "fields that LLaDAConfig does not know: n_layer=3. Correct or remove them; its fields: .*n_layers"
+    with pytest.raises(ValueError, match=message):
+        llada_cpt.main(options(base, tmp_path / "other", **values))
+    assert not (tmp_path / "other").exists()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Disk, logging, and the plan without the Hub
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xdlm_hf import GIDDProcess, StationaryProcess
 from xdlm_hf.data.tokenizer import train_tokenizer
+from xdlm_hf.training.checkpointing import run_record
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -87,6 +88,9 @@ def test_from_text_to_samples(files, tmp_path, system):
     """All four systems: a run on characters, its average as the model, and samples of it."""
     trainer = text_pretrain.main(options(files, f"text8_{system}", tmp_path / "run", data_files=files / "text.txt"))
     assert trainer.state.global_step == 3 and len(trainer.eval_dataset) == 8
+    record = run_record(trainer)
+    assert record["mixing_ratio"] == SYSTEMS[system]
+    assert record["noise_schedule"] == (None if system == "gidd" else "loglinear")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()
     process = model.noise_process()
     if system == "gidd":

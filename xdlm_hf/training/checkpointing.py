@@ -299,8 +299,9 @@ def run_record(trainer: CheckpointingTrainer) -> dict[str, Any]:
     args, data, model = trainer.args, trainer.train_dataset, trainer._unwrapped_model()
     stream = isinstance(data, PackedStream)
     fingerprint = getattr(data, "fingerprint", None) or {"rows": len(data) if has_length(data) else None}
+    no_such_noise = () if model.stationary_noise else ("mixing_ratio", "noise_schedule")  # the arguments' defaults
     return {
-        **{name: getattr(args, name) for name in _RECORDED},
+        **{name: None if name in no_such_noise else getattr(args, name) for name in _RECORDED},
         **optimization_record(args, model, trainer._optimizer_given),
         "seed": None if stream else args.seed if args.data_seed is None else args.data_seed,
         "global_batch_size": trainer.get_total_train_batch_size(args),

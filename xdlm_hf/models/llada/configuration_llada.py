@@ -92,6 +92,8 @@ class LLaDAConfig(FormatConfig):
         "initializer_range": "init_std",
         "tie_word_embeddings": "weight_tying",
     }
+    # In the files of LLaDA's checkpoints; they belong to options that are off there.
+    unused_fields = ("alibi_bias_max", "attention_layer_norm_with_affine", *_SUPPORTED)
 
     d_model: int = 4096
     n_layers: int = 32
