@@ -1,6 +1,8 @@
 """The image demo at the size of seconds: one model of twelve steps, its scores and pictures."""
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,3 +51,28 @@ def test_the_scores_know_real_images(demo):
     noise = torch.randint(0, 256, real.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert images_demo.told_apart(real, noise) > 0.95
     assert images_demo.right_class(images_demo.fit_judge(demo), noise, labels) < 0.3
+
+
+def test_a_run_that_fails_ends_the_others(tmp_path, monkeypatch):
+    programs = {0.0: "import time; time.sleep(600)", 0.1: "print('no space left'); raise SystemExit(3)"}
+    monkeypatch.setattr(images_demo, "K", tuple(programs))
+    monkeypatch.setattr(images_demo, "training_command", lambda folder, k, steps: [sys.executable, "-c", programs[k]])
+    started, start = [], subprocess.Popen
+
+    def popen(*args, **options):
+        started.append(start(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.raises(SystemExit, match="training failed with status 3; see .*k0.1.log"):
+        images_demo.train(tmp_path, 1.0)
+    assert (tmp_path / "k0.1.log").read_text() == "no space left\n"
+    assert [run.poll() for run in started] == [-signal.SIGTERM, 3]
+
+
+def test_steps_are_read_off_the_progress_bar(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(" 0%| | 0/12 [00:00<?]\r 42%|## | 5/12 [00:01<00:02]\n{'loss': 1}\r100%| | 7/7 [00:01<00:00]")
+    assert images_demo.steps_done(log, 12) == 5
+    log.write_text("loading")
+    assert images_demo.steps_done(log, 12) == 0
