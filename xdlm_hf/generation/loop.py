@@ -44,6 +44,8 @@ class StoppingRules:
             raise ValueError("stopping_criteria need pad_token_id, to pad what follows the end of a row; pass one.")
         pads = bool(options.end_of_text) and options.pad_token_id is not None
         self.pads_after_end_of_text = pads and answer is not None
+        # Made once: a copy from the host synchronizes with the device.
+        self.end_of_text = torch.tensor(options.end_of_text, device=None if answer is None else answer.device)
         # If tokens may still change, stopping at end-of-text can change the text, so it is not the default.
         wanted = (not may_change) if options.early_stop is None else options.early_stop
         self.stops_at_end_of_text = self.pads_after_end_of_text and wanted and options.sampler == "confidence"
@@ -88,8 +90,7 @@ class StoppingRules:
         return after
 
     def _is_eos(self, ids: Tensor, rows: Tensor | slice) -> Tensor:
-        eos = torch.tensor(self.options.end_of_text, device=ids.device)
-        return torch.isin(ids, eos) & self.answer[rows]
+        return torch.isin(ids, self.end_of_text) & self.answer[rows]
 
 
 @dataclass

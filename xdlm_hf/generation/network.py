@@ -55,6 +55,8 @@ class Network:
         self.guidance_mask = self._guidance_mask(attention_mask, canvas)
         self.processors = LogitsProcessorList(processors) if processors else None
         self.num_forward_passes = 0
+        # Made once: a copy from the host synchronizes with the device.
+        self.suppressed = torch.tensor(options.suppress_tokens or [], dtype=torch.long, device=canvas.ids.device)
         padding = padding_inputs(model, attention_mask)
         self.attention_mask: Tensor | None = padding.get("attention_mask")
         self.position_ids: Tensor | None = None if self.counts_padding else padding.get("position_ids")
@@ -165,7 +167,7 @@ class Network:
             streams: Logits of each stream, (R, C, N) or (m, N).
             ids: The texts (R, T), or the text of each position (m, T).
         """
-        adjusts = len(streams) > 1 or self.processors is not None or self.options.suppress_tokens
+        adjusts = len(streams) > 1 or self.processors is not None or len(self.suppressed)
         if adjusts:
             streams = [self._upcast(logits) for logits in streams]
         logits = streams[0]
@@ -176,8 +178,8 @@ class Network:
         if self.processors is not None:
             rows = ids if logits.ndim == 2 else ids.repeat_interleave(logits.shape[1], 0)
             logits = self.processors(rows, logits.view(-1, logits.shape[-1])).view(logits.shape)
-        if self.options.suppress_tokens:
-            logits = logits.index_fill(-1, torch.tensor(self.options.suppress_tokens, device=ids.device), -torch.inf)
+        if len(self.suppressed):
+            logits = logits.index_fill(-1, self.suppressed, -torch.inf)
         return logits
 
     def _upcast(self, logits: Tensor) -> Tensor:
