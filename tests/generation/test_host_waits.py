@@ -44,6 +44,9 @@ def generate(padded=False, **options):
         ({"mixing_ratio": 0.0, "cache": "prefix"}, True),
         ({"mixing_ratio": 0.0, "cache": {"mode": "dual", "refresh": 1}}, True),
         ({"cache": {"mode": "dual", "refresh": 1}}, True),
+        ({"compile": "graphs"}, False),
+        ({"compile": "graphs", "cache": "prefix"}, True),
+        ({"compile": "graphs", "cache": {"mode": "dual", "refresh": 2}}, True),
     ],
     ids=str,
 )

@@ -21,6 +21,7 @@ class CanvasLayer(CacheLayerMixin):
     """Keys and values (B, H, T, W) of one attention layer, replaced in full or at some columns."""
 
     columns: Tensor | None = None  # (B, A), set by `CanvasCache.at` before a pass; None: a full pass
+    fixed: bool = False  # True: full passes after the first write into the same memory
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -29,9 +30,13 @@ class CanvasLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the keys and values of a pass, (B, H, T or A, W); return those of all T columns."""
         if self.columns is None:
-            self.lazy_initialization(key_states, value_states)
-            # contiguous(): a view would keep the projection's whole output in memory, and writes would change it.
-            self.keys, self.values = key_states.contiguous(), value_states.contiguous()
+            if self.fixed and self.is_initialized:
+                self.keys.copy_(key_states)
+                self.values.copy_(value_states)
+            else:
+                self.lazy_initialization(key_states, value_states)
+                # contiguous(): a view would keep the projection's whole output in memory, and writes would change it.
+                self.keys, self.values = key_states.contiguous(), value_states.contiguous()
         else:
             # Layers may lie on several devices.
             where = self.columns.to(key_states.device)[:, None, :, None].expand_as(key_states)
@@ -59,10 +64,13 @@ class CanvasCache(Cache):
 
     Args:
         num_layers: Attention layers of the model.
+        fixed: Whether keys and values stay where the first pass stored them, as a captured pass needs.
     """
 
-    def __init__(self, num_layers: int):
+    def __init__(self, num_layers: int, fixed: bool = False):
         super().__init__(layers=[CanvasLayer() for _ in range(num_layers)])
+        for layer in self.layers:
+            layer.fixed = fixed
 
     def at(self, columns: Tensor | None) -> "CanvasCache":
         """Set the columns, (B, A), that the next pass computes; None: all.
@@ -97,9 +105,12 @@ class RefreshPlan:
         self._edited: tuple[Tensor, Tensor] | None = None
 
     def columns(
-        self, ids: Tensor, block: tuple[int, int], may_edit: bool, polishing: bool = False
+        self, ids: Tensor, block: tuple[int, int], most_edited: int | None, polishing: bool = False
     ) -> tuple[Tensor, Tensor] | None:
         """Columns that a step on `ids` (B, T) in the columns [first, end) of `block` computes.
+
+        `most_edited` is the largest number of columns outside the window that a step may have edited in a row; None: as
+        many as there are.
 
         Returns:
             None for a full pass; else the columns (B, A), and a bool mask (B, C) of the first C of them, those that may
@@ -114,7 +125,7 @@ class RefreshPlan:
         first, end = block
         last = ids.shape[1] if self.mode == "prefix" else end
         if self._edited is None:
-            self._edited = self._find_edited(ids, block, last, may_edit)
+            self._edited = self._find_edited(ids, block, last, most_edited)
         edited, counts = self._edited
         window = torch.arange(first, last, device=ids.device).expand(ids.shape[0], -1)
         inner, suffix = window[:, : end - first], window[:, end - first :]
@@ -123,15 +134,18 @@ class RefreshPlan:
         valid = torch.cat([counts, torch.ones_like(inner, dtype=torch.bool)], dim=1)
         return columns, valid
 
-    def _find_edited(self, ids: Tensor, block: tuple[int, int], last: int, may_edit: bool) -> tuple[Tensor, Tensor]:
+    def _find_edited(
+        self, ids: Tensor, block: tuple[int, int], last: int, most_edited: int | None
+    ) -> tuple[Tensor, Tensor]:
         """Columns outside [first of the block, last) that changed since the full pass, (B, E), and which are valid.
 
-        Synchronizes with the device, to read E; called once per full pass.
+        E is `most_edited`, or the number in the row with the most, which synchronizes with the device; called once per
+        full pass.
         """
         changed = ids != self._before
         changed[:, block[0] : last] = False
         self._before = None
-        most = int(changed.sum(-1).max()) if may_edit else 0
+        most = int(changed.sum(-1).max()) if most_edited is None else most_edited
         order = changed.long().argsort(dim=-1, descending=True, stable=True)[:, :most]
         valid = changed.gather(1, order)
         # Padding repeats the block's last column, whose keys are then written twice with the same value.

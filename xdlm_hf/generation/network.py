@@ -41,6 +41,7 @@ class Network:
 
     counts_padding = False  # whether positions count padding
     one_batch = False  # whether the streams are evaluated as one batch, also those of a masked prompt
+    fixed_shapes = False  # whether rows that are done stay in the batch
 
     def __init__(
         self,
@@ -79,12 +80,16 @@ class Network:
         positions, columns = request.columns, None
         if self.plan is not None:
             i = request.i
-            planned = self.plan.columns(ids, sampler.block(i), sampler.may_edit, sampler.polishing(i))
+            planned = self.plan.columns(ids, sampler.block(i), self._most_edited(sampler, i), sampler.polishing(i))
             if planned is not None:
                 columns, valid = planned
                 request = replace(request, columns=columns[:, : valid.shape[1]], valid=valid)
                 positions = torch.arange(valid.shape[1], device=ids.device)
         return self._processed(self._stream_logits(ids, positions, columns, request.t), ids), request
+
+    def _most_edited(self, sampler: Sampler, i: int) -> int | None:
+        """Most columns outside the window of step `i` that the last step edited in a row; None: count them."""
+        return None if sampler.may_edit else 0
 
     def at_mask(self, ids: Tensor, mask: Tensor, t: float | None = None) -> Iterator[Tensor]:
         """Logits of the positions `mask` (R, T) in row-major order, in chunks (m, N); the dtype is as in `at_columns`.
@@ -185,6 +190,9 @@ class Network:
     def _upcast(self, logits: Tensor) -> Tensor:
         """The logits in the dtype of guidance and processors, float32 or wider."""
         return logits.to(work_dtype(logits))
+
+    def release(self) -> None:
+        """Called after the last step, also if there was an error."""
 
     def select(self, rows: Tensor) -> None:
         """Keep some rows of the batch, (rows,)."""
