@@ -63,7 +63,7 @@ def test_a_greedy_loop_never_waits(loops, options, padded):
         # Transformers asks in each pass whether the mask hides anything.
         ({}, True, {"_local_scalar_dense": 6}),
         # Rows at end of text, after steps 0 and 4 and the 4 blocks, two of which end with these steps.
-        ({"mixing_ratio": 0.0, "eos_token_id": 21}, False, {"_local_scalar_dense": 5}),
+        ({"mixing_ratio": 0.0, "eos_token_id": 21, "suppress_tokens": [21]}, False, {"_local_scalar_dense": 5}),
     ],
     ids=str,
 )

@@ -21,7 +21,6 @@ class CanvasLayer(CacheLayerMixin):
     """Keys and values (B, H, T, W) of one attention layer, replaced in full or at some columns."""
 
     columns: Tensor | None = None  # (B, A), set by `CanvasCache.at` before a pass; None: a full pass
-    fixed: bool = False  # True: full passes after the first write into the same memory
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -30,13 +29,9 @@ class CanvasLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the keys and values of a pass, (B, H, T or A, W); return those of all T columns."""
         if self.columns is None:
-            if self.fixed and self.is_initialized:
-                self.keys.copy_(key_states)
-                self.values.copy_(value_states)
-            else:
-                self.lazy_initialization(key_states, value_states)
-                # contiguous(): a view would keep the projection's whole output in memory, and writes would change it.
-                self.keys, self.values = key_states.contiguous(), value_states.contiguous()
+            self.lazy_initialization(key_states, value_states)
+            # contiguous(): a view would keep the projection's whole output in memory, and writes would change it.
+            self.keys, self.values = key_states.contiguous(), value_states.contiguous()
         else:
             # Layers may lie on several devices.
             where = self.columns.to(key_states.device)[:, None, :, None].expand_as(key_states)
@@ -64,13 +59,10 @@ class CanvasCache(Cache):
 
     Args:
         num_layers: Attention layers of the model.
-        fixed: Whether keys and values stay where the first pass stored them, as a captured pass needs.
     """
 
-    def __init__(self, num_layers: int, fixed: bool = False):
+    def __init__(self, num_layers: int):
         super().__init__(layers=[CanvasLayer() for _ in range(num_layers)])
-        for layer in self.layers:
-            layer.fixed = fixed
 
     def at(self, columns: Tensor | None) -> "CanvasCache":
         """Set the columns, (B, A), that the next pass computes; None: all.

@@ -5,7 +5,8 @@ launches them at once. It repeats the captured kernels on the captured memory, h
 
 - Every kind of pass ("stage") has one shape: requests are padded to the largest one, edited columns to their bound, and
   rows that are done stay in the batch.
-- A stage reads its inputs, padding and the keys and values of a cache from memory that stays; inputs are copied there.
+- A stage reads its inputs and the padding from memory that stays; they are copied there. The keys and values of a cache
+  are in the memory of the full pass's graph.
 - Only the network is captured. What a sampler does with the logits runs as ever and does not wait for the device.
 
 Graphs are kept for later calls with the same weights and shapes. On a CPU a stage runs its pass on the same memory.
@@ -65,7 +66,6 @@ class Stage:
         return self.outputs
 
     def _capture(self, run: Callable[..., Sequence[Tensor]], pool: Any) -> None:
-        run(**self.inputs)  # allocates the keys and values of a cache outside of the graph's memory
         with torch.cuda.device(self.inputs["ids"].device):
             stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
             stream.wait_stream(current)
@@ -105,6 +105,8 @@ class Graphs:
         """`run(**inputs)` by the stage of these shapes."""
         shapes = tuple((name, tuple(x.shape)) for name, x in inputs.items())
         if shapes not in self.stages:
+            if "columns" not in inputs:  # a full pass allocates the keys and values that other passes read
+                self.stages.clear()
             self.stages[shapes] = Stage(inputs)
         return self.stages[shapes](run, inputs, self.pool)
 
@@ -130,15 +132,13 @@ class GraphedNetwork(Network):
             tuple(getattr(self.options, name) for name in _SHAPING),
         )
         graphs = _KEPT.setdefault(self.model, {}).pop(self._key, None)
-        self.graphs = self._new_graphs() if graphs is None else graphs
-        self.caches = self.graphs.caches
+        if graphs is None:
+            graphs = Graphs(
+                torch.cuda.graph_pool_handle() if _captures(own["guidance_mask"].device) else None, self.caches
+            )
+        self.graphs, self.caches = graphs, graphs.caches
         for name, x in own.items():
             setattr(self, name, self.graphs.buffer(name, x))
-
-    def _new_graphs(self) -> Graphs:
-        pool = torch.cuda.graph_pool_handle() if _captures(self.guidance_mask.device) else None
-        caches = [None if cache is None else CanvasCache(len(cache.layers), fixed=True) for cache in self.caches]
-        return Graphs(pool, caches)
 
     def release(self) -> None:
         kept = _KEPT[self.model]
