@@ -1,6 +1,6 @@
 """Forward passes at fixed shapes, each captured once as a CUDA graph and then replayed: `generate(compile="graphs")`.
 
-A pass launches thousands of kernels, which takes the host longer than the device needs for a short batch. A graph
+A pass launches over a thousand kernels, which may take the host longer than the device needs for a short batch. A graph
 launches them at once. It repeats the captured kernels on the captured memory, hence:
 
 - Every kind of pass ("stage") has one shape: requests are padded to the largest one, edited columns to their bound, and
@@ -84,12 +84,16 @@ def _captures(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _new_pool(device: torch.device) -> Any:
+    return torch.cuda.graph_pool_handle() if _captures(device) else None
+
+
 @dataclass
 class Graphs:
     """The stages of one model, batch size and length, and the memory that they share."""
 
-    pool: Any
     caches: list[CanvasCache | None]
+    pool: Any = None  # a new one whenever no graph is left: memory of a pool without graphs cannot be captured again
     buffers: dict[str, Tensor] = field(default_factory=dict)  # padding, labels and the like of the current call
     stages: dict[tuple, Stage] = field(default_factory=dict)
 
@@ -104,11 +108,15 @@ class Graphs:
     def run(self, run: Callable[..., Sequence[Tensor]], inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
         """`run(**inputs)` by the stage of these shapes."""
         shapes = tuple((name, tuple(x.shape)) for name, x in inputs.items())
-        if shapes not in self.stages:
+        stage = self.stages.get(shapes)
+        if stage is None:
+            stage = Stage(inputs)
             if "columns" not in inputs:  # a full pass allocates the keys and values that other passes read
                 self.stages.clear()
-            self.stages[shapes] = Stage(inputs)
-        return self.stages[shapes](run, inputs, self.pool)
+                self.pool = _new_pool(inputs["ids"].device)
+        outputs = stage(run, inputs, self.pool)
+        self.stages[shapes] = stage  # not if its capture failed
+        return outputs
 
 
 # Taken by a call and returned at its end, so that no two calls at a time use one set.
@@ -132,11 +140,8 @@ class GraphedNetwork(Network):
             tuple(getattr(self.options, name) for name in _SHAPING),
         )
         graphs = _KEPT.setdefault(self.model, {}).pop(self._key, None)
-        if graphs is None:
-            graphs = Graphs(
-                torch.cuda.graph_pool_handle() if _captures(own["guidance_mask"].device) else None, self.caches
-            )
-        self.graphs, self.caches = graphs, graphs.caches
+        self.graphs = Graphs(self.caches) if graphs is None else graphs
+        self.caches = self.graphs.caches
         for name, x in own.items():
             setattr(self, name, self.graphs.buffer(name, x))
 
