@@ -259,6 +259,18 @@ def test_other_weights_give_other_tokens(captures):
     assert [count for _, count in found] == [1, 1, 2]
 
 
+def test_hooks_are_captured_and_removed(model, captures):
+    for hooked in (False, True, False):
+        if hooked:
+            handle = model.get_output_embeddings().register_forward_hook(
+                lambda module, given, logits: logits.roll(1, -1)
+            )
+        ours, theirs = (generate(model, prompts(0), compile=compile).sequences for compile in ("graphs", None))
+        assert ours.equal(theirs)
+        if hooked:
+            handle.remove()
+
+
 def test_few_shapes_are_kept_and_nothing_outlives_the_model(captures):
     model = small_model()
     for length in (4, 5, 6, 7, 8, 4):

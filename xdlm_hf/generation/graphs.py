@@ -135,7 +135,7 @@ class GraphedNetwork(Network):
         super().__init__(*args, **kwargs)
         own = {name: getattr(self, name) for name in _PER_CALL}
         self._key = (
-            _weights(self.model),
+            _state(self.model),
             tuple((name, None if x is None else tuple(x.shape)) for name, x in own.items()),
             tuple(getattr(self.options, name) for name in _SHAPING),
         )
@@ -173,10 +173,12 @@ class GraphedNetwork(Network):
         return logits
 
 
-def _weights(model: Any) -> tuple:
-    """Identifies what a capture of the model depends on: where its weights are, and its modes."""
+def _state(model: Any) -> tuple:
+    """Identifies what a capture of the model depends on: where its weights are, its hooks and its modes."""
     weights = tuple((x.data_ptr(), x.dtype, tuple(x.shape)) for x in (*model.parameters(), *model.buffers()))
-    return weights, model.training, model.config._attn_implementation
+    # The keys are numbers that are not used again.
+    hooks = tuple(key for module in model.modules() for key in (*module._forward_pre_hooks, *module._forward_hooks))
+    return weights, hooks, model.training, model.config._attn_implementation
 
 
 def check_capture(model: Any) -> None:
