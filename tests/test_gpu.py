@@ -21,6 +21,8 @@ from xdlm_hf import (
     fused_linear_diffusion_loss,
     sample_posterior,
 )
+from xdlm_hf.generation import generate as generate_module
+from xdlm_hf.generation import graphs
 from xdlm_hf.generation.confidence import ConfidenceSampler, ConfidenceSettings
 
 pytestmark = pytest.mark.gpu
@@ -146,6 +148,77 @@ def test_generations_are_those_of_the_cpu(name):
     theirs = model.generate(prompt, attention_mask=mask, **options)
     ours = model.to(DEVICE).generate(prompt.to(DEVICE), attention_mask=mask.to(DEVICE), **options)
     assert ours.cpu().equal(theirs)
+
+
+GREEDY = [name for name, options in GENERATIONS.items() if not {"seed", "reference_compat"} & set(options)]
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_captured_passes_give_the_tokens_of_the_cpu(name):
+    """Also in a second call of the same shapes, with another prompt and padding, which captures nothing."""
+    model = small_model(init_std=0.5).double()
+    options = {"max_new_tokens": 16, "eos_token_id": [], **GENERATIONS[name]}
+    calls = [
+        {"input_ids": torch.arange(12).reshape(2, 6), "attention_mask": torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])},
+        {"input_ids": torch.arange(12).reshape(2, 6).flip(1), "attention_mask": torch.tensor([[0] + [1] * 5, [1] * 6])},
+    ]
+    theirs = [model.generate(**inputs, **options) for inputs in calls]
+    model, counts = model.to(DEVICE), []
+    for inputs, expected in zip(calls, theirs, strict=True):
+        inputs = {key: value.to(DEVICE) for key, value in inputs.items()}
+        assert model.generate(**inputs, **options, compile="graphs").cpu().equal(expected)
+        (kept,) = graphs._KEPT[model].values()
+        counts.append([stage.graph is not None for stage in kept.stages.values()])
+    assert counts[0] == counts[1] and set(counts[0]) == {DEVICE.type == "cuda"}
+
+
+LOOPS = {
+    "k = 0": {"mixing_ratio": 0.0},
+    "k = 0.3": {},
+    "guidance": {"cfg_scale": 0.5, "suppress_tokens": [3]},
+    "dual cache, k = 0": {"mixing_ratio": 0.0, "cache": "dual"},
+    "prefix cache": {"cache": "prefix", "compile": "graphs"},
+    "dual cache": {"cache": {"mode": "dual", "refresh": 2}, "compile": "graphs"},
+    "graphs": {"compile": "graphs"},
+}
+
+
+@ON_GPU
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_greedy_loop_does_not_wait_for_the_device(name, padded, monkeypatch):
+    if padded and not {"cache", "compile"} & set(LOOPS[name]):
+        pytest.skip("Transformers reads the padding mask in each pass")
+    model, mask = small_model(init_std=0.5).to(DEVICE), torch.ones(2, 6, dtype=torch.long)
+    if padded:
+        mask[1, :2] = 0
+    options = {"steps": 8, "block_length": 4, "mixing_ratio": 0.3, "max_new_tokens": 16, "eos_token_id": []}
+    call = {"input_ids": torch.arange(12).reshape(2, 6), "attention_mask": mask, **options, **LOOPS[name]}
+    first = model.generate(**call)  # compiles kernels and captures
+    denoise = generate_module.denoise
+
+    def strict(*arguments):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return denoise(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(generate_module, "denoise", strict)
+    assert model.generate(**call).equal(first)
+
+
+@ON_GPU
+def test_a_capture_on_a_model_that_moved_away_is_not_used():
+    """Weights in other memory, and the shapes of another batch, are captured again; the memory of old ones is free."""
+    model = small_model(init_std=0.5).double()
+    prompt = torch.arange(12).reshape(2, 6)
+    options = {"steps": 4, "max_new_tokens": 8, "mixing_ratio": 0.3, "eos_token_id": []}
+    theirs = model.generate(prompt, **options)
+    model.to(DEVICE).generate(prompt, **options, compile="graphs")
+    model.cpu().to(DEVICE)
+    for rows in (2, 1):
+        assert model.generate(prompt[:rows], **options, compile="graphs").cpu().equal(theirs[:rows])
 
 
 @pytest.mark.parametrize("noise", [{"mixing_ratio": 0.2}, {"noise_process": "gidd", "p_uniform": 0.1}])

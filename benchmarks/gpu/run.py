@@ -8,7 +8,7 @@
     tests         tests/test_gpu.py, the Triton kernels and every other test marked gpu
     loss          the passes of the loss over logits of LLaDA's vocabulary: times, bytes per logit, beside eager ones
     step          a training step of LLaDA-8B's architecture with random weights: seconds, MFU, memory beside the plan's
-    generation    32 steps of the same model, with and without caches and thresholds: ms a step, tokens/s, host syncs
+    generation    32 steps of the same model, with caches, thresholds, CUDA graphs: ms a step, tokens/s, host syncs
     text          the paper's Table 17, by benchmarks/text_efficiency.py
 
 Each stage is a process of its own and writes STAGE.json at once; a stage that has written it is not run again.
@@ -29,7 +29,7 @@ STAGES = {  # seconds that a stage may take, and what it needs
     "tests": (150, "any GPU; with bitsandbytes and flash_attn also their tests"),
     "loss": (60, "8 GiB"),
     "step": (90, "64 GiB, 80 with 8-bit AdamW (bitsandbytes)"),
-    "generation": (130, "24 GiB"),
+    "generation": (130, "48 GiB"),
     "text": (120, "40 GiB"),
 }
 

@@ -209,6 +209,9 @@ def generation(folder: Path, small: bool) -> list[dict[str, Any]]:
         "threshold, all accepted": {**in_blocks, "parallel_decoding": {"threshold": 1e-9}},
         "prefix, threshold, all accepted": {**in_blocks, "cache": "prefix", "parallel_decoding": {"threshold": 1e-9}},
     }
+    # As many as a model keeps graphs for, so that only the warm-up round captures.
+    for name in ("no cache", "prefix", "dual", "prefix, threshold, all accepted"):
+        settings[f"{name}, graphs"] = {**settings[name], "compile": "graphs"}
     lines = []
     for batch in (1, 8):
         prompt = torch.randint(500, (batch, prompt_length), device=DEVICE)

@@ -94,11 +94,11 @@ def test_an_edited_position_is_computed_again(mode):
     """One layer, where that makes the step exact; row 0 has one edit before the window, row 1 two, row 2 none."""
     model, ids = one_layer(), prompts("left")["input_ids"]
     plan, cache = RefreshPlan(mode, None), CanvasCache(1)
-    assert plan.columns(ids, (6, 9), True) is None
+    assert plan.columns(ids, (6, 9), None) is None
     model(ids, past_key_values=cache.at(None))
     edited = ids.clone()
     edited[0, 2], edited[1, 1], edited[1, 5], edited[2, 7] = 401, 402, 403, 404
-    columns, valid = plan.columns(edited, (6, 9), True)
+    columns, valid = plan.columns(edited, (6, 9), None)
     assert columns[:, 2:5].tolist() == [[6, 7, 8]] * 3 and valid.shape[1] == 5
     assert columns[:, :2].tolist() == [[2, 8], [1, 5], [8, 8]]
     assert valid[:, :2].tolist() == [[True, False], [True, True], [False, False]] and valid[:, 2:].all()
@@ -115,9 +115,9 @@ def test_an_edited_position_is_computed_again(mode):
 
 def test_whole_passes_come_when_a_block_begins_and_when_due():
     ids, plan = torch.zeros(1, 20, dtype=torch.long), RefreshPlan("dual", 3)
-    whole = [plan.columns(ids, block, False) is None for block in [(0, 8)] * 7 + [(8, 16)] * 2]
+    whole = [plan.columns(ids, block, 0) is None for block in [(0, 8)] * 7 + [(8, 16)] * 2]
     assert whole == [True, False, False, True, False, False, True, True, False]
-    assert plan.columns(ids, (8, 16), False, polishing=True) is None
+    assert plan.columns(ids, (8, 16), 0, polishing=True) is None
 
 
 def test_a_polished_row_gets_what_it_gets_alone(model):
@@ -149,8 +149,8 @@ def test_layers_on_several_devices_take_columns_and_rows_of_another():
 
 def test_equal_confidences_take_the_lower_position_also_with_a_cache():
     plan, ids = RefreshPlan("dual", None), torch.zeros(1, 12, dtype=torch.long)
-    plan.columns(ids, (4, 8), True)
-    columns, _ = plan.columns(ids.index_fill(1, torch.tensor([1, 3]), 5), (4, 8), True)
+    plan.columns(ids, (4, 8), None)
+    columns, _ = plan.columns(ids.index_fill(1, torch.tensor([1, 3]), 5), (4, 8), None)
     assert columns.tolist() == [[1, 3, 4, 5, 6, 7]]
 
 

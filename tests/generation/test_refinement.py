@@ -163,3 +163,22 @@ def test_remasking_stays_inside_the_block():
     canvases = run(engine, None)
     assert canvases[4].ids[0, :8].min() > 0
     assert all(c.ids[0, :8].equal(canvases[4].ids[0, :8]) for c in canvases[5:])
+
+
+@pytest.mark.parametrize(
+    "policy, most",
+    [
+        (NoRefinement(), 0),
+        (BudgetRefinement(0.1), 2),
+        (BudgetRefinement(0.4), 12),
+        (BudgetRefinement(1.0), 18),
+        (ThresholdRefinement(0.2), 18),
+        (RemaskingRefinement("cap", 0.5), 0),
+        (OffInLastSteps(EditLimit(BudgetRefinement(0.4), 2), 1), 12),
+    ],
+)
+def test_no_step_edits_more_than_its_bound(policy, most):
+    polish_steps = 3 if policy.edits else 0
+    canvases = run(sampler(policy, 3, 18, torch.Generator().manual_seed(1), polish_steps=polish_steps), None, rows=4)
+    edits = torch.stack([canvas.num_edits for canvas in canvases]).diff(dim=0)
+    assert policy.most_edits(18) == most and edits.max() <= most

@@ -14,6 +14,7 @@ blocks       columns and steps of each block
 spans        positions given as masks, columns or characters
 network      logits of the positions that a step needs: cache, guidance, processors
 cache        keys and values of all positions
+graphs       passes at fixed shapes, captured as CUDA graphs
 output       return value of `generate`, history and streaming
 protocol     interface of models
 options      the table of options

@@ -97,9 +97,12 @@ class RefreshPlan:
         self._edited: tuple[Tensor, Tensor] | None = None
 
     def columns(
-        self, ids: Tensor, block: tuple[int, int], may_edit: bool, polishing: bool = False
+        self, ids: Tensor, block: tuple[int, int], most_edited: int | None, polishing: bool = False
     ) -> tuple[Tensor, Tensor] | None:
         """Columns that a step on `ids` (B, T) in the columns [first, end) of `block` computes.
+
+        `most_edited` is the largest number of columns outside the window that a step may have edited in a row; None: as
+        many as there are.
 
         Returns:
             None for a full pass; else the columns (B, A), and a bool mask (B, C) of the first C of them, those that may
@@ -114,7 +117,7 @@ class RefreshPlan:
         first, end = block
         last = ids.shape[1] if self.mode == "prefix" else end
         if self._edited is None:
-            self._edited = self._find_edited(ids, block, last, may_edit)
+            self._edited = self._find_edited(ids, block, last, most_edited)
         edited, counts = self._edited
         window = torch.arange(first, last, device=ids.device).expand(ids.shape[0], -1)
         inner, suffix = window[:, : end - first], window[:, end - first :]
@@ -123,15 +126,18 @@ class RefreshPlan:
         valid = torch.cat([counts, torch.ones_like(inner, dtype=torch.bool)], dim=1)
         return columns, valid
 
-    def _find_edited(self, ids: Tensor, block: tuple[int, int], last: int, may_edit: bool) -> tuple[Tensor, Tensor]:
+    def _find_edited(
+        self, ids: Tensor, block: tuple[int, int], last: int, most_edited: int | None
+    ) -> tuple[Tensor, Tensor]:
         """Columns outside [first of the block, last) that changed since the full pass, (B, E), and which are valid.
 
-        Synchronizes with the device, to read E; called once per full pass.
+        E is `most_edited`, or the number in the row with the most, which synchronizes with the device; called once per
+        full pass.
         """
         changed = ids != self._before
         changed[:, block[0] : last] = False
         self._before = None
-        most = int(changed.sum(-1).max()) if may_edit else 0
+        most = int(changed.sum(-1).max()) if most_edited is None else most_edited
         order = changed.long().argsort(dim=-1, descending=True, stable=True)[:, :most]
         valid = changed.gather(1, order)
         # Padding repeats the block's last column, whose keys are then written twice with the same value.

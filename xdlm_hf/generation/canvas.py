@@ -26,6 +26,11 @@ class Canvas:
         tensors = {name: x[rows] for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **tensors, memory={name: x[rows] for name, x in self.memory.items()})
 
+    def frozen(self, rows: Tensor) -> "Canvas":
+        """The canvas with no position left to fill or edit in some rows, (B,) bool."""
+        others = ~rows[:, None]
+        return replace(self, holes=self.holes & others, generated=self.generated & others)
+
 
 @dataclass(frozen=True)
 class StepView:

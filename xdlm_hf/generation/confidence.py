@@ -203,6 +203,15 @@ class ConfidenceSampler(Sampler):
             return self.start, self.start + self.length
         return self.blocks.columns[self.blocks.block_of(i)]
 
+    @property
+    def most_columns(self) -> int:
+        """The largest number of columns that a step requests."""
+        return self.length if self.may_edit else min(self.block_length, self.length)
+
+    def most_edited(self, i: int) -> int:
+        """Upper bound of the tokens before the block of step `i` that one step edits in a row."""
+        return min(self.refinement.most_edits(self.length), self.block(i)[0] - self.start)
+
     def active_rows(self, canvas: Canvas, i: int) -> Tensor:
         """If blocks may end early, the rows whose block has holes, so that a row does not depend on the batch."""
         if not self.adaptive or self.polishing(i):

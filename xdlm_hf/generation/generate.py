@@ -27,6 +27,7 @@ from .ancestral import AncestralSampler
 from .blocks import check_blocks
 from .confidence import ConfidenceSampler, ConfidenceSettings
 from .config import XDLMGenerationConfig
+from .graphs import GraphedNetwork
 from .layout import Layout, check_guidance, continuation, default_steps, label_tensor
 from .loop import StoppingRules, denoise
 from .network import Network
@@ -147,11 +148,14 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         answer = layout.generated if layout.open_ended else None
         stopping = StoppingRules(options, criteria, answer, sampler.may_edit or sampler.may_remask)
         canvas = sampler.begin(layout.ids, layout.generated, layout.holes)
-        network_class = ReferenceNetwork if options.reference_compat else Network
+        network_class = GraphedNetwork if options.compile else ReferenceNetwork if options.reference_compat else Network
         network = network_class(self, layout.attention_mask, canvas, options, processors, layout.class_labels)
         observer = StepObserver(options, streamer, sampler, stopping, layout.start)
         observer.begin(canvas.ids)
-        progress = denoise(network, sampler, canvas, stopping, observer)
+        try:
+            progress = denoise(network, sampler, canvas, stopping, observer)
+        finally:
+            network.release()
         sequences = stopping.pad(progress.canvas.ids)
         refuse_undefined(progress.canvas.undefined)
         observer.end(sequences)

@@ -44,6 +44,8 @@ class StoppingRules:
             raise ValueError("stopping_criteria need pad_token_id, to pad what follows the end of a row; pass one.")
         pads = bool(options.end_of_text) and options.pad_token_id is not None
         self.pads_after_end_of_text = pads and answer is not None
+        # Made once: a copy from the host synchronizes with the device.
+        self.end_of_text = torch.tensor(options.end_of_text, device=None if answer is None else answer.device)
         # If tokens may still change, stopping at end-of-text can change the text, so it is not the default.
         wanted = (not may_change) if options.early_stop is None else options.early_stop
         self.stops_at_end_of_text = self.pads_after_end_of_text and wanted and options.sampler == "confidence"
@@ -88,8 +90,7 @@ class StoppingRules:
         return after
 
     def _is_eos(self, ids: Tensor, rows: Tensor | slice) -> Tensor:
-        eos = torch.tensor(self.options.end_of_text, device=ids.device)
-        return torch.isin(ids, eos) & self.answer[rows]
+        return torch.isin(ids, self.end_of_text) & self.answer[rows]
 
 
 @dataclass
@@ -99,6 +100,7 @@ class Progress:
     canvas: Canvas  # of all B rows
     passes: Tensor  # (B,) int64, forward passes in which the row was active
     rows: Tensor  # (R,) int64, indices of the active rows
+    finished: Tensor | None = None  # (B,) bool, rows that are done but stay in the batch, at fixed shapes
 
     def update(self, active: Canvas) -> None:
         """Write the canvas of the active rows back."""
@@ -107,6 +109,16 @@ class Progress:
             return
         merged = {name: getattr(self.canvas, name).index_copy(0, self.rows, getattr(active, name)) for name in _PER_ROW}
         self.canvas = replace(self.canvas, **merged)
+
+    def remove(self, done: Tensor, active: Canvas, network: Network) -> Canvas:
+        """The active rows without those that are done, (R,) bool; at fixed shapes these stay and never change."""
+        if network.fixed_shapes:
+            self.finished = done
+            return active.frozen(done)
+        stay = (~done).nonzero().squeeze(-1)
+        self.rows = self.rows[stay]
+        network.select(stay)
+        return active.select(stay)
 
 
 _PER_ROW = ("ids", "holes", "num_edits", "num_remasked", "undefined")
@@ -140,6 +152,8 @@ def denoise(
         request = sampler.request(canvas, i)
         before, passes = canvas, network.num_forward_passes
         active = sampler.active_rows(canvas, i)
+        if progress.finished is not None:
+            active = active & ~progress.finished
         # 2.
         if request.mask is None:
             logits, request = network.at_columns(canvas.ids, request, sampler)
@@ -159,9 +173,7 @@ def denoise(
         if done is not None and bool(done.any()):
             if bool(done.all()):
                 break
-            stay = (~done).nonzero().squeeze(-1)
-            progress.rows, canvas = progress.rows[stay], canvas.select(stay)
-            network.select(stay)
+            canvas = progress.remove(done, canvas, network)
         i = following
     return progress
 
@@ -182,4 +194,6 @@ def _done(
     if stopping.stops_at_end_of_text and (sampler.adaptive or i % _STEPS_BETWEEN_CHECKS == 0 or block_end is not None):
         reasons.append(stopping.stopped_at_end_of_text(before, after, progress.rows))
     known = [reason for reason in reasons if reason is not None]
+    if known and progress.finished is not None:
+        known.append(progress.finished)
     return torch.stack(known).any(0) if known else None

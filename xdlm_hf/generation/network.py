@@ -41,6 +41,7 @@ class Network:
 
     counts_padding = False  # whether positions count padding
     one_batch = False  # whether the streams are evaluated as one batch, also those of a masked prompt
+    fixed_shapes = False  # whether rows that are done stay in the batch
 
     def __init__(
         self,
@@ -55,6 +56,8 @@ class Network:
         self.guidance_mask = self._guidance_mask(attention_mask, canvas)
         self.processors = LogitsProcessorList(processors) if processors else None
         self.num_forward_passes = 0
+        # Made once: a copy from the host synchronizes with the device.
+        self.suppressed = torch.tensor(options.suppress_tokens or [], dtype=torch.long, device=canvas.ids.device)
         padding = padding_inputs(model, attention_mask)
         self.attention_mask: Tensor | None = padding.get("attention_mask")
         self.position_ids: Tensor | None = None if self.counts_padding else padding.get("position_ids")
@@ -77,12 +80,16 @@ class Network:
         positions, columns = request.columns, None
         if self.plan is not None:
             i = request.i
-            planned = self.plan.columns(ids, sampler.block(i), sampler.may_edit, sampler.polishing(i))
+            planned = self.plan.columns(ids, sampler.block(i), self._most_edited(sampler, i), sampler.polishing(i))
             if planned is not None:
                 columns, valid = planned
                 request = replace(request, columns=columns[:, : valid.shape[1]], valid=valid)
                 positions = torch.arange(valid.shape[1], device=ids.device)
         return self._processed(self._stream_logits(ids, positions, columns, request.t), ids), request
+
+    def _most_edited(self, sampler: Sampler, i: int) -> int | None:
+        """Most columns outside the window of step `i` that the last step edited in a row; None: count them."""
+        return None if sampler.may_edit else 0
 
     def at_mask(self, ids: Tensor, mask: Tensor, t: float | None = None) -> Iterator[Tensor]:
         """Logits of the positions `mask` (R, T) in row-major order, in chunks (m, N); the dtype is as in `at_columns`.
@@ -165,7 +172,7 @@ class Network:
             streams: Logits of each stream, (R, C, N) or (m, N).
             ids: The texts (R, T), or the text of each position (m, T).
         """
-        adjusts = len(streams) > 1 or self.processors is not None or self.options.suppress_tokens
+        adjusts = len(streams) > 1 or self.processors is not None or len(self.suppressed)
         if adjusts:
             streams = [self._upcast(logits) for logits in streams]
         logits = streams[0]
@@ -176,13 +183,16 @@ class Network:
         if self.processors is not None:
             rows = ids if logits.ndim == 2 else ids.repeat_interleave(logits.shape[1], 0)
             logits = self.processors(rows, logits.view(-1, logits.shape[-1])).view(logits.shape)
-        if self.options.suppress_tokens:
-            logits = logits.index_fill(-1, torch.tensor(self.options.suppress_tokens, device=ids.device), -torch.inf)
+        if len(self.suppressed):
+            logits = logits.index_fill(-1, self.suppressed, -torch.inf)
         return logits
 
     def _upcast(self, logits: Tensor) -> Tensor:
         """The logits in the dtype of guidance and processors, float32 or wider."""
         return logits.to(work_dtype(logits))
+
+    def release(self) -> None:
+        """Called after the last step, also if there was an error."""
 
     def select(self, rows: Tensor) -> None:
         """Keep some rows of the batch, (rows,)."""

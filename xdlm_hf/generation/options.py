@@ -82,7 +82,7 @@ class Option:
         check: Raises ValueError for an invalid value; takes the option's name for the message, and the value.
         range: Type and range, as text.
         about: Description.
-        section: "length", "sampling", "speed", "refinement", "audit", "output" or "tokens".
+        section: "length", "sampling", "speed", "device", "refinement", "audit", "output" or "tokens".
         default: The default, as text.
         value: The default, if it is a constant.
         off: Values that switch the option off, as None does.
@@ -234,6 +234,15 @@ TABLE: dict[str, Option] = {
         "speed",
         "full passes only at the start of blocks and of polishing",
         of=("cache", "refresh"),
+        **_UNRELEASED,
+    ),
+    "compile": Option(
+        _choice("graphs", False),
+        '`"graphs"`',
+        "Run the forward passes at fixed shapes and, on a GPU, as CUDA graphs, captured at the first call of a batch "
+        "size and length. The tokens are the same; nothing may be drawn at random.",
+        "device",
+        off=(False,),
         **_UNRELEASED,
     ),
     "refinement": Option(

@@ -30,6 +30,10 @@ class Refinement(ABC):
     def edit(self, view: StepView, fill: Tensor) -> Tensor:
         """Filled tokens to replace by the predicted ones; `fill` (B, C) are the holes that this step fills."""
 
+    def most_edits(self, length: int) -> int:
+        """Upper bound of the edits of one step in a row that may change at `length` positions."""
+        return length if self.edits else 0
+
     def remask(self, view: StepView) -> Tensor:
         """Filled tokens to turn into holes again; the step fills as many holes in addition, if there are enough."""
         return torch.zeros_like(view.holes)
@@ -63,6 +67,9 @@ class BudgetRefinement(Refinement):
 
     def edit(self, view: StepView, fill: Tensor) -> Tensor:
         return most_confident(view.conf_predicted, view.disagrees, self.allowance(view, fill))
+
+    def most_edits(self, length: int) -> int:
+        return length if self.mixing_ratio == 1 else int(length * (self.mixing_ratio / (1 - self.mixing_ratio)) + 1e-9)
 
     def allowance(self, view: StepView, fill: Tensor) -> Tensor:
         """u_i, (B,): maximum number of edits in this step."""
@@ -159,6 +166,9 @@ class OffInLastSteps(Refinement):
     def edit(self, view: StepView, fill: Tensor) -> Tensor:
         return torch.zeros_like(fill) if self._off(view) else self.policy.edit(view, fill)
 
+    def most_edits(self, length: int) -> int:
+        return self.policy.most_edits(length)
+
     def remask(self, view: StepView) -> Tensor:
         return torch.zeros_like(view.holes) if self._off(view) else self.policy.remask(view)
 
@@ -185,6 +195,9 @@ class EditLimit(Refinement):
         allowed = view.recall("edits", 0) < self.max_edits
         allowed &= view.predicted != view.recall("replaced", -1).long()
         return self.policy.edit(replace(view, editable=view.editable & allowed), fill)
+
+    def most_edits(self, length: int) -> int:
+        return self.policy.most_edits(length)
 
     def remask(self, view: StepView) -> Tensor:
         return self.policy.remask(view)

@@ -14,6 +14,7 @@ import torch
 
 from ..diffusion.checks import validate_ids
 from .cache import check_cache_attention
+from .graphs import check_capture
 from .options import REMDM_POLICIES, TABLE, Options, draws, policy
 from .protocol import check_cache, check_conditioning, default_mixing_ratio, output_rows
 from .spelling import canonical, check_values, flatten
@@ -132,6 +133,11 @@ def _needs_refinement(name: str, without: tuple[str, ...]) -> Rule:
     )
 
 
+def _drawing(rows: DraftOptions) -> str:
+    """The row because of which the confidence sampler draws random numbers."""
+    return "temperature" if rows.temperature else "remasking" if rows.remasking == "random" else "refinement"
+
+
 RULES: tuple[Rule, ...] = (
     *(_not_in_sampler(name) for name, row in TABLE.items() if len(row.samplers) < 2),
     *(_not_released(name) for name, row in TABLE.items() if len(row.released) < 2 and name != "block_length"),
@@ -161,6 +167,14 @@ RULES: tuple[Rule, ...] = (
     _needs_sampling("top_p"),
     _needs_confidence_order("confidence_threshold"),
     _needs_confidence_order("confidence_factor"),
+    Rule(
+        "compile",
+        lambda o: o.sampler != "ancestral" and draws(o),
+        lambda o: (
+            f"compile={o.compile!r} pads the passes to fixed shapes, so that a seed would give other draws, and "
+            f"{o.assignment(_drawing(o))} draws; leave out one of them."
+        ),
+    ),
     Rule(
         "cache_refresh",
         lambda o: o.use_cache is None,
@@ -313,6 +327,8 @@ def _check_against_model(model: Any, options: Options) -> None:
             f"sampler='ancestral' denoises all positions at once, and {type(model).__name__} has "
             f"attention={model.attention!r}; use sampler='confidence' with the block_length of its training."
         )
+    if options.compile:
+        check_capture(model)
     if options.use_cache:
         check_cache(model, options.use_cache)
         check_cache_attention(model.config._attn_implementation)

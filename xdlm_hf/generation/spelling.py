@@ -90,6 +90,8 @@ def unknown_options(unknown: Mapping[str, Any]) -> str:
         "gen_length": "use max_new_tokens",
         "k1": "use mixing_ratio",
         "num_inference_steps": "use steps",
+        "compile_config": "compile='graphs' captures the passes; torch.compile(model.forward) goes with it or without",
+        "disable_compile": "nothing is compiled without compile='graphs'",
         "token_type_ids": "call the tokenizer with return_token_type_ids=False",
     }
     named = ", ".join(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, is_tracing
 
 from ..diffusion.checks import validate_ids
 
@@ -57,7 +57,7 @@ def check_conditions(config: Any, rows: int, timesteps: Tensor | None, class_lab
     for name, value in (("timesteps", timesteps), ("class_labels", class_labels)):
         if value is not None and value.shape != (rows,):
             raise ValueError(f"{name} of shape {tuple(value.shape)} must be (B,) = ({rows},).")
-    if class_labels is not None and not torch.compiler.is_compiling():
+    if class_labels is not None and not is_tracing():
         validate_ids("class_labels", class_labels, classes + 1)
 
 
@@ -86,7 +86,7 @@ def check_positions(position_ids: Tensor | None, inputs_embeds: Tensor, rows: in
                 f"rows of {length} tokens are longer than the table of position embeddings (model_length={rows}); pass "
                 f"at most {rows}."
             )
-    elif not torch.compiler.is_compiling():
+    elif not is_tracing():
         outside = (position_ids < 0) | (position_ids >= rows)
         if outside.any():
             raise ValueError(

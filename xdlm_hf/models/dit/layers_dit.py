@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
+from transformers.utils import is_tracing
 
 FREQUENCIES = 128  # of the time embedding, each with its cosine and sine
 
@@ -79,8 +80,8 @@ class LabelEmbedder(nn.Module):
 class FoldsConstants(nn.Module):
     """Caches a tensor that depends only on weights, until they change; it is not part of the state dict.
 
-    It is computed on every call in training, when gradients are recorded, in compiled graphs, and if weights are
-    offloaded, sharded or quantised.
+    It is computed on every call in training, when gradients are recorded, in compiled and captured graphs, and if
+    weights are offloaded, sharded or quantised.
     """
 
     _folded: tuple | None = None
@@ -95,7 +96,7 @@ class FoldsConstants(nn.Module):
 
     def folded(self, modules: Sequence[nn.Module], condition: Tensor | None, compute: Callable[[], Tensor]) -> Tensor:
         """`compute()`, or its cached result for the same weights of `modules` and the same tensor `condition`."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.training or torch.is_grad_enabled() or is_tracing():
             return compute()
         version = _weights_version(modules)
         if version is None:
