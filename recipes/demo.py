@@ -138,21 +138,15 @@ def chains(folder: Path) -> list[list[Run]]:
         Run(f"k{k:g}", f"alphabet, k = {k:g}", "llada_sft.py", "demo_alphabet.yaml", (*data, "--mixing_ratio", str(k)))
         for k in K
     ]
-    return [[*text, task[2]], task[:2]]
+    return [text, task]
 
 
 def train(folder: Path, steps_scale: float) -> None:
     """All runs, each process with one thread, under one display of their progress."""
-    columns = (
-        TextColumn("{task.description:<20}"),
-        BarColumn(20),
-        TextColumn("{task.fields[line]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(2) as pool:
-        bars = {
-            run.name: progress.add_task(run.label, start=False, line="") for chain in chains(folder) for run in chain
-        }
+    columns = TextColumn("{task.description:<20}"), BarColumn(24), TextColumn("step {task.completed:.0f}")
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress, ThreadPoolExecutor(2) as pool:
+        runs = [run for chain in chains(folder) for run in chain]
+        bars = {run.name: progress.add_task(run.label, start=False) for run in runs}
 
         def work(chain: Sequence[Run]) -> None:
             for run in chain:
@@ -175,7 +169,7 @@ def train_one(run: Run, folder: Path, steps_scale: float, progress: Progress, ba
     command += ["--logging_steps", str(every), "--warmup_steps", str(min(50, steps // 4))]
     log = folder / "logs" / f"{run.name}.txt"
     progress.start_task(bar)
-    progress.update(bar, total=steps, line="loading")
+    progress.update(bar, total=steps)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("w") as output:
         output.write("$ " + " ".join(command) + "\n")
@@ -190,7 +184,7 @@ def train_one(run: Run, folder: Path, steps_scale: float, progress: Progress, ba
                     f"step {number * every:>4}  loss {entry['nelbo']:.3f} ± {entry['nelbo_standard_error']:.3f}  "
                     f"{entry['tokens_per_second']:>6,.0f} tokens/s"
                 )
-                progress.update(bar, completed=number * every, line=line)
+                progress.update(bar, completed=number * every)
                 progress.console.print(f"{run.label:<20} {line}", style="dim", highlight=False)
             shown = len(entries)
             if ended:
@@ -264,7 +258,8 @@ def unigram_nats(folder: Path) -> float:
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     parts = hold_out(python_reference_documents(), settings["validation_fraction"])
     length, rows = settings["sequence_length"], settings["validation_rows"]
-    train_rows, held_out = PackedDataset(parts[0], tokenizer, length), PackedDataset(parts[1], tokenizer, length, rows)
+    train_rows = PackedDataset(parts[0], tokenizer, length)
+    held_out = PackedDataset(parts[1], tokenizer, length, max_rows=rows)
     counts = torch.ones(len(tokenizer), dtype=torch.float64)
     for row in train_rows:
         counts += torch.bincount(row["input_ids"], minlength=len(counts))
