@@ -1,71 +1,96 @@
-"""Train, generate and score a small model on two CPU cores. `make demo` runs it, in about six minutes.
+"""Show on two CPU cores what mixed noise does. `make demo` runs it, in about five minutes, without any download.
 
-The text is Python's own documentation, so nothing is downloaded. In order:
+1. Training, two runs at a time: text (Python's own documentation) as a masked model, k = 0, continued at k = 0.1 by the
+   recipe that trains LLaDA-XDLM, `accelerate launch recipes/llada_cpt.py`; and three models of a task with checkable
+   answers (demo_task/alphabet.py), alike but for k = 0, 0.1 and 1, by recipes/llada_sft.py.
+2. Answers in 32 to 2 steps by `model.generate`, for each k, and with edits by confidence instead of a budget.
+3. The same task through lm-eval.
+4. outputs/demo/index.html: losses, answers against steps, and a generation with a slider over its steps.
 
-1. a byte-level BPE tokenizer with LLaDA's special tokens, and a LLaDA of random weights;
-2. the base model: masked diffusion (k = 0), by recipes/llada_cpt.py;
-3. continual pretraining with the XDLM objective (k = 0.1), by the same recipe, which also trains LLaDA-8B: only the
-   config file differs;
-4. generation with `model.generate(steps=32)`, showing which tokens each step filled and which it refined;
-5. the last word of held-out passages, scored through lm-eval;
-6. a report: the table in the terminal, report.json, and the loss curve as loss.png.
+Ends with status 1 unless refinement makes the k = 0.1 model better in 8 steps, and unless the text model has learnt
+more than how frequent each token is. What the libraries print is in logs/.
 
     python recipes/demo.py [--output_dir outputs/demo] [--steps_scale 1.0]
 """
 
 import argparse
+import ast
 import json
+import math
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
+import yaml
+from demo_page import LABELS, write_page
+from demo_task import alphabet
 from rich.console import Console
-from rich.rule import Rule
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
-import xdlm_hf
+from xdlm_hf.data.packing import PackedDataset
 from xdlm_hf.data.readers import hold_out, python_reference_documents
 from xdlm_hf.data.tokenizer import train_tokenizer
-from xdlm_hf.watch.display import history_table
+from xdlm_hf.watch.trace import save_trace
 
-CONFIGS = Path(__file__).parent / "configs"
+RECIPES = Path(__file__).resolve().parent
+CONFIGS = RECIPES / "configs"
 MARKER = ".xdlm-demo"  # marks a folder of the demo, which a new run may replace
+K = (0.0, 0.1, 1.0)
+STEPS = (32, 16, 8, 4, 2)
+EDITS = {"refinement": {"policy": "threshold", "threshold": 0.5}}
+TRAINING, PROBLEMS = 40_000, 200
 PROMPT = "Return True if the"
-ITEMS = 24
+TEXT_STEPS, TEXT_TOKENS, TEXT_SAMPLING = 32, 180, {"temperature": 0.5, "seed": 0}
+LAUNCH = "-m accelerate.commands.accelerate_cli launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no"
 console = Console()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: `name` is its folder, `launcher` what stands before the recipe."""
+
+    name: str
+    label: str
+    recipe: str
+    config: str
+    options: tuple[str, ...]
+    launcher: str = ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("--steps_scale", type=float, default=1.0, help="scales the training steps, at least 20 a run")
+    parser.add_argument("--steps_scale", type=float, default=1.0, help="scales the training steps, at least 4 a run")
     options = parser.parse_args()
+    transformers_logging.disable_progress_bar()
     start = time.perf_counter()
-    folder = fresh_folder(options.output_dir)
-    console.print(Rule("1. tokenizer and random weights"))
-    texts = build(folder / "random")
-    console.print(Rule("2. base model: masked diffusion, k = 0"))
-    train("demo_base.yaml", folder / "random", folder / "base", options.steps_scale)
-    console.print(Rule("3. continual pretraining: XDLM, k = 0.1"))
-    train("demo_xdlm.yaml", folder / "base", folder / "xdlm", options.steps_scale)
-    console.print(Rule("4. generation in 32 steps"))
-    samples = generate(folder / "xdlm")
-    console.print(Rule("5. last words of held-out passages, through lm-eval"))
-    scores = score(folder / "xdlm", texts, folder / "eval")
-    console.print(Rule("6. report"))
-    report = {**training_figures(folder), **samples, **scores, "seconds": time.perf_counter() - start}
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(folder)
-    show(report)
-    console.print(f"Written to {folder}: report.json, loss.png, and the models base/ and xdlm/.")
+    folder = fresh_folder(options.output_dir).resolve()
+    console.print("[bold]1. Training[/] five small models, two at a time")
+    prepare(folder)
+    train(folder, options.steps_scale)
+    console.print("\n[bold]2. Answers in few steps[/]")
+    report = {"alphabet": answers(folder), "text": text_figures(folder)}
+    console.print(answer_table(report["alphabet"]))
+    console.print("\n[bold]3. The same through lm-eval[/]")
+    report["lm_eval"] = lm_eval(folder)
+    console.print("\n[bold]4. Samples and pictures[/]")
+    report["samples"] = samples(folder)
+    report["seconds"] = time.perf_counter() - start
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_page(folder, report)
+    show(folder, report)
+    failures = shortcomings(report)
+    if failures:
+        raise SystemExit("demo: " + "; ".join(failures))
 
 
 def fresh_folder(folder: Path) -> Path:
@@ -85,173 +110,269 @@ def fresh_folder(folder: Path) -> Path:
 
 def scaled_steps(config: Path, scale: float, least: int) -> int:
     """`max_steps` of a config file, scaled."""
-    steps = int(re.search(r"^max_steps: (\d+)", config.read_text(), re.MULTILINE)[1])
-    return max(least, round(steps * scale))
+    return max(least, round(yaml.safe_load(config.read_text(encoding="utf-8"))["max_steps"] * scale))
 
 
-def build(folder: Path) -> list[str]:
-    """Write a tokenizer and a LLaDA of random weights, 1.4 million parameters; return the held-out documents."""
-    with console.status("reading the language reference and the docstrings of the standard library"):
-        train_documents, held_out = hold_out(python_reference_documents(), 0.05)
-        tokenizer = train_tokenizer((row["text"] for row in train_documents), vocab_size=2048)
-        texts = [row["text"] for row in held_out]
-    config = xdlm_hf.LLaDAConfig(
-        d_model=128,
-        n_heads=4,
-        n_layers=4,
-        mlp_hidden_size=384,
-        vocab_size=len(tokenizer),
-        max_sequence_length=256,
-        init_std=0.08,  # about 1 / sqrt(d_model), so that attention learns early in a short run
-        mask_token_id=tokenizer.mask_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(0)
-    model = xdlm_hf.LLaDAForDiffusionLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    console.print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(texts)} documents held out")
-    return texts
+def prepare(folder: Path) -> None:
+    """Problems for training and for the scores, and the tokenizer of the task: every character is a token."""
+    (folder / "logs").mkdir()
+    alphabet.write(folder / "train.jsonl", TRAINING, seed=0)
+    alphabet.write(folder / "problems.jsonl", PROBLEMS, seed=1)
+    characters = train_tokenizer([], vocab_size=262)
+    characters.chat_template = alphabet.TEMPLATE
+    characters.save_pretrained(folder / "characters")
 
 
-def train(config: str, model: Path, output: Path, steps_scale: float) -> None:
-    """One run of the recipe, started by accelerate."""
-    steps = scaled_steps(CONFIGS / config, steps_scale, least=20)  # the loss is first logged at step 20
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
-    command += ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += [str(Path(__file__).with_name("llada_cpt.py")), "--config", str(CONFIGS / config)]
-    command += ["--model_name_or_path", str(model), "--output_dir", str(output)]
-    command += ["--max_steps", str(steps)]
-    # Waiting threads sleep: spinning ones slow training tenfold on a shared machine.
-    run(command, OMP_NUM_THREADS=str(os.cpu_count()), OMP_WAIT_POLICY="PASSIVE")
+# --------------------------------------------------------------------------------------------------------------------
+# Training
 
 
-def run(command: list[str], **environment: str) -> None:
-    """Run a command with its output shown as it comes; a failure ends the demo."""
-    console.print("$ " + " ".join(["python", *command[1:]]), style="dim", highlight=False, soft_wrap=True)
-    status = subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
-    if status:
-        raise SystemExit(f"demo: the command above failed with status {status}")
+def chains(folder: Path) -> list[list[Run]]:
+    """Runs one after the other, for each of the two processes."""
+    text = [
+        Run("base", "text, k = 0", "llada_cpt.py", "demo_base.yaml", (), LAUNCH),
+        Run("xdlm", "text, on at k = 0.1", "llada_cpt.py", "demo_xdlm.yaml",
+            ("--model_name_or_path", str(folder / "base")), LAUNCH),
+    ]  # fmt: skip
+    data = ("--data_files", str(folder / "train.jsonl"), "--tokenizer_name", str(folder / "characters"))
+    task = [
+        Run(f"k{k:g}", f"alphabet, k = {k:g}", "llada_sft.py", "demo_alphabet.yaml", (*data, "--mixing_ratio", str(k)))
+        for k in K
+    ]
+    return [text, task]
 
 
-def generate(folder: Path) -> dict:
-    """Load the trained model, show one generation step by step, and time a batch."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt = tokenizer(PROMPT, return_tensors="pt")
-    output = model.generate(
-        **prompt, steps=32, max_new_tokens=64, return_dict_in_generate=True, output_history=True, eos_token_id=[]
-    )
-    start = prompt["input_ids"].shape[1]
-    console.print(f"prompt: {PROMPT!r}, k = {model.config.mixing_ratio}, {int(output.num_edits)} tokens refined")
-    console.print(history_table(output.history, tokenizer, model.config.mask_token_id, start=start, every=4))
-
-    began = time.perf_counter()
-    batch = model.generate(steps=32, max_new_tokens=64, sampler="ancestral", num_return_sequences=8, seed=0)
-    seconds = time.perf_counter() - began
-    return {
-        "refined_tokens": int(output.num_edits),
-        "generated_tokens_per_second": batch.numel() / seconds,
-        "sample, confidence": tokenizer.decode(output.sequences[0], skip_special_tokens=True),
-        "sample, ancestral": tokenizer.decode(batch[0], skip_special_tokens=True),
-    }
-
-
-def score(model: Path, texts: list[str], folder: Path) -> dict:
-    """Exact match of the last word of held-out passages, scored by `xdlm-eval`."""
-    folder.mkdir()
-    passages = [p for text in texts for p in re.split(r"\n\s*\n", text) if 12 <= len(p.split()) <= 40]
-    passages = [" ".join(p.split()) for p in passages if re.fullmatch(r"[a-z]+\.?", p.split()[-1])]
-    chosen = passages[:: max(1, len(passages) // ITEMS)][:ITEMS]
-    items = folder / "last_words.jsonl"
-    items.write_text("".join(json.dumps({"text": passage}) + "\n" for passage in chosen))
-    command = [sys.executable, "-m", "xdlm_hf.evaluation.cli", "run", "--tasks", "xdlm_last_word"]
-    command += ["--model_args", f"pretrained={model},steps=8,max_new_tokens=8", "--batch_size", "8"]
-    command += ["--metadata", json.dumps({"data": str(items)}), "--output_path", str(folder)]
-    run(command)
-    results = json.loads(next(folder.rglob("results_*.json")).read_text())["results"]["xdlm_last_word"]
-    return {"last_word_exact_match": results["exact_match,none"], "last_word_items": len(chosen)}
+def train(folder: Path, steps_scale: float) -> None:
+    """All runs, two at a time with a thread each, under one display; a failing one ends the others."""
+    columns = TextColumn("{task.description:<20}"), BarColumn(24), TextColumn("step {task.completed:.0f}")
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        waiting = chains(folder)
+        bars = {run.name: progress.add_task(run.label, start=False) for chain in waiting for run in chain}
+        active = [Training(chain.pop(0), folder, steps_scale) for chain in waiting]
+        try:
+            while active:
+                time.sleep(0.3)
+                for number, training in enumerate(active):
+                    ended = training.process.poll() is not None
+                    training.show(progress, bars[training.run.name])
+                    if ended:
+                        training.check()
+                        later = waiting[number]
+                        active[number] = Training(later.pop(0), folder, steps_scale) if later else None
+                waiting = [chain for chain, training in zip(waiting, active, strict=True) if training]
+                active = [training for training in active if training]
+        finally:
+            for training in filter(None, active):
+                training.process.terminate()
+                training.process.wait()
 
 
-def history(folder: Path) -> list[dict]:
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+class Training:
+    """One run of a recipe in a process of its own, whose output goes to logs/NAME.txt."""
+
+    def __init__(self, run: Run, folder: Path, steps_scale: float):
+        self.run, self.log, self.shown = run, folder / "logs" / f"{run.name}.txt", 0
+        self.steps = scaled_steps(CONFIGS / run.config, steps_scale, least=4)
+        self.every = max(1, self.steps // 5)
+        command = [sys.executable, *run.launcher.split(), str(RECIPES / run.recipe)]
+        command += ["--config", str(CONFIGS / run.config), *run.options, "--output_dir", str(folder / run.name)]
+        command += ["--max_steps", str(self.steps), "--logging_steps", str(self.every)]
+        command += ["--warmup_steps", str(min(50, self.steps // 4))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        with self.log.open("w") as output:
+            output.write("$ " + " ".join(command) + "\n")
+            output.flush()
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+    def show(self, progress: Progress, bar: int) -> None:
+        """Print the entries that are new in the log, a line each, and move the bar."""
+        entries = logged(self.log)
+        if not progress.tasks[bar].started:
+            progress.start_task(bar)
+        for number, entry in enumerate(entries[self.shown :], self.shown + 1):
+            loss = f"loss {entry['nelbo']:.3f} ± {entry['nelbo_standard_error']:.3f}"
+            speed = f"{entry['tokens_per_second']:>6,.0f} tokens/s"
+            line = f"{self.run.label:<20} step {number * self.every:>4}  {loss}  {speed}"
+            progress.console.print(line, style="dim", highlight=False)
+        self.shown = len(entries)
+        progress.update(bar, total=self.steps, completed=self.shown * self.every)
+
+    def check(self) -> None:
+        """Raise SystemExit if the run, which has ended, has failed."""
+        if self.process.returncode:
+            raise SystemExit(f"demo: {self.run.label} failed with status {self.process.returncode}; see {self.log}.")
 
 
-def training_figures(folder: Path, runs: Sequence[str] = ("base", "xdlm")) -> dict:
-    """Losses before and after, and the NELBO on held-out text, of the runs named."""
-    figures = {}
-    for name in runs:
-        log = history(folder / name)
-        losses = [entry["loss"] for entry in log if "loss" in entry]
-        evaluation = [entry for entry in log if "eval_loss" in entry][-1]
-        figures[name] = {
-            "train_loss_first": losses[0],
-            "train_loss_last": sum(losses[-5:]) / len(losses[-5:]),
-            "train_tokens_per_second": [e["train_tokens_per_second"] for e in log if "loss" in e][-1],
-            **{
-                key: evaluation[key]
-                for key in (
-                    "eval_loss",
-                    "eval_loss_standard_error",
-                    "eval_perplexity",
-                    "eval_perplexity_standard_error",
-                )
-            },
-        }
+def logged(log: Path) -> list[dict[str, float]]:
+    """The entries of training that the Trainer has printed so far."""
+    pieces = [piece.strip() for line in log.read_text(errors="replace").splitlines() for piece in line.split("\r")]
+    entries = [ast.literal_eval(piece) for piece in pieces if piece.startswith("{'loss'") and piece.endswith("}")]
+    return [{name: float(value) for name, value in entry.items()} for entry in entries]
+
+
+def history(folder: Path, run: str) -> list[dict]:
+    return json.loads((folder / run / "trainer_state.json").read_text())["log_history"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def load(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def answers(folder: Path) -> dict[str, dict]:
+    """Share of right answers by decoding and steps, with forward passes; greedy."""
+    problems = list(alphabet.problems(PROBLEMS, seed=1))
+    prompts = [problem["prompt"] for problem in problems]
+    found = {}
+    for k in K:
+        model, tokenizer = load(folder / f"k{k:g}")
+        batch = tokenizer(prompts, return_tensors="pt")
+
+        def right(name: str, steps: int, batch=batch, model=model, tokenizer=tokenizer, **options) -> None:
+            output = model.generate(
+                **batch, steps=steps, max_new_tokens=alphabet.ANSWER, return_dict_in_generate=True, **options
+            )
+            texts = tokenizer.batch_decode(output.sequences[:, batch["input_ids"].shape[1] :])
+            share = sum(map(alphabet.is_right, prompts, texts)) / len(texts)
+            passes = float(output.row_forward_passes.double().mean())
+            error = math.sqrt(share * (1 - share) / len(texts))
+            found.setdefault(name, {})[steps] = {"right": share, "standard_error": error, "passes": passes}
+
+        for steps in STEPS:
+            right(f"trained at k = {k:g}", steps)
+            if k == 0.1:
+                right("k = 0.1, without refinement", steps, mixing_ratio=0.0)
+                right("k = 0.1, edits above 0.5", steps, **EDITS)
+        if k == 0.1:
+            right("k = 0.1, all tokens above 0.9", alphabet.ANSWER, parallel_decoding={"threshold": 0.9})
+    return found
+
+
+def text_figures(folder: Path) -> dict:
+    """Held-out NELBO of both text models, beside the cross-entropy of token frequencies on the same rows."""
+    figures = {"unigram": unigram_nats(folder)}
+    for run in ("base", "xdlm"):
+        last = [entry for entry in history(folder, run) if "eval_loss" in entry][-1]
+        figures[run] = {"nelbo": last["eval_loss"], "standard_error": last["eval_loss_standard_error"]}
     return figures
 
 
-def plot(folder: Path) -> None:
-    """loss.png: training loss of both runs, and the held-out NELBO at the end of each with its standard error."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def unigram_nats(folder: Path) -> float:
+    """Nats per token of the held-out rows under the frequencies of the training rows, one more for each token."""
+    settings = yaml.safe_load((CONFIGS / "demo_base.yaml").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    parts = hold_out(python_reference_documents(), settings["validation_fraction"])
+    length, rows = settings["sequence_length"], settings["validation_rows"]
+    train_rows = PackedDataset(parts[0], tokenizer, length)
+    held_out = PackedDataset(parts[1], tokenizer, length, max_rows=rows)
+    counts = torch.ones(len(tokenizer), dtype=torch.float64)
+    for row in train_rows:
+        counts += torch.bincount(row["input_ids"], minlength=len(counts))
+    ids = torch.cat([row["input_ids"] for row in held_out])
+    return float(-(counts / counts.sum()).log()[ids].mean())
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    offset = 0
-    for name, label, colour in (("base", "base, k = 0", "tab:gray"), ("xdlm", "XDLM, k = 0.1", "tab:blue")):
-        log = history(folder / name)
-        points = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-        steps, losses = zip(*points, strict=True)
-        axes.plot([offset + step for step in steps], losses, label=f"{label}: training loss", color=colour)
-        offset += steps[-1]
-        last = [entry for entry in log if "eval_loss" in entry][-1]
-        axes.errorbar(
-            offset,
-            last["eval_loss"],
-            2 * last["eval_loss_standard_error"],
-            fmt="o",
-            capsize=4,
-            color=colour,
-            label=f"{label}: held-out NELBO, two standard errors",
+
+def lm_eval(folder: Path) -> dict[str, dict]:
+    """The k = 0.1 model in 8 steps, with and without refinement, by `xdlm-eval`; both at a time."""
+
+    def score(name: str, more: str) -> dict:
+        output = folder / "lm-eval" / name
+        settings = f"pretrained={folder / 'k0.1'},steps=8,max_new_tokens={alphabet.ANSWER}{more}"
+        command = [sys.executable, "-m", "xdlm_hf.evaluation.cli", "run", "--tasks", "xdlm_alphabet"]
+        command += ["--include_path", str(RECIPES / "demo_task"), "--model_args", settings, "--batch_size", "50"]
+        command += ["--metadata", json.dumps({"data": str(folder / "problems.jsonl")}), "--output_path", str(output)]
+        log = folder / "logs" / f"lm-eval-{name}.txt"
+        with log.open("w") as file:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
+        if status.returncode:
+            raise SystemExit(f"demo: lm-eval failed with status {status.returncode}; see {log}.")
+        results = json.loads(next(output.rglob("results_*.json")).read_text())["results"]["xdlm_alphabet"]
+        return {"right": results["exact_match,none"], "standard_error": results["exact_match_stderr,none"]}
+
+    with console.status("two processes of xdlm-eval"), ThreadPoolExecutor(2) as pool:
+        settings = {"refined": "", "unrefined": ",mixing_ratio=0.0"}
+        found = dict(zip(settings, pool.map(score, settings, settings.values()), strict=True))
+    for name, label in (("refined", "with refinement"), ("unrefined", "without")):
+        one = found[name]
+        console.print(
+            f"k = 0.1, 8 steps, {label:<16}{100 * one['right']:5.1f} ± {100 * one['standard_error']:.1f} % right"
         )
-    axes.set(xlabel="optimizer step", ylabel="nats per token", title="Loss of the demo model on Python's documentation")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
-    pyplot.close(figure)
+    return found
 
 
-def show(report: dict) -> None:
-    table = Table("", "base, k = 0", "XDLM, k = 0.1", title="The demo in figures")
-    base, xdlm = report["base"], report["xdlm"]
-    for label, key in (
-        ("training loss, first (nats/token)", "train_loss_first"),
-        ("training loss, last", "train_loss_last"),
+def shortcomings(report: dict) -> list[str]:
+    """Why the demo has failed: refinement does not help at 8 steps, or the text model knows frequencies only."""
+    found, scores, text = [], report["lm_eval"], report["text"]
+    gain = scores["refined"]["right"] - scores["unrefined"]["right"]
+    if gain <= 4 * math.hypot(scores["refined"]["standard_error"], scores["unrefined"]["standard_error"]):
+        found.append(f"refinement gains {100 * gain:.1f} points in 8 steps, less than four standard errors")
+    if text["xdlm"]["nelbo"] > text["unigram"] - 0.5:
+        found.append(
+            f"the text model's bound, {text['xdlm']['nelbo']:.2f} nats, is not half a nat below that of token "
+            f"frequencies, {text['unigram']:.2f}"
+        )
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is shown
+
+
+def samples(folder: Path) -> dict:
+    """A text, and the problem of the two traces of answers; writes text.html, refined.html and unrefined.html."""
+    model, tokenizer = load(folder / "xdlm")
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    options = {"return_dict_in_generate": True, "output_history": True, "eos_token_id": []}
+    text = model.generate(**prompt, steps=TEXT_STEPS, max_new_tokens=TEXT_TOKENS, **TEXT_SAMPLING, **options)
+    trace(folder / "text.html", text, model, tokenizer, f"Text in {TEXT_STEPS} steps, k = 0.1")
+    model, tokenizer = load(folder / "k0.1")
+    problem = next(alphabet.problems(1, seed=1))["prompt"]
+    batch = tokenizer(problem, return_tensors="pt")
+    for name, title, more in (
+        ("refined", "With refinement, k = 0.1", {}),
+        ("unrefined", "Without refinement", {"mixing_ratio": 0.0}),
     ):
-        table.add_row(label, f"{base[key]:.3f}", f"{xdlm[key]:.3f}")
-    for label, key in (("held-out NELBO (nats/token)", "eval_loss"), ("held-out perplexity", "eval_perplexity")):
-        table.add_row(label, *(f"{run[key]:.3f} ± {run[key + '_standard_error']:.3f}" for run in (base, xdlm)))
-    table.add_row("training, tokens/s", *(f"{run['train_tokens_per_second']:,.0f}" for run in (base, xdlm)))
-    table.add_row("generation in 32 steps, tokens/s", "", f"{report['generated_tokens_per_second']:,.0f}")
-    table.add_row(
-        f"last word, exact match of {report['last_word_items']}", "", f"{report['last_word_exact_match']:.3f}"
+        output = model.generate(**batch, steps=8, max_new_tokens=alphabet.ANSWER, **options, **more)
+        right = alphabet.is_right(problem, tokenizer.decode(output.sequences[0, batch["input_ids"].shape[1] :]))
+        trace(folder / f"{name}.html", output, model, tokenizer, title, "right" if right else "wrong")
+    _, tokenizer = load(folder / "xdlm")
+    return {"text": tokenizer.decode(text.sequences[0]), "problem": problem}
+
+
+def trace(path: Path, output, model, tokenizer, title: str, note: str = "") -> None:
+    start = output.sequences.shape[1] - output.history[0].eq(model.config.mask_token_id).sum()
+    save_trace(path, output.history, tokenizer, model.config.mask_token_id, int(start), title, note)
+
+
+def answer_table(found: dict[str, dict]) -> Table:
+    table = Table(title=f"right answers of {PROBLEMS}, % (32 letters; error at most 3.5)", title_justify="left")
+    table.add_column("decoding")
+    for steps in STEPS:
+        table.add_column(f"{steps} steps", justify="right")
+    for name, cells in found.items():
+        if set(cells) == set(STEPS):
+            table.add_row(name, *(f"{100 * cells[steps]['right']:.1f}" for steps in STEPS))
+    for name, cells in found.items():
+        if set(cells) != set(STEPS):
+            (only,) = cells.values()
+            table.caption = f"{name}: {100 * only['right']:.1f} % in {only['passes']:.1f} passes"
+    return table
+
+
+def show(folder: Path, report: dict) -> None:
+    text = report["text"]
+    bounds = ", ".join(
+        f"{LABELS[run]} {text[run]['nelbo']:.2f} ± {text[run]['standard_error']:.2f}" for run in ("base", "xdlm")
     )
-    console.print(table)
-    for name in ("sample, confidence", "sample, ancestral"):
-        console.print(f"[bold]{name}[/]:", end=" ")
-        console.print(report[name], markup=False, highlight=False)
-    console.print(f"{report['seconds']:.0f} seconds in all")
+    console.print(f"held-out text, nats per token: token frequencies {text['unigram']:.2f}, {bounds}", highlight=False)
+    console.print("[bold]sample:[/]", end=" ")
+    console.print(report["samples"]["text"], markup=False, highlight=False)
+    console.print(f"\n{report['seconds']:.0f} seconds. Losses, quality and traces: {folder / 'index.html'}")
+    console.print(f"Next: xdlm-chat --model {folder / 'k0.1'}, and a line like {report['samples']['problem']}")
 
 
 if __name__ == "__main__":
