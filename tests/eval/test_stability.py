@@ -3,13 +3,12 @@
 import json
 import random
 import sys
-from pathlib import Path
 
-import lm_eval
 import numpy as np
 import pytest
-import torch
+from lm_eval import evaluator
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.tasks import TaskManager
 from models import model_of, save_checkpoint
 
@@ -21,7 +20,7 @@ from xdlm_hf.evaluation.generation_requests import PERTURBATION
 from xdlm_hf.evaluation.stability import item_statistics, run_statistics
 
 ROWS = [{"question": f"{'Well. ' * (n % 4)}What is {n} + {n}?", "answer": f"#### {2 * n}"} for n in range(7)]
-# The weights are random. Whether an answer has an even number of digits and letters e varies from repetition to repetition.
+# The weights are random; whether an answer has an even number of digits and letters e changes with the noise.
 TASK = """
 task: {name}
 dataset_path: json
@@ -74,9 +73,12 @@ def folder(tokenizer, tmp_path_factory):
     return folder
 
 
-def evaluate(lm, folder, tasks="even", **options):
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    return lm_eval.simple_evaluate(lm, tasks=[tasks], task_manager=manager, **options)
+def evaluate(lm, folder, name="even", cache=None, **options):
+    # Not by simple_evaluate, which takes seconds to describe the machine.
+    loaded = TaskManager(include_path=str(folder), include_defaults=False).load([name])
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(1234)
+    return evaluator.evaluate(lm=CachingLM(lm, str(cache)) if cache else lm, task_dict=loaded, **options)
 
 
 def lm(model, tokenizer, **settings):
@@ -128,7 +130,6 @@ class TestRuns:
         results = evaluate(lm(model, tokenizer, batch_size=3), folder, "both")
         report = results["stability"]
         assert (report["repetitions"], report["noise"], report["confidence"]) == (3, 1.0, 0.95)
-        assert results["config"]["stability"] == 3 and results["config"]["stability_noise"] == 1.0
         for task in ("even", "shots"):
             base = [sample["even"] for sample in by_row(results, task)]
             perturbed = np.transpose([sample["perturbed_scores"]["even"] for sample in by_row(results, task)])
@@ -221,13 +222,13 @@ class TestRuns:
 
         monkeypatch.setattr(LLaDAForDiffusionLM, "forward", killed)
         with pytest.raises(KeyboardInterrupt):
-            evaluate(lm(model, tokenizer, batch_size=2), folder, use_cache=str(tmp_path / "answers"))
+            evaluate(lm(model, tokenizer, batch_size=2), folder, cache=tmp_path / "answers.db")
         resumed = lm(model, tokenizer, batch_size=2)
-        found = evaluate(resumed, folder, use_cache=str(tmp_path / "answers"))["stability"]
+        found = evaluate(resumed, folder, cache=tmp_path / "answers.db")["stability"]
         assert found == expected
         assert (whole.num_forward_passes, resumed.num_forward_passes) == (64, 64 - 36)
         more = lm(model, tokenizer, batch_size=2, stability=4)
-        found = evaluate(more, folder, use_cache=str(tmp_path / "answers"))["stability"]
+        found = evaluate(more, folder, cache=tmp_path / "answers.db")["stability"]
         assert more.num_forward_passes == 16
         assert found["tasks"]["even"]["even,none"]["scores"][:3] == expected["tasks"]["even"]["even,none"]["scores"]
 
@@ -237,11 +238,13 @@ class TestRuns:
         arguments += ["--tasks", "even", "--include_path", str(folder), "--limit", "4", "--output_path", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", ["xdlm-eval", *arguments])
         monkeypatch.setattr(cli, "TaskManager", lambda **kwargs: TaskManager(**{**kwargs, "include_defaults": False}))
+        monkeypatch.setattr("lm_eval.tasks.TaskManager", cli.TaskManager)
         cli.main()
         printed = capsys.readouterr().out
         (path,) = tmp_path.rglob("results_*.json")
         results = json.loads(path.read_text())
         found = results["stability"]["tasks"]["even"]["even,none"]
+        assert results["config"]["stability"] == 3 and results["config"]["stability_noise"] == 1.0
         assert results["n-samples"]["even"]["effective"] == 4 and len(found["scores"]) == 3
         for name in ("even_flip_rate", "even_interval_high", "even_interval_low", "even_perturbed"):
             assert name in printed
