@@ -2,7 +2,7 @@
 
     python benchmarks/stability.py [--output_dir outputs/stability]     (10 minutes on 2 cores)
 
-A small model (0.7 million parameters) is trained briefly to add two numbers of three digits, so that it answers
+A small model (0.1 million parameters) is trained briefly to add two numbers of two digits, so that it answers
 some problems right, some wrong, and is undecided between two digits for others. Then:
 
 1. `stability=20` gives the score, the flip rate and the interval.
@@ -31,7 +31,7 @@ from xdlm_hf.evaluation.adapter import XDLMEvalModel
 from xdlm_hf.training.arguments import XDLMTrainingArguments
 from xdlm_hf.training.trainer import XDLMTrainer
 
-DIGITS, ANSWER = 3, 4
+DIGITS, ANSWER = 2, 3
 SYMBOLS = [*"0123456789+=", "<mask>", "<end>"]
 TASK = """
 task: addition
@@ -45,7 +45,7 @@ doc_to_target: "{{{{answer}}}}"
 target_delimiter: ""
 generation_kwargs:
   until: []
-  max_gen_toks: 4
+  max_gen_toks: 3
 metric_list:
   - metric: exact_match
     aggregation: mean
@@ -62,7 +62,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def problem(seed: int) -> tuple[str, str]:
-    """A problem such as "123+456=" and its answer "0579"."""
+    """A problem such as "12+95=" and its answer "107"."""
     a, b = torch.randint(10**DIGITS, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
     return f"{a:0{DIGITS}}+{b:0{DIGITS}}=", f"{a + b:0{ANSWER}}"
 
@@ -87,10 +87,10 @@ def trained(folder: Path, steps: int) -> Path:
     """The checkpoint, trained unless it is there."""
     if not (folder / "model.safetensors").exists():
         torch.manual_seed(0)
-        sizes = dict(d_model=128, n_heads=4, n_kv_heads=4, n_layers=3, mlp_hidden_size=384, max_sequence_length=32)
+        sizes = dict(d_model=64, n_heads=4, n_kv_heads=4, n_layers=2, mlp_hidden_size=192, max_sequence_length=32)
         ids = {"mask_token_id": 12, "eos_token_id": 13, "pad_token_id": 13}
         config = LLaDAConfig(vocab_size=len(SYMBOLS), embedding_size=len(SYMBOLS), mixing_ratio=0.1, **sizes, **ids)
-        rows = 128
+        rows = 64
         arguments = XDLMTrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
@@ -114,7 +114,7 @@ def run(checkpoint: Path, attention: str = "sdpa", **settings: Any) -> dict[str,
     """lm-eval's results of one run over the problems."""
     dtype = settings.pop("dtype", "float32")
     model = LLaDAForDiffusionLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype), attn_implementation=attention)
-    lm = XDLMEvalModel(model, tokenizer=tokenizer(), **{"steps": 4, "batch_size": 64, **settings})
+    lm = XDLMEvalModel(model, tokenizer=tokenizer(), **{"steps": 3, "batch_size": 64, **settings})
     tasks = TaskManager(include_path=str(checkpoint / "task"), include_defaults=False).load(["addition"])
     return evaluator.evaluate(lm=lm, task_dict=tasks, bootstrap_iters=0)
 
