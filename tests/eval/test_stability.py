@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
@@ -16,6 +17,7 @@ from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.evaluation import TASKS, cli
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
+from xdlm_hf.evaluation.distributed import _sort_samples
 from xdlm_hf.evaluation.generation_requests import PERTURBATION
 from xdlm_hf.evaluation.stability import item_statistics, run_statistics
 
@@ -172,18 +174,17 @@ class TestRuns:
     @pytest.mark.parametrize(
         "settings",
         [
-            {},
             {"use_cache": "dual", "block_length": 4, "refinement": {"policy": "threshold", "threshold": 0.02}},
             {"confidence_threshold": 0.05, "block_length": 4},
             {"reference_compat": True},
         ],
-        ids=["greedy", "cache", "threshold", "released"],
+        ids=["cache", "threshold", "released"],
     )
     def test_batch_size_does_not_change_scores(self, model, tokenizer, folder, settings):
         one, three = (
             [
                 sample["perturbed_scores"]
-                for sample in by_row(evaluate(lm(model, tokenizer, batch_size=n, **settings), folder))
+                for sample in by_row(evaluate(lm(model, tokenizer, batch_size=n, stability=2, **settings), folder))
             ]
             for n in (1, 3)
         )
@@ -231,6 +232,24 @@ class TestRuns:
         found = evaluate(more, folder, cache=tmp_path / "answers.db")["stability"]
         assert more.num_forward_passes == 16
         assert found["tasks"]["even"]["even,none"]["scores"][:3] == expected["tasks"]["even"]["even,none"]["scores"]
+
+    def test_processes_share_the_rows(self, monkeypatch, model, tokenizer, folder):
+        # The second process runs first, and leaves what it sends for the first.
+        expected = evaluate(lm(model, tokenizer, batch_size=2), folder)
+        sent, results = [], {}
+        for rank in (1, 0):
+            harness = lm(model, tokenizer, batch_size=2)
+            harness._rank, harness._world_size = rank, 2
+            monkeypatch.setattr(harness, "barrier", lambda: None)
+            monkeypatch.setattr(harness, "all_gather", lambda tensor: torch.tensor([4, 3]))  # of seven rows
+            receive, send = (
+                (lambda part, dst: _sort_samples([part, sent.pop(0)])),
+                (lambda part, dst: sent.append(part)),
+            )
+            monkeypatch.setattr(harness, "gather_object", send if rank else receive)
+            results[rank] = evaluate(harness, folder)
+        assert results[1] is None and not sent
+        assert results[0]["stability"] == expected["stability"]
 
     def test_command_line(self, monkeypatch, folder, tmp_path, capsys):
         settings = ",".join(f"{name}={value}" for name, value in SETTINGS.items())
