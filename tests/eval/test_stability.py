@@ -258,6 +258,7 @@ class TestRuns:
         monkeypatch.setattr(sys, "argv", ["xdlm-eval", *arguments])
         monkeypatch.setattr(cli, "TaskManager", lambda **kwargs: TaskManager(**{**kwargs, "include_defaults": False}))
         monkeypatch.setattr("lm_eval.tasks.TaskManager", cli.TaskManager)
+        monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)  # takes seconds
         cli.main()
         printed = capsys.readouterr().out
         (path,) = tmp_path.rglob("results_*.json")
