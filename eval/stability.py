@@ -192,15 +192,16 @@ def _task_report(
     base, others = _items(results["samples"][name]), [_items(one["samples"][name]) for one in repetitions]
     report = {}
     for key, score in _scores(results["results"][name]):
-        items, columns = list(base[key].values()), [list(other[key].values()) for other in others]
+        items, columns = list(base[key].values()), [list(other.get(key, {}).values()) for other in others]
+        complete = all(len(column) == len(items) for column in columns)  # a scorer may leave out items
         numbers = all(_is_number(value) for values in (items, *columns) for value in values)
-        if numbers and math.isclose(fmean(items), score, abs_tol=1e-12):
+        if complete and numbers and math.isclose(fmean(items), score, abs_tol=1e-12):
             report[key] = item_statistics(items, columns)
-        else:  # the metric is of the corpus, not a mean over its items
+        else:  # the metric is not a mean over the same items
             report[key] = run_statistics(score, [one["results"][name][key] for one in repetitions])
     for sample in results["samples"][name]:
         sample["perturbed_scores"] = {
-            metric: [other[f"{metric},{sample['filter']}"][sample["doc_id"]] for other in others]
+            metric: [other.get(f"{metric},{sample['filter']}", {}).get(sample["doc_id"]) for other in others]
             for metric in sample["metrics"]
         }
     return report

@@ -19,7 +19,7 @@ from xdlm_hf.evaluation import TASKS, cli
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
 from xdlm_hf.evaluation.distributed import _sort_samples
 from xdlm_hf.evaluation.generation_requests import PERTURBATION
-from xdlm_hf.evaluation.stability import item_statistics, run_statistics
+from xdlm_hf.evaluation.stability import add_report, item_statistics, run_statistics
 
 ROWS = [{"question": f"{'Well. ' * (n % 4)}What is {n} + {n}?", "answer": f"#### {2 * n}"} for n in range(7)]
 # The weights are random; whether an answer has an even number of digits and letters e changes with the noise.
@@ -125,6 +125,20 @@ class TestStatistics:
                 low, high = run_statistics(0.0, scores[1:].mean(1).tolist())["interval"]
             inside += low <= scores[0].mean() <= high
         assert 0.935 < inside / 4000 < 0.965
+
+    def test_metrics_that_are_no_means_over_the_same_items(self):
+        def run(scores, aggregate):
+            samples = [{"doc_id": n, "filter": "none", "resps": [[str(s)]]} for n, s in enumerate(scores)]
+            for sample, score in zip(samples, scores, strict=True):
+                sample |= {"metrics": [] if score is None else ["m"], "m": score}
+            return {"samples": {"t": samples}, "results": {"t": {"m,none": aggregate, "alias": "t"}}}
+
+        for scores, aggregate in (([1, None], 1.0), ([(1, 2), (3, 4)], 0.7), ([1, 0], 0.9)):
+            results = run(scores, aggregate)
+            add_report(results, [run([1, 0], 0.5), run([0, 0], 0.25)], 0.1)
+            assert results["stability"]["tasks"]["t"]["m,none"] == run_statistics(aggregate, [0.5, 0.25])
+            assert results["samples"]["t"][0]["perturbed_scores"] == {"m": [1, 0]}
+            assert "m_flip_rate,none" not in results["results"]["t"]
 
 
 class TestRuns:
