@@ -6,6 +6,8 @@ adapter                the lm-eval model `xdlm`
 checkpoint             model, tokenizer and padding
 batches                sizes of batches
 generation_requests    generated answers
+perturbation           noise on the logits in place of another device's rounding
+stability              repetitions with such noise, and the interval of their score
 likelihood_requests    likelihood bounds in batches
 likelihood             Monte Carlo estimate of the bound (Eq. 15)
 distributed            collective operations between processes

@@ -28,6 +28,7 @@ from xdlm_hf.evaluation.likelihood import Estimate
 from xdlm_hf.evaluation.likelihood_requests import LikelihoodRequests
 from xdlm_hf.evaluation.manifest import hardware, sandbox_layers
 from xdlm_hf.evaluation.rows import READ
+from xdlm_hf.evaluation.stability import install
 from xdlm_hf.generation.protocol import default_mixing_ratio
 
 
@@ -56,6 +57,8 @@ class XDLMEvalModel(DistributedLM):
         self.batches = Batches(self.arguments, self._device)
         self.generation = GenerationRequests(self.checkpoint, self.arguments, self.batches)
         self.likelihoods = LikelihoodRequests(self.checkpoint, self.arguments, self.batches)
+        if self.arguments.stability is not None:
+            install()
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
@@ -114,6 +117,8 @@ class XDLMEvalModel(DistributedLM):
             "num_processes": self.world_size,
             "mc_samples": self.arguments.mc_samples,
             "batch_all": self.arguments.batch_all,
+            "stability": self.arguments.stability,
+            "stability_noise": self.arguments.stability_noise,
             "likelihoods": self.likelihoods.summary(),
         }
 

@@ -1,6 +1,7 @@
 """Arguments of the lm-eval model `xdlm`, and the checks that need no weights."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Self
@@ -15,10 +16,12 @@ from xdlm_hf.generation.blocks import check_blocks, check_even_blocks
 from xdlm_hf.generation.config import XDLMGenerationConfig
 from xdlm_hf.generation.options import ACCEPTED, section_names
 from xdlm_hf.generation.protocol import length_limit
+from xdlm_hf.generation.resolution import draws_with
 from xdlm_hf.loading import DTYPES
 from xdlm_hf.models.registry import model_class
 
 DEFAULT_MAX_NEW_TOKENS = 256
+STABILITY_NOISE = 0.05
 
 
 # Arguments that are passed on to `generate`: rows of its table of options.
@@ -64,6 +67,9 @@ class Arguments(_GenerationArguments):
         batch_all: Whether to batch also those answers that then depend on their batch, which is faster: drawn
             answers, and all answers of `reference_compat`, whose sampler edits padding. By default each of these is
             made alone, with noise seeded by `seed`, its prompt and the number of earlier repetitions of the request.
+        stability: Repetitions of every generated answer with perturbed logits, 2 or more, which tell how the score
+            would vary between devices (stability.py); by default none. Greedy answers only.
+        stability_noise: Standard deviation of the perturbation of a logit; by default 0.05.
         item_log: JSONL file to which seconds and forward passes of every answer are appended, for eval.table16.
         seed: Seed of all draws; by default that of torch's global generator, which lm-eval sets to its --seed.
 
@@ -85,6 +91,8 @@ class Arguments(_GenerationArguments):
     mc_samples: int = 128
     check_greedy: bool = True
     batch_all: bool = False
+    stability: int | None = None
+    stability_noise: float | None = None
     item_log: str | None = None
     seed: int | None = None
 
@@ -99,8 +107,9 @@ class Arguments(_GenerationArguments):
         for name in ("check_greedy", "batch_all"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+        if self.seed is not None and not _is_number(self.seed, int):
             raise ValueError(f"seed={self.seed!r} must be an integer")
+        self._check_stability()
         for name, revision in _REVISIONS.items():
             if getattr(self, revision) is not None:
                 setattr(self, revision, str(getattr(self, revision)))  # lm-eval reads a commit of digits as a number
@@ -109,6 +118,18 @@ class Arguments(_GenerationArguments):
                         f"{revision}={getattr(self, revision)!r} needs {name}, the name of a repository on the Hub"
                     )
         self.device = _choose_device(self.device)
+
+    def _check_stability(self) -> None:
+        count, noise = self.stability, self.stability_noise
+        if noise is not None and count is None:
+            raise ValueError(f"stability_noise={noise!r} needs the number of repetitions: add stability=20")
+        if noise is not None and not (_is_number(noise, int | float) and 0 < noise < math.inf):
+            raise ValueError(f"stability_noise={noise!r} must be a positive number, the deviation of a logit")
+        if count is not None:
+            if not _is_number(count, int) or count < 2:
+                raise ValueError(f"stability={count!r} must be an integer of 2 or more, or be left out")
+            self.stability_noise = STABILITY_NOISE if noise is None else noise
+            refuse_draws(XDLMGenerationConfig(), self.settings)
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -257,6 +278,19 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     if length is not None and settings.get("sampler") != "ancestral":
         check = check_even_blocks if settings.get("reference_compat") else check_blocks
         check(settings.get("steps", length), length, settings.get("block_length", length))
+
+
+def refuse_draws(config: XDLMGenerationConfig, settings: Mapping[str, Any], where: str = "") -> None:
+    """Raises ValueError, opened with `where`, if settings over `config` draw: `stability` needs greedy answers."""
+    if draws_with(config, settings):
+        raise ValueError(
+            f"{where}stability repeats greedy answers, and these settings draw random numbers (temperature above 0, "
+            "ancestral sampler, random remasking): leave out stability, and run several seeds instead (seed=1, seed=2)"
+        )
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _choose_device(device: str | torch.device | None) -> torch.device:

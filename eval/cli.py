@@ -31,8 +31,17 @@ except ModuleNotFoundError as error:
 from xdlm_hf.evaluation import TASKS
 from xdlm_hf.evaluation import adapter as adapter  # registers the model
 from xdlm_hf.evaluation import oracle as oracle  # registers its own
-from xdlm_hf.evaluation.arguments import Arguments, check_checkpoint, check_settings, task_settings
+from xdlm_hf.evaluation.arguments import (
+    GENERATION,
+    Arguments,
+    check_checkpoint,
+    check_settings,
+    refuse_draws,
+    task_settings,
+)
 from xdlm_hf.evaluation.likelihood import Estimate
+from xdlm_hf.evaluation.stability import refuse_likelihoods
+from xdlm_hf.generation.config import XDLMGenerationConfig
 from xdlm_hf.training.processes import end_script
 
 
@@ -172,17 +181,24 @@ def check_tasks(
 
     Raises:
         ValueError: If a task is unknown, its rows cannot be read, it runs code and nobody confirmed that, or `settings`
-            do not fit the length of its answers.
+            do not fit the length of its answers or ask for a `stability` that it cannot have.
     """
-    lengths = {}
-    for name, task in _load_tasks(names, include_path, metadata, others=settings is not None).items():
+    lengths, tasks = {}, _load_tasks(names, include_path, metadata, others=settings is not None)
+    stability = settings is not None and settings.get("stability") is not None
+    if stability:
+        refuse_likelihoods(tasks)
+    for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) and not confirmed:
             raise ValueError(f"{name} runs code written by the model: pass --confirm_run_unsafe_code")
         if task.OUTPUT_TYPE != "generate_until" or settings is None:
             continue
         task_kwargs = {**(task.get_config("generation_kwargs") or {}), **(gen_kwargs or {})}
-        length = task_settings(task_kwargs)[0]["max_new_tokens"]
+        asked = task_settings(task_kwargs)[0]
+        length = asked["max_new_tokens"]
         lengths[name] = settings.get("max_new_tokens", length)
+        if stability:
+            run = {option: value for option, value in settings.items() if option in GENERATION}
+            refuse_draws(XDLMGenerationConfig(), {**asked, **run}, f"{name}: ")
         try:
             check_settings({"max_new_tokens": length, **settings})
         except ValueError as error:

@@ -1,5 +1,6 @@
 """Requests for generated answers: settings of each, batches of equal settings, answers cut at their stop strings."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -8,19 +9,30 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lm_eval.api.instance import Instance
 from torch import Tensor
 
-from xdlm_hf.evaluation.arguments import Arguments, check_room, task_settings
+from xdlm_hf.evaluation.arguments import Arguments, check_room, refuse_draws, task_settings
 from xdlm_hf.evaluation.batches import Batches
 from xdlm_hf.evaluation.checkpoint import Checkpoint
 from xdlm_hf.evaluation.likelihood import seeded_generator
+from xdlm_hf.evaluation.perturbation import Perturbation
 from xdlm_hf.generation.resolution import draws_with
 
 logger = logging.getLogger(__name__)
+
+PERTURBATION = "perturbation"  # among a request's settings: `repetition` and `noise` of a perturbed answer
+
+
+class _Asked(NamedTuple):
+    """How a group of requests is answered."""
+
+    settings: dict[str, Any]  # of `generate`
+    stops: list[str]
+    perturbation: Perturbation | None
 
 
 class GenerationRequests:
@@ -41,32 +53,33 @@ class GenerationRequests:
 
         Requests with equal settings share batches, longest prompts first, so that little is padded and the largest
         batch comes first. Answers that would depend on their batch are made one by one (`Arguments.batch_all`).
+
+        Raises:
+            ValueError: Before the first batch, if `stability` is set and an answer is drawn.
         """
         repeats = _repeats(requests)
         groups: dict[str, list[int]] = {}
         for n, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(n)
-        for group in groups.values():
+        asked = [self._merge(requests[group[0]].args[1]) for group in groups.values()]
+        if self.arguments.stability is not None:
+            for one in asked:
+                refuse_draws(self.checkpoint.model.generation_config, one.settings)
+        for group, one in zip(groups.values(), asked, strict=True):
             group.sort(key=lambda n: (-len(self.checkpoint.encode(requests[n].args[0])), requests[n].args[0]))
-            settings, stops = self._merge(requests[group[0]].args[1])
-            alone = self._depends_on_batch(settings) and not self.arguments.batch_all
-            answer = functools.partial(self._timed_answers, requests, repeats, settings, stops)
+            alone = self._depends_on_batch(one.settings) and not self.arguments.batch_all
+            answer = functools.partial(self._timed_answers, requests, repeats, one)
             yield from self.batches.over(group, answer, at_most=1 if alone else None)
 
     def _timed_answers(
-        self,
-        requests: Sequence[Instance],
-        repeats: Sequence[int],
-        settings: dict[str, Any],
-        stops: list[str],
-        batch: Sequence[int],
+        self, requests: Sequence[Instance], repeats: Sequence[int], asked: _Asked, batch: Sequence[int]
     ) -> list[str]:
         """Answers to one batch of requests, whose cost is written to `item_log`."""
         start, passes = time.perf_counter(), self.num_forward_passes
         contexts = [requests[n].args[0] for n in batch]
         # Seeded by the batch alone: a batch of one makes its draws independent of all other requests.
         generator = seeded_generator(self.arguments.seed_of_draws, contexts, [repeats[n] for n in batch])
-        answers = self._answer(contexts, settings, stops, generator)
+        answers = self._answer(contexts, asked, generator)
         if self.item_log is not None:
             seconds, passes = time.perf_counter() - start, self.num_forward_passes - passes
             self._log_items(contexts, seconds / len(contexts), passes)
@@ -80,18 +93,17 @@ class GenerationRequests:
                 cost = {"seconds": seconds, "forward_passes": passes, "batch_rows": len(contexts)}
                 log.write(json.dumps({"prompt_hash": digest, **cost}) + "\n")
 
-    def _answer(
-        self, contexts: Sequence[str], settings: dict[str, Any], stops: list[str], generator: torch.Generator
-    ) -> list[str]:
+    def _answer(self, contexts: Sequence[str], asked: _Asked, generator: torch.Generator) -> list[str]:
         """Answers to one batch of prompts."""
-        checkpoint = self.checkpoint
+        checkpoint, settings = self.checkpoint, asked.settings
         check_room(checkpoint.max_length, settings["max_new_tokens"])
         inputs = self._encode(contexts, checkpoint.max_length - settings["max_new_tokens"])
-        output = checkpoint.model.generate(**inputs, generator=generator, return_dict_in_generate=True, **settings)
+        with asked.perturbation.of(checkpoint.model) if asked.perturbation else contextlib.nullcontext():
+            output = checkpoint.model.generate(**inputs, generator=generator, return_dict_in_generate=True, **settings)
         self.num_forward_passes += output.num_forward_passes
         # A task with `eos_token_id: []` cuts the whole answer by its own rules.
         decode = checkpoint.decode_raw if settings.get("eos_token_id") == [] else checkpoint.decode_until
-        return [decode(ids, stops) for ids in output.sequences[:, inputs["input_ids"].shape[1] :].tolist()]
+        return [decode(ids, asked.stops) for ids in output.sequences[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _encode(self, contexts: Sequence[str], room: int) -> dict[str, Tensor]:
         """Left-padded ids and attention mask, (B, L); prompts longer than `room` tokens keep their end."""
@@ -102,9 +114,10 @@ class GenerationRequests:
             )
         return self.checkpoint.pad([row[-room:] for row in rows])
 
-    def _merge(self, asked: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Settings for `generate`, the run's over the task's, and the stop strings."""
-        task, stops = task_settings(asked)
+    def _merge(self, asked: Mapping[str, Any]) -> _Asked:
+        """How to answer requests that ask for these settings: the run's win over the task's."""
+        device = asked.get(PERTURBATION)
+        task, stops = task_settings({name: value for name, value in asked.items() if name != PERTURBATION})
         run = self.arguments.settings
         if self._in_force("sampler", run) == "ancestral" and not task.get("temperature"):
             task.pop("temperature", None)  # greedy, as tasks ask for, means nothing to a sampler that draws
@@ -112,7 +125,8 @@ class GenerationRequests:
             # The default length is not the task's wish.
             if name in task and task[name] != value and (name != "max_new_tokens" or _asks_length(asked)):
                 self._warn_once(f"the task asks for {name}={task[name]}, the run for {name}={value}: the run's is used")
-        return {**task, **run}, stops
+        perturbation = Perturbation(**device, seed=self.arguments.seed_of_draws) if device else None
+        return _Asked({**task, **run}, stops, perturbation)
 
     def _in_force(self, name: str, settings: Mapping[str, Any]) -> Any:
         """A setting of `generate`; by default the value in the checkpoint's generation_config.json."""

@@ -44,10 +44,10 @@ class Estimate(float):
         return Estimate, (float(self), self.standard_error)
 
 
-def seeded_generator(*parts: Any) -> torch.Generator:
-    """A CPU generator seeded by the printed form of `parts`, which must be plain values."""
+def seeded_generator(*parts: Any, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator on `device`, seeded by the printed form of `parts`, which must be plain values."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 @dataclass(frozen=True)
