@@ -189,7 +189,7 @@ class Run {
 
   // Bars of all steps; `columns` and `top`, the largest number of steps and the highest bar, are those of all runs.
   plot(columns, top) {
-    const width = this.svg.clientWidth - LEFT - 8, counts = this.data.counts[row], nodes = [];
+    const width = Math.max(40, this.svg.clientWidth - LEFT - 8), counts = this.data.counts[row], nodes = [];
     this.slot = width / columns;
     const gap = this.slot > 6 ? 1 : 0;
     counts.forEach((values, i) => {
