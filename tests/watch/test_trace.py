@@ -172,8 +172,13 @@ def test_images_in_a_browser(browser, tmp_path):
     path, _ = image_trace(tmp_path)
     page, problems = opened(browser, path)
     page.fill("#slider", "2")
-    frames = "all => all.map(s => [s.className, s.style.left, s.style.top])"
-    assert page.eval_on_selector_all(".picture span", frames) == [["refined", "0%", "0%"], ["filled", "0%", "50%"]]
+    cells = "all => all.map(s => [s.className, s.style.left, s.style.top])"
+    framed = [["refined", "0%", "0%"], ["filled", "0%", "50%"]]
+    open_cells = [["open", "50%", "0%"], ["open", "50%", "50%"]]
+    assert page.eval_on_selector_all(".picture span", cells) == open_cells + framed
+    assert page.inner_text(".legend").split("\n")[-1] == "2 open"
+    assert page.get_attribute(".text", "aria-label") == "image after this step"
+    assert page.locator("#colours").is_hidden()
     assert page.eval_on_selector(".picture img", "image => image.decode().then(() => image.naturalWidth)") == 2
     assert not problems
     page.close()

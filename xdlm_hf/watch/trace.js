@@ -44,7 +44,7 @@ class Run {
     find(".note").textContent = data.note;
     find(".note").hidden = only;
     this.label = only ? "" : data.title + ": ";
-    this.text.setAttribute("aria-label", this.label + "text after this step");
+    this.text.setAttribute("aria-label", this.label + (data.images ? "image" : "text") + " after this step");
     get("runs").append(root);
   }
 
@@ -103,19 +103,25 @@ class Run {
     return getComputedStyle(this.text).direction;
   }
 
-  // The image after this step, with a frame around each cell that it changed.
+  // The image after this step: open cells are hatched, and each cell that the step changed has a frame.
   picture(state) {
     const [rows, columns] = this.data.grid, parts = document.createElement("div"), image = new Image();
     parts.className = "picture";
     image.src = PNG + this.data.images[row][state.step];
     image.alt = "image after step " + state.step;
     parts.append(image);
-    for (const [position, kind] of Object.entries(state.kind)) {
-      const cell = position % (rows * columns), span = tag(kind, "");
-      span.title = "position " + position + ", token " + this.data.ids[state.ids[position]] + ", " + kind;
+    const mark = (cell, kind, title) => {
+      const span = tag(kind, "");
+      span.title = title;
       span.style.cssText = "left:" + 100 * (cell % columns) / columns + "%;top:" + 100 * Math.floor(cell / columns) / rows
         + "%;width:" + 100 / columns + "%;height:" + 100 / rows + "%";
       parts.append(span);
+    };
+    const cells = rows * columns; // channels of pixels follow each other
+    const open = new Set(state.ids.flatMap((id, i) => id === this.data.hole ? [i % cells] : []));
+    for (const cell of open) mark(cell, "open", "not drawn yet");
+    for (const [position, kind] of Object.entries(state.kind)) {
+      mark(position % cells, kind, "position " + position + ", token " + this.data.ids[state.ids[position]] + ", " + kind);
     }
     return parts;
   }
@@ -161,7 +167,7 @@ class Run {
     const counts = state.step ? this.data.counts[row][state.step - 1] : [0, 0, 0];
     const holes = state.ids.reduce((sum, id, i) => sum + (id === this.data.hole && i >= this.data.start), 0);
     const parts = KINDS.map((kind, i) => tag(kind, counts[i] + " " + this.data.kinds[i]));
-    parts.push(tag("hole", holes + " " + HOLE + " open"));
+    parts.push(tag("hole", holes + (this.data.images ? "" : " " + HOLE) + " open"));
     if (step > this.steps) parts.push(tag("hole", "done after step " + this.steps));
     if (colour !== "change" && !this.data.images) parts.push(this.ramp());
     this.legend.replaceChildren(...parts);
@@ -282,6 +288,7 @@ unpack().then(data => {
   data[0].rows.forEach((_, i) => get("row").append(new Option(i, i)));
   get("rows").hidden = data[0].rows.length === 1;
   get("colours").hidden = data.every(run => run.images);
+  if (data[0].images) get("hover").textContent = "A framed cell shows its token when pointed at; hatched cells are open.";
   get("colour").options[2].disabled = !data.some(run => run.confident);
   listen();
   choose(0);
