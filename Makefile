@@ -23,7 +23,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-images test slow style format bench gpu clean
+.PHONY: help install demo demo-images test slow style docs format bench gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ slow: $(INSTALLED)  ## the tests marked slow (pytest's status 5, nothing collect
 style: $(INSTALLED)  ## linter and formatter, check only
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+docs: $(INSTALLED)  ## build the documentation site into outputs/site; broken links are errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(INSTALLED)  ## apply the linter's fixes and the formatter
 	@$(BIN)/ruff check --fix .

@@ -22,7 +22,7 @@ from rich.console import Console
 from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.loading import end_ids, end_of_turn_ids, load
-from xdlm_hf.serving.chat import INTERRUPTED, Chat, main
+from xdlm_hf.serving.chat import INTERRUPTED, TERMINATED, Chat, main
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +128,43 @@ def test_a_message_too_long_is_tokenized_once(loaded, monkeypatch):
     assert sum("word" in messages[-1]["content"] for messages in counted) == 1
 
 
+def piped(checkpoint, monkeypatch, given, *arguments):
+    """Status of the program with this standard input."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+    with pytest.raises(SystemExit) as end:
+        main(["--model", str(checkpoint), "--device", "cpu", *arguments])
+    return end.value.code
+
+
 def test_input_that_is_not_utf8_does_not_end_the_chat(checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n/history\n"), encoding="utf-8"))
-    with pytest.raises(SystemExit, match="^0$"):
-        main(["--model", str(checkpoint), "--device", "cpu"])
-    printed = capsys.readouterr().out
-    assert "this line holds bytes that are not UTF-8" in printed and "Nothing was said yet." in printed
+    assert piped(checkpoint, monkeypatch, b"\xff\n/history\n") == 1
+    printed = capsys.readouterr()
+    assert "this line holds bytes that are not UTF-8" in printed.err and "Nothing was said yet." in printed.err
+    assert printed.out == ""
+
+
+def test_piped_input_prints_the_answers_alone(checkpoint, loaded, monkeypatch, capsys, tmp_path):
+    chat, *_ = talk(loaded, "Who jumps?", "And then?", monkeypatch=monkeypatch)
+    monkeypatch.undo()
+    capsys.readouterr()
+    page, given = tmp_path / "t.html", "Who jumps?\n\n/steps 4\nAnd then?\n/save {}\n"
+    arguments = ["--max_new_tokens", "16", "--steps", "4"]
+    assert piped(checkpoint, monkeypatch, given.format(page).encode(), *arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "".join(message["content"] + "\n" for message in chat.messages[1::2]) and page.exists()
+    assert "\x1b" not in printed.err and "step 1/4" not in printed.err and "Written to" in printed.err
+
+
+def test_a_piped_line_too_long_is_an_error_and_the_rest_is_answered(checkpoint, monkeypatch, capsys):
+    given = ("word " * 600 + "\nHello\n").encode()
+    assert piped(checkpoint, monkeypatch, given, "--max_new_tokens", "16", "--steps", "4") == 1
+    printed = capsys.readouterr()
+    assert "do not fit the model's 512" in " ".join(printed.err.split()) and printed.out.endswith("\n")
+
+
+def test_text_that_looks_like_markup_is_printed_as_it_is(loaded, monkeypatch):
+    _, _, printed = talk(loaded, "[bold]:smile:[/bold]", "/history", monkeypatch=monkeypatch)
+    assert "user: [bold]:smile:[/bold]\n" in printed
 
 
 def test_history_clear_and_save(loaded, monkeypatch, tmp_path):
@@ -303,10 +334,41 @@ def cursor_is_back(shown):
     return re.findall(r"\x1b\[\?25([hl])", shown)[-1:] in ([], ["h"])
 
 
+READY = "\x1b[?2004h> "  # readline asks for brackets around pasted text, and shows the prompt
+
+
+def test_a_paste_of_several_lines_is_one_message(terminal):
+    session = terminal("--max_new_tokens", "8", "--steps", "2", held={3: 1})
+    session.read_until(READY)
+    session.send("\x1b[200~/who\rjumps?\x1b[201~\r")  # terminals send line breaks as this; no command either
+    session.read_until("step 2/2")
+    session.read_until(READY)
+    session.send("/history\n")
+    assert "/who\r\njumps?\r\n" in session.read_until("assistant: ")
+    session.read_until(READY)
+    session.send("Who?\n")
+    session.read_until("<held>")
+    os.kill(session.pid, signal.SIGTERM)  # in the middle of an answer
+    assert session.wait() == TERMINATED and "\x1b[?25l" in session.shown
+    assert cursor_is_back(session.shown) and "Traceback" not in session.shown
+    assert termios.tcgetattr(session.master) == session.before
+
+
+def test_terminated_at_the_prompt(terminal):
+    session = terminal(held={})
+    session.read_until(READY)
+    session.send("half a line")
+    session.read_until("half a line")
+    session.wait_for_rest()
+    os.kill(session.pid, signal.SIGTERM)
+    assert session.wait() == TERMINATED and session.shown.rstrip().endswith("\x1b[?2004l")
+    assert cursor_is_back(session.shown) and termios.tcgetattr(session.master) == session.before
+
+
 def test_in_a_terminal(terminal, tmp_path):
     # Six passes of the first answer, four of the second, and the third is left at its second.
     session = terminal("--max_new_tokens", "64", "--steps", "64", "--mixing_ratio", "0.1", held={6: 1, 12: 4})
-    session.read_until("\n> ")
+    session.read_until(READY)
     session.send("Who jumps?\n")
     session.read_until("step 5/64")
     session.read_until("<held>")
@@ -314,24 +376,24 @@ def test_in_a_terminal(terminal, tmp_path):
     drawn = session.read_until("neither question nor answer is kept.")
     assert "▁" in drawn and "\x1b[1;32m" in drawn and cursor_is_back(session.shown)
     assert "Stopped after 6 of 64" in drawn
-    session.read_until("\n> ")
+    session.read_until(READY)
     session.send("/steps 4\n")
     session.read_until("steps = 4")
-    session.read_until("\n> ")
+    session.read_until(READY)
     session.send("Once more\n")
     session.read_until("step 4/4")
-    session.read_until("\n> ")
+    session.read_until(READY)
     session.send(f"/save {tmp_path}/trace.html\n")
     session.read_until("Written to")
-    session.read_until("\n> ")
+    session.read_until(READY)
     session.send("/history\n")
     assert "Who jumps?" not in session.read_until("assistant: ")
-    session.read_until("\n> ")
+    session.read_until(READY)
     session.send("half a line")
     session.read_until("half a line")
     session.wait_for_rest()  # readline notices a signal only while it waits for the next letter
     session.send("\x03")  # gives up the line
-    session.read_until("\n> ")
+    session.read_until(READY)
     session.send("Who jumps?\n")
     session.read_until("<held>")
     session.send("\x03")

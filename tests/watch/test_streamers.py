@@ -208,6 +208,11 @@ def test_recorded_history_is_the_model_s_own(model, k, sampler):
             **PROMPT, **options, streamer=recorder, return_dict_in_generate=True, output_history=True
         )
         assert torch.stack(recorder.history).equal(torch.stack(output.history))
+        if sampler == "confidence":
+            ours, own = torch.stack(recorder.confidences), torch.stack(output.confidences)
+            torch.testing.assert_close(ours, own, equal_nan=True, rtol=0, atol=0)
+        else:
+            assert recorder.confidences == [] and output.confidences is None
         assert recorder.sequences.equal(output.sequences) and not recorder.sequences.equal(recorder.history[-1])
         assert recorder.prompt_length == 3 and recorder.steps == 6
 

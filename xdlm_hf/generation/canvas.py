@@ -20,6 +20,7 @@ class Canvas:
     num_remasked: Tensor | None = None  # (B,) int64, filled tokens that became holes again; None without a policy
     undefined: Tensor | None = None  # (B,) bool, rows where a token with NaN confidence was written
     memory: dict[str, Tensor] = field(default_factory=dict)  # (B, ...) each, state of a policy or sampler
+    confidence: Tensor | None = None  # (B, T) float32 when each token was written, NaN elsewhere; None: not recorded
 
     def select(self, rows: Tensor) -> "Canvas":
         """Some rows of the batch, (rows,)."""

@@ -86,6 +86,8 @@ class ConfidenceSampler(Sampler):
         ValueError: If lengths and steps do not fit each other (`check_blocks`).
     """
 
+    records_confidence = True
+
     def __init__(self, settings: ConfidenceSettings, start: int, length: int, generator: torch.Generator | None = None):
         self.block_length = length if settings.block_length is None else settings.block_length
         if settings.steps or not settings.polish_steps:
@@ -127,6 +129,10 @@ class ConfidenceSampler(Sampler):
         tokens = torch.where(fill | edit, view.predicted, torch.where(remasked, self.settings.mask_token_id, view.ids))
         # 5.
         holes = canvas.holes.gather(1, view.columns)
+        confidence = canvas.confidence
+        if confidence is not None:
+            kept = confidence.gather(1, view.columns).masked_fill(remasked, torch.nan)
+            confidence = view.write(confidence, torch.where(fill | edit, view.conf_predicted.to(kept.dtype), kept))
         return replace(
             canvas,
             ids=view.write(canvas.ids, tokens),
@@ -135,6 +141,7 @@ class ConfidenceSampler(Sampler):
             num_remasked=canvas.num_remasked + remasked.sum(-1),
             undefined=canvas.undefined | (view.conf_predicted.isnan() & (fill | edit)).any(-1),
             memory=self.refinement.remember(view, fill, edit),
+            confidence=confidence,
         )
 
     def _view(self, canvas: Canvas, logits: Tensor, request: Request) -> StepView:

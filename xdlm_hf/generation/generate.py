@@ -88,7 +88,8 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
             generator (`torch.Generator`, *optional*): Source of randomness; instead of `seed`.
             streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
                 Gets ids on the CPU: `put` is called with the prompts `(B, P)` before the first step; `put_draft`, if
-                defined, after every step with the columns `(B, n)` not put yet, holes as the mask token; `put` with
+                defined, after every step with the columns `(B, n)` not put yet, holes as the mask token, and before it
+                `put_confidences`, if defined and the sampler has any, with their confidences `(B, n)`; `put` with
                 each column, padding included, when it can no longer change (without refinement at the end of its
                 block, else at the end); then `end`, unless there was an exception, as in Transformers.
             holes (`torch.BoolTensor` of shape `(B, P)` or list of `(first, end)` columns, *optional*):
@@ -151,7 +152,9 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         network_class = GraphedNetwork if options.compile else ReferenceNetwork if options.reference_compat else Network
         network = network_class(self, layout.attention_mask, canvas, options, processors, layout.class_labels)
         observer = StepObserver(options, streamer, sampler, stopping, layout.start)
-        observer.begin(canvas.ids)
+        if observer.wants_confidences:
+            canvas = replace(canvas, confidence=torch.full(canvas.ids.shape, torch.nan, device=canvas.ids.device))
+        observer.begin(canvas)
         try:
             progress = denoise(network, sampler, canvas, stopping, observer)
         finally:
@@ -169,6 +172,7 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
             row_forward_passes=progress.passes,
             tokens_per_forward=stopping.num_tokens(layout.holes, progress.canvas.ids) / progress.passes.clamp_min(1),
             history=observer.history,
+            confidences=observer.confidences,
         )
 
     def _prepare_prompt(

@@ -107,7 +107,8 @@ class Progress:
         if len(self.rows) == len(self.passes):
             self.canvas = active
             return
-        merged = {name: getattr(self.canvas, name).index_copy(0, self.rows, getattr(active, name)) for name in _PER_ROW}
+        names = _PER_ROW if active.confidence is None else (*_PER_ROW, "confidence")
+        merged = {name: getattr(self.canvas, name).index_copy(0, self.rows, getattr(active, name)) for name in names}
         self.canvas = replace(self.canvas, **merged)
 
     def remove(self, done: Tensor, active: Canvas, network: Network) -> Canvas:
@@ -129,7 +130,7 @@ def denoise(
     sampler: Sampler,
     canvas: Canvas,
     stopping: StoppingRules,
-    observe: Callable[[Tensor, int | None], None] | None = None,
+    observe: Callable[[Canvas, int | None], None] | None = None,
 ) -> Progress:
     """Run all steps of a sampler.
 
@@ -141,8 +142,8 @@ def denoise(
         sampler: Decides what to keep of them.
         canvas: The sampler's first canvas.
         stopping: Decides which rows are done.
-        observe: Called after each step with the whole batch's ids (B, T), and with the end column of a block that the
-            step completed, else None.
+        observe: Called after each step with the whole batch's canvas, and with the end column of a block that the step
+            completed, else None.
     """
     batch = canvas.ids.shape[0]
     progress = Progress(canvas, torch.zeros_like(canvas.num_edits), torch.arange(batch, device=canvas.ids.device))
@@ -167,7 +168,7 @@ def denoise(
         block_end = sampler.block_end(i, following)
         # 4.
         if observe is not None:
-            observe(progress.canvas.ids, block_end)
+            observe(progress.canvas, block_end)
         # 5.
         done = _done(sampler, stopping, before, canvas, progress, block_end, i)
         if done is not None and bool(done.any()):

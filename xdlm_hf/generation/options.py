@@ -313,7 +313,14 @@ TABLE: dict[str, Option] = {
     "return_dict_in_generate": Option(
         _boolean, "bool", "Return a `DiffusionGenerateOutput`.", "output", "False", False
     ),
-    "output_history": Option(_boolean, "bool", "Keep the sequences of every step.", "output", "False", False),
+    "output_history": Option(
+        _boolean,
+        "bool",
+        "Keep the sequences of every step, and the confidences of their tokens.",
+        "output",
+        "False",
+        False,
+    ),
     "mask_token_id": Option(_integer, "int", "The mask token.", "tokens", "the model config's"),
     "pad_token_id": Option(_integer, "int", "The padding token.", "tokens", "the model config's, else end-of-text"),
     "bos_token_id": Option(_integer, "int", "The token that begins a text.", "tokens", "the model config's"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .canvas import Canvas
 from .loop import StoppingRules
 from .options import Options
 from .sampler import Sampler
@@ -33,6 +34,10 @@ class DiffusionGenerateOutput(ModelOutput):
             Tokens of the answer, up to its end-of-text token, per active evaluation of the row.
         history (`tuple[torch.LongTensor]`, *optional*):
             The `(B, T)` ids before the first step and after each, with `output_history=True`.
+        confidences (`tuple[torch.FloatTensor]`, *optional*):
+            For each state of the history, `(B, T)`: the probability, without temperature, that the network gave a token
+            in the step that wrote it; NaN for holes and given text. None for the ancestral sampler, which has no
+            confidences, and with `reference_compat=True`.
     """
 
     sequences: torch.LongTensor | None = None
@@ -42,10 +47,11 @@ class DiffusionGenerateOutput(ModelOutput):
     row_forward_passes: torch.LongTensor | None = None
     tokens_per_forward: torch.FloatTensor | None = None
     history: tuple[torch.LongTensor, ...] | None = None
+    confidences: tuple[torch.FloatTensor, ...] | None = None
 
 
 class StepObserver:
-    """Passes the ids of the whole batch to the history and the streamer after each step."""
+    """Passes the canvas of the whole batch to the history and the streamer after each step."""
 
     def __init__(self, options: Options, streamer: Any, sampler: Sampler, stopping: StoppingRules, start: int):
         if streamer is not None:
@@ -54,23 +60,23 @@ class StepObserver:
         self.num_put = start  # columns that the streamer got by `put`
         # A block is final when it ends, unless a later step may still edit it.
         self.puts_blocks = not sampler.may_edit
-        self._history: list[Tensor] | None = [] if options.output_history else None
+        self.history: tuple[Tensor, ...] | None = () if options.output_history else None
+        self.confidences = self.history if sampler.records_confidence else None
+        self._streams_confidences = sampler.records_confidence and hasattr(streamer, "put_confidences")
+        self.wants_confidences = self._streams_confidences or self.confidences is not None
 
-    @property
-    def history(self) -> tuple[Tensor, ...] | None:
-        return None if self._history is None else tuple(self._history)
-
-    def begin(self, ids: Tensor) -> None:
-        if self._history is not None:
-            self._history.append(ids)
+    def begin(self, canvas: Canvas) -> None:
+        self._record(canvas)
         if self.streamer is not None:
-            self.streamer.put(ids[:, : self.num_put].cpu())
+            self.streamer.put(canvas.ids[:, : self.num_put].cpu())
 
-    def __call__(self, ids: Tensor, block_end: int | None) -> None:
-        if self._history is not None:
-            self._history.append(ids)
+    def __call__(self, canvas: Canvas, block_end: int | None) -> None:
+        self._record(canvas)
         if self.streamer is None:
             return
+        ids = canvas.ids
+        if self._streams_confidences:
+            self.streamer.put_confidences(value=canvas.confidence[:, self.num_put :].cpu())
         if hasattr(self.streamer, "put_draft"):
             self.streamer.put_draft(value=ids[:, self.num_put :].cpu())
         if self.puts_blocks and block_end is not None and self.num_put < block_end < ids.shape[1]:
@@ -82,6 +88,12 @@ class StepObserver:
         if self.num_put < ids.shape[1]:
             self._put(ids)
         self.streamer.end()
+
+    def _record(self, canvas: Canvas) -> None:
+        if self.history is not None:
+            self.history += (canvas.ids,)
+        if self.confidences is not None:
+            self.confidences += (canvas.confidence,)
 
     def _put(self, ids: Tensor) -> None:
         self.streamer.put(ids[:, self.num_put :].cpu())

@@ -36,6 +36,7 @@ class Sampler(ABC):
     may_edit = True  # False: no token before the current block changes
     may_remask = False  # True: a token of the current block may become a hole again
     adaptive = False  # True: a block may end before its last step, so each step synchronizes with the device
+    records_confidence = False  # True: a step writes its tokens' confidences to `Canvas.confidence`, if there is one
 
     @abstractmethod
     def begin(self, ids: Tensor, generated: Tensor, holes: Tensor | None = None) -> Canvas:

@@ -2,8 +2,9 @@
 
     xdlm-chat --model PATH [--steps 64] [--mixing_ratio 0.1]
 
-Lines that begin with a slash are commands; /help lists them. Ctrl-C stops the answer being generated, and at the
-prompt the program. Needs the extra `watch`.
+Lines that begin with a slash are commands; /help lists them. A pasted text of several lines is one message. Ctrl-C
+stops the answer being generated, and at the prompt the program. If the input is no terminal, every line of it is a
+message, and the output has the answers alone; notes and errors go to the standard error. Needs the extra `watch`.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from ..generation.blocks import check_blocks
 from ..generation.config import XDLMGenerationConfig
@@ -27,6 +29,7 @@ from ..loading import DTYPES, end_ids, end_of_turn_ids, load
 
 try:
     from rich.console import Console
+    from rich.text import Text
 
     from ..watch.display import without_controls
     from ..watch.streamers import LiveStreamer
@@ -36,7 +39,7 @@ except ModuleNotFoundError as error:
 with contextlib.suppress(ImportError):
     import readline  # gives input() its line editing and history
 PROMPT = "> "
-INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+INTERRUPTED, TERMINATED = 130, 143  # what shells report for a program that Ctrl-C or SIGTERM ended
 HELP = """\
 /steps N         denoising steps per answer        /k RATIO   mixing ratio of the sampler
 /length N        tokens per answer                 /block N   tokens filled together
@@ -57,6 +60,7 @@ class Chat:
         model, tokenizer: The model in evaluation mode, and its tokenizer.
         settings: Options of `generate`: max_new_tokens, steps, block_length, mixing_ratio, temperature.
         console: Where to draw.
+        interactive: False prints the answers alone, when they are complete, and notes and errors on the standard error.
     """
 
     # command -> (option of generate, type of its value)
@@ -74,9 +78,11 @@ class Chat:
         tokenizer: PreTrainedTokenizerBase,
         settings: dict[str, Any],
         console: Console | None = None,
+        interactive: bool = True,
     ):
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.interactive = model, tokenizer, interactive
         self.console = Console() if console is None else console
+        self.notes = self.console if interactive else Console(stderr=True)
         self.settings = {name: value for name, value in settings.items() if value is not None}
         XDLMGenerationConfig(**self.settings)
         self.messages: list[dict[str, str]] = []
@@ -84,36 +90,43 @@ class Chat:
         self.ends = sorted(end_ids(model, tokenizer) | end_of_turn_ids(tokenizer))
 
     def run(self) -> int:
-        """Read and answer until the user leaves; the exit status."""
+        """Read and answer until the user leaves; the exit status, 1 if some line of piped input was refused."""
+        failed = False
+        if self.interactive:
+            self._greet()
+        while True:
+            try:
+                line = input(PROMPT if self.interactive else "").strip()
+            except EOFError:
+                if self.interactive:
+                    self.console.print()
+                return int(failed)
+            except KeyboardInterrupt:
+                self.notes.print()
+                if _typed():
+                    continue  # clears the line only
+                return INTERRUPTED
+            if line == "/quit":
+                return int(failed)
+            try:
+                self._handle(line)
+            except KeyboardInterrupt:
+                self.notes.print()
+                return INTERRUPTED
+            except (ValueError, OSError) as error:
+                failed = not self.interactive
+                self.notes.print(Text(str(error), style="red"))
+
+    def _greet(self) -> None:
         self._say(f"{self.model.name_or_path or 'model'}; /help lists the commands, /quit leaves.")
         if not self.tokenizer.chat_template:
             self._say(
                 "Its tokenizer has no chat template, so this is a base model: it continues the text of the whole "
                 "conversation instead of answering."
             )
-        while True:
-            try:
-                line = input(PROMPT).strip()
-            except EOFError:
-                self.console.print()
-                return 0
-            except KeyboardInterrupt:
-                self.console.print()
-                if _typed():
-                    continue  # clears the line only
-                return INTERRUPTED
-            if line == "/quit":
-                return 0
-            try:
-                self._handle(line)
-            except KeyboardInterrupt:
-                self.console.print()
-                return INTERRUPTED
-            except (ValueError, OSError) as error:
-                self.console.print(str(error), style="red", markup=False, highlight=False)
 
     def _handle(self, line: str) -> None:
-        """Handle one line, a command or a message.
+        """Handle one line, a command or a message; several lines, as pasted, are a message.
 
         Raises:
             ValueError: If it is not UTF-8, or the command or its value is invalid.
@@ -127,7 +140,9 @@ class Chat:
         value = value.strip()
         if not line:
             return
-        if command in self.SETTINGS:
+        if "\n" in line:
+            self.answer(line)
+        elif command in self.SETTINGS:
             self._set(command, value)
         elif command == "/help":
             self._say(HELP)
@@ -144,20 +159,30 @@ class Chat:
             self.answer(line)
 
     def answer(self, text: str) -> None:
-        """Answer a message, drawn live; a stopped answer leaves the conversation unchanged."""
+        """Answer a message, drawn live if there is a user; a stopped answer leaves the conversation unchanged.
+
+        Raises:
+            ValueError: If the message is too long.
+            KeyboardInterrupt: On the second Ctrl-C during an answer; without a user on the first.
+        """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._encode_fitting(messages)
         steps = self.settings.get("steps", self._option("steps")) or self._length
-        streamer = LiveStreamer(self.tokenizer, self.model.config.mask_token_id, steps=steps, console=self.console)
+        console = self.console if self.interactive else Console(file=io.StringIO(), quiet=True)
+        streamer = LiveStreamer(self.tokenizer, self.model.config.mask_token_id, steps=steps, console=console)
         self.streamer = streamer
         try:
             with _interrupts() as stop, streamer:
                 _raise_when(streamer, stop)
                 self.model.generate(input_ids=ids, streamer=streamer, eos_token_id=self.ends, **self.settings)
-        except Stopped:
-            self.console.print(streamer.answer(), markup=False, highlight=False)
+        except Stopped as stopped:
+            if not self.interactive:
+                raise KeyboardInterrupt from stopped
+            self.console.print(Text(streamer.answer()))
             self._say(f"Stopped after {streamer.steps} of {steps} steps; neither question nor answer is kept.")
             return
+        if not self.interactive:
+            self.console.print(Text(streamer.answer()), soft_wrap=True)
         self.messages = [*messages, {"role": "assistant", "content": streamer.answer()}]
 
     @property
@@ -217,7 +242,7 @@ class Chat:
     def _show(self) -> None:
         for message in self.messages:
             self.console.print(f"{message['role']}: ", style="dim", end="")
-            self.console.print(without_controls(message["content"]), markup=False, highlight=False)
+            self.console.print(Text(without_controls(message["content"])), soft_wrap=not self.interactive)
         if not self.messages:
             self._say("Nothing was said yet.")
 
@@ -229,11 +254,12 @@ class Chat:
         note = ", ".join(f"{name} = {setting}" for name, setting in self.settings.items())
         path, streamer = Path(value).expanduser(), self.streamer
         mask, start = self.model.config.mask_token_id, streamer.prompt_length
-        save_trace(path, streamer.history, self.tokenizer, mask, start, note=note)
+        confidences = streamer.confidences
+        save_trace(path, streamer.history, self.tokenizer, mask, start, note=note, confidences=confidences)
         self._say(f"Written to {path}.")
 
     def _say(self, text: str) -> None:
-        self.console.print(text, style="dim", markup=False, highlight=False)
+        self.notes.print(Text(text, style="dim"))
 
 
 @contextlib.contextmanager
@@ -266,6 +292,20 @@ def _raise_when(streamer: LiveStreamer, stop: Callable[[], bool]) -> None:
     streamer.put_draft = put_draft
 
 
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Context in which SIGTERM unwinds the program, so that cursor and line editing are restored."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _typed() -> bool:
     """Whether the line being edited holds text."""
     return "readline" in globals() and bool(readline.get_line_buffer())
@@ -283,12 +323,19 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # such a line is refused and does not end the chat
+    interactive = sys.stdin.isatty()
+    if not interactive:
+        disable_progress_bar()
+    elif "readline" in globals():
+        # Python switches it off. A pasted text arrives as one line with its line breaks.
+        readline.parse_and_bind("set enable-bracketed-paste on")
     try:
         model, tokenizer = load(options.pop("model"), options.pop("dtype"), options.pop("device"))
-        chat = Chat(model, tokenizer, options)
+        chat = Chat(model, tokenizer, options, interactive=interactive)
     except ValueError as error:
         raise SystemExit(f"xdlm-chat: {error}") from error
-    raise SystemExit(chat.run())
+    with _terminable():
+        raise SystemExit(chat.run())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Streamers for `generate(..., streamer=...)`: one that records every step, and one that also draws it live.
 
-`generate` calls `put` with the prompts, `put_draft` after every step, `put` with final columns, and `end`. Unlike
-Transformers' text streamers these take batches.
+`generate` calls `put` with the prompts, `put_confidences` and `put_draft` after every step, `put` with final columns,
+and `end`. Unlike Transformers' text streamers these take batches.
 
 Shapes: B batch, P prompt, T whole length (prompt and answer), W columns of the answer that are not final yet.
 """
@@ -35,6 +35,7 @@ class HistoryStreamer(BaseStreamer):
 
     Attributes:
         history: The (B, T) ids before the first step and after each, on the CPU.
+        confidences: (B, T) for each state, as in `DiffusionGenerateOutput`; empty if the sampler has none.
         prompt_length: P.
         sequences: The (B, T) ids as `generate` returned them, padded after the end of a row; None while it runs.
     """
@@ -42,6 +43,7 @@ class HistoryStreamer(BaseStreamer):
     def __init__(self, mask_token_id: int | None):
         self.mask_token_id = mask_token_id
         self.history: list[Tensor] = []
+        self.confidences: list[Tensor] = []
         self.prompt_length = 0
         self.sequences: Tensor | None = None
         self._final: Tensor | None = None  # columns passed to `put`
@@ -51,8 +53,18 @@ class HistoryStreamer(BaseStreamer):
         if self._running:
             self._final = torch.cat([self._final, value], 1)
             return
-        self.history, self.sequences, self._final, self._running = [], None, value, True
+        self.history, self.confidences, self.sequences = [], [], None
+        self._final, self._running = value, True
         self.prompt_length = value.shape[1]
+
+    def put_confidences(self, value: Tensor) -> None:
+        if not self.confidences:
+            before = torch.full(self._final.shape, torch.nan)
+            if self.mask_token_id is not None:
+                self.confidences.append(torch.cat([before, torch.full_like(value, torch.nan)], 1))
+        else:
+            before = self.confidences[-1][:, : self._final.shape[1]]
+        self.confidences.append(torch.cat([before, value], 1))
 
     def put_draft(self, value: Tensor) -> None:
         if not self.history and self.mask_token_id is not None:

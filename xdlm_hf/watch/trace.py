@@ -1,4 +1,4 @@
-"""A generation as one HTML page with a slider over its steps, and its counts per step as a plot.
+"""Generations as an HTML page with a slider over their steps, and their counts per step as a plot.
 
 The page is self-contained. It stores the state before the first step and the changes of each step, deflated: 256 steps
 of 8 rows of 1024 tokens take a few hundred kilobytes when tokens are filled once, some megabytes at k = 1.
@@ -23,7 +23,9 @@ from torch import Tensor
 from ..atomic import write_whole
 from .display import STYLES, TokenPieces, token_changes, visible
 
-PAGE = Path(__file__).with_name("trace.html")
+PAGE, STYLE, SCRIPT = (Path(__file__).with_name(f"trace.{kind}") for kind in ("html", "css", "js"))
+FRAME = """<iframe srcdoc="$page" sandbox="allow-scripts" title="$title" style="width: 100%; height: 640px; border: 0">\
+</iframe>"""
 LABELS = {"filled": "filled", "refined": "refined", "remasked": "re-masked"}
 
 
@@ -47,21 +49,10 @@ def change_counts(history: Sequence[Tensor], mask_token_id: int | None) -> Tenso
     return torch.stack(counts, 1).cpu()
 
 
-def save_trace(
-    path: str | os.PathLike,
-    history: Sequence[Tensor],
-    tokenizer: Any,
-    mask_token_id: int | None,
-    start: int = 0,
-    title: str = "Generation, step by step",
-    note: str = "",
-    images: Callable[[Tensor], Tensor] | None = None,
-    grid: tuple[int, int] | None = None,
-) -> Path:
-    """Write a generation as a self-contained HTML page; an existing file is replaced, whole or not at all.
+class Trace:
+    """A recorded generation as an HTML page; a notebook shows it as the value of a cell.
 
     Args:
-        path: The file; its folder must exist.
         history: (B, T) ids before the first step and after each: of a `DiffusionGenerateOutput` or a
             `HistoryStreamer`.
         tokenizer: Anything with `decode(list[int]) -> str`; None for images.
@@ -72,31 +63,86 @@ def save_trace(
         images: For tokens of images, their uint8 images (B, C, H, W), e.g. `XDLMImagePipeline.preview`; the page then
             shows the image of each step, with the tokens as its cells.
         grid: Rows and columns of tokens of an image; channels of pixels follow each other.
-
-    Returns:
-        The path written.
+        confidences: (B, T) for each state of the history, from where it comes too; the page can then colour tokens by
+            them. NaN where a token has none; None or empty without any.
 
     Raises:
-        ValueError: As `change_counts`, or if `start` lies outside the sequences, or the grid does not fit.
+        ValueError: As `change_counts`, or if `start` lies outside the sequences, the grid does not fit, or the
+            confidences do not have the shapes of the history.
     """
-    counts = change_counts(history, mask_token_id)
-    if (images is None) != (grid is None) or (grid is not None and history[0].shape[1] % (grid[0] * grid[1])):
-        raise ValueError(
-            f"images need a grid that divides {history[0].shape[1]} tokens, and no other trace; got {grid}."
+
+    def __init__(
+        self,
+        history: Sequence[Tensor],
+        tokenizer: Any,
+        mask_token_id: int | None,
+        start: int = 0,
+        title: str = "Generation, step by step",
+        note: str = "",
+        images: Callable[[Tensor], Tensor] | None = None,
+        grid: tuple[int, int] | None = None,
+        confidences: Sequence[Tensor] | None = None,
+    ):
+        counts = change_counts(history, mask_token_id)
+        length = history[0].shape[1]
+        if (images is None) != (grid is None) or (grid is not None and length % (grid[0] * grid[1])):
+            raise ValueError(f"images need a grid that divides {length} tokens, and no other trace; got {grid}.")
+        if not 0 <= start <= length:
+            raise ValueError(f"start={start} must lie between 0 and the length of the sequences, {length}.")
+        if confidences and [state.shape for state in confidences] != [state.shape for state in history]:
+            raise ValueError(
+                f"confidences of {len(confidences)} states {tuple(confidences[0].shape)} do not fit a history of "
+                f"{len(history)} states {tuple(history[0].shape)}; take both from the same generation."
+            )
+        self.title, self.rows = title, len(counts)
+        self.data = _changes_only(history, tokenizer or _IdText, mask_token_id, start, confidences or None)
+        if images is not None:
+            by_step = [_png(images(state)) for state in history]
+            self.data |= {"grid": list(grid), "images": [list(row) for row in zip(*by_step, strict=True)]}
+        self.data |= {"start": start, "counts": counts.tolist(), "kinds": list(LABELS.values())}
+        self.data |= {"title": title, "note": note, "confident": bool(confidences)}
+
+    def page(self, beside: "Trace | None" = None) -> str:
+        """The HTML page.
+
+        Args:
+            beside: Another generation, shown beside this one at the same step and row; their titles tell them apart.
+
+        Raises:
+            ValueError: If the two differ in the number of rows.
+        """
+        traces = [self] if beside is None else [self, beside]
+        if beside is not None and beside.rows != self.rows:
+            raise ValueError(f"{self.rows} rows do not fit {beside.rows} rows beside them; give batches of one size.")
+        runs = json.dumps([trace.data for trace in traces], ensure_ascii=False, separators=(",", ":"))
+        return Template(PAGE.read_text(encoding="utf-8")).substitute(
+            title=html.escape(" and ".join(dict.fromkeys(trace.title for trace in traces))),
+            style=STYLE.read_text(encoding="utf-8"),
+            script=SCRIPT.read_text(encoding="utf-8"),
+            data=base64.b64encode(zlib.compress(runs.encode(), 9)).decode(),
         )
-    if not 0 <= start <= history[0].shape[1]:
-        raise ValueError(f"start={start} must lie between 0 and the length of the sequences, {history[0].shape[1]}.")
-    data = _changes_only([state.cpu() for state in history], tokenizer or _IdText, mask_token_id, start)
-    if images is not None:
-        by_step = [_png(images(state)) for state in history]
-        data |= {"grid": list(grid), "images": [list(row) for row in zip(*by_step, strict=True)]}
-    data |= {"start": start, "counts": counts.tolist(), "kinds": list(LABELS.values())}
-    packed = zlib.compress(json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode(), 9)
-    page = Template(PAGE.read_text(encoding="utf-8")).substitute(
-        title=html.escape(title), note=html.escape(note), data=base64.b64encode(packed).decode()
-    )
-    write_whole(path, page.encode())
-    return Path(path)
+
+    def save(self, path: str | os.PathLike, beside: "Trace | None" = None) -> Path:
+        """Write the page; an existing file is replaced, whole or not at all.
+
+        Args:
+            path: The file; its folder must exist.
+            beside: As for `page`.
+
+        Returns:
+            The path written.
+        """
+        write_whole(path, self.page(beside).encode())
+        return Path(path)
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, for notebooks."""
+        return Template(FRAME).substitute(page=html.escape(self.page()), title=html.escape(self.title))
+
+
+def save_trace(path: str | os.PathLike, *arguments: Any, **options: Any) -> Path:
+    """`Trace(*arguments, **options).save(path)`."""
+    return Trace(*arguments, **options).save(path)
 
 
 def plot_history(history: Sequence[Tensor], mask_token_id: int | None, row: int | None = None, axes: Any = None) -> Any:
@@ -138,8 +184,19 @@ def plot_history(history: Sequence[Tensor], mask_token_id: int | None, row: int 
     return axes
 
 
-def _changes_only(history: list[Tensor], tokenizer: Any, mask_token_id: int | None, start: int) -> dict[str, Any]:
-    """First state, then per row and step [gaps between the changed positions, their new ids]; ids renumbered."""
+def _changes_only(
+    history: Sequence[Tensor],
+    tokenizer: Any,
+    mask_token_id: int | None,
+    start: int,
+    confidences: Sequence[Tensor] | None,
+) -> dict[str, Any]:
+    """First state, then per row and step [gaps between the changed positions, their new ids, confidences].
+
+    Ids are renumbered. Confidences are in percent, -1 for none; without any, the third list is left out.
+    """
+    history = [state.cpu() for state in history]
+    percents = [(state.cpu() * 100).nan_to_num(-1).round().int() for state in confidences or ()]
     used = torch.unique(torch.stack(history))
     pieces = TokenPieces(tokenizer, mask_token_id)
     shown = [pieces[token_id] for token_id in used.tolist()]
@@ -148,10 +205,12 @@ def _changes_only(history: list[Tensor], tokenizer: Any, mask_token_id: int | No
     rows = []
     for row in range(len(history[0])):
         steps = []
-        for before, after in zip(renumbered, renumbered[1:], strict=False):
+        for number, (before, after) in enumerate(zip(renumbered, renumbered[1:], strict=False), 1):
             positions = (before[row] != after[row]).nonzero().flatten()
             gaps = positions.diff(prepend=positions.new_zeros(1)) if len(positions) else positions
             steps.append([gaps.tolist(), after[row][positions].tolist()])
+            if percents:
+                steps[-1].append(percents[number][row][positions].tolist())
         rows.append({"first": renumbered[0][row].tolist(), "steps": steps, "padding": _padding(first[row], tokenizer)})
     hole = (used == mask_token_id).nonzero().flatten().tolist() if mask_token_id is not None else []
     return {
