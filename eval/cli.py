@@ -33,6 +33,7 @@ from xdlm_hf.evaluation import adapter as adapter  # registers the model
 from xdlm_hf.evaluation import oracle as oracle  # registers its own
 from xdlm_hf.evaluation.arguments import Arguments, check_checkpoint, check_settings, task_settings
 from xdlm_hf.evaluation.likelihood import Estimate
+from xdlm_hf.loading import add_version_option
 from xdlm_hf.training.processes import end_script
 
 
@@ -41,6 +42,9 @@ def main() -> None:
 
     Where there are several processes, it does not return: see `end_script`.
     """
+    versions = argparse.ArgumentParser(prog="xdlm-eval", add_help=False, allow_abbrev=False)
+    add_version_option(versions)
+    versions.parse_known_args()
     setup_logging()
     loggers.EvaluationTracker = Tracker  # `execute` imports it from there
     parser = HarnessCLI()
