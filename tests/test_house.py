@@ -165,6 +165,7 @@ def test_the_layout_names_every_folder():
         "eval/",
         "recipes/",
         "benchmarks/",
+        "examples/",
     }
 
 
