@@ -132,7 +132,8 @@ def test_evaluation_and_serving_load_neither_the_trainer_nor_bitsandbytes():
         f"[import_module('xdlm_hf.' + name) for name in '{modules}'.split(', ')]; "
         "assert not {'transformers.trainer', 'transformers.trainer_utils', 'bitsandbytes'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+    # -P: the installed package, because xdlm_hf.evaluation is not a folder of the source tree.
+    subprocess.run([sys.executable, "-P", "-c", script], check=True)
 
 
 def test_type_checkers_see_the_public_names_and_their_modules():

@@ -41,7 +41,9 @@ def test_precedence_call_then_config_then_model_then_defaults():
 
 
 def test_a_checkpoints_autoregressive_options_are_dropped_and_said(tmp_path, caplog):
-    stored = '{"eos_token_id": 5, "do_sample": true, "num_beams": 2, "max_length": 4096, "use_cache": false}'
+    stored = (
+        '{"eos_token_id": 5, "do_sample": true, "num_beams": 2, "min_p": null, "max_length": 99, "use_cache": false}'
+    )
     (tmp_path / "generation_config.json").write_text(stored)
     with caplog.at_level("WARNING", logger="transformers"):
         logger = __import__("logging").getLogger("transformers")

@@ -59,8 +59,8 @@ class XDLMGenerationConfig(GenerationConfig):
         foreign += [name for name, row in TABLE.items() if not row.stored_for and config_dict.get(name) is not None]
         if isinstance(config_dict.get("use_cache"), bool):  # refers to the autoregressive cache
             foreign.append("use_cache")
-        if foreign:
-            logger.warning(f"generation_config.json holds options that diffusion generation does not read: {foreign}.")
+        if named := [name for name in foreign if config_dict[name] is not None]:
+            logger.warning(f"generation_config.json holds options that diffusion generation does not read: {named}.")
         return super().from_dict({k: v for k, v in config_dict.items() if k not in foreign}, **kwargs)
 
     @classmethod
