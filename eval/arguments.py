@@ -272,7 +272,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: As `XDLMGenerationConfig`, or if steps, blocks and length do not fit each other.
     """
-    settings = {name: value for name, value in settings.items() if name in ACCEPTED}
+    # `max_length` is the evaluation's own argument, the limit of prompt and answer together.
+    settings = {name: value for name, value in settings.items() if name in ACCEPTED and name != "max_length"}
     XDLMGenerationConfig(**settings)
     length = settings.get("max_new_tokens")
     if length is not None and settings.get("sampler") != "ancestral":

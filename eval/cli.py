@@ -42,6 +42,7 @@ from xdlm_hf.evaluation.arguments import (
 from xdlm_hf.evaluation.likelihood import Estimate
 from xdlm_hf.evaluation.stability import refuse_likelihoods
 from xdlm_hf.generation.config import XDLMGenerationConfig
+from xdlm_hf.loading import add_version_option
 from xdlm_hf.training.processes import end_script
 
 
@@ -50,6 +51,9 @@ def main() -> None:
 
     Where there are several processes, it does not return: see `end_script`.
     """
+    versions = argparse.ArgumentParser(prog="xdlm-eval", add_help=False, allow_abbrev=False)
+    add_version_option(versions)
+    versions.parse_known_args()
     setup_logging()
     loggers.EvaluationTracker = Tracker  # `execute` imports it from there
     parser = HarnessCLI()

@@ -18,8 +18,8 @@ from xdlm_hf.data.wrapping import set_boundary_tokens
 from xdlm_hf.diffusion.gidd import GIDDProcess
 from xdlm_hf.evaluation.manifest import content_sha, hardware, hub_commit
 from xdlm_hf.generation.protocol import default_mixing_ratio, length_limit
-from xdlm_hf.loading import DTYPES, load_weights, read_config, read_tokenizer
-from xdlm_hf.training.ema import EMA_FILE, apply_saved_average
+from xdlm_hf.loading import DTYPES, add_version_option, load_weights, read_config, read_tokenizer
+from xdlm_hf.training.averages import EMA_FILE, apply_saved_average
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_weights_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """The options of `load_model`."""
+    """The options of `load_model`, and `--version`."""
+    add_version_option(parser)
     add = parser.add_argument
     add("--model", required=required, help="folder or Hub name of a diffusion model")
     add("--mixing_ratio", type=float, help="k of the noise; default: the model's")

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "loading": {"data", "models"},
     "serving": {"generation", "data", "watch", "loading"},
     "hub": {"atomic", "diffusion", "generation", "models"},
-    "convert": {"atomic", "models", "data"},
+    "convert": {"atomic", "models", "data", "loading"},
     "image_pipeline": {"data", "generation"},
 }
 LIBRARY = sorted((ROOT / "xdlm_hf").rglob("*.py"))
@@ -110,7 +110,7 @@ def test_the_mathematics_needs_nothing_but_torch():
 
 def test_neither_the_package_nor_the_mathematics_loads_transformers_and_accelerate():
     script = (
-        "import sys, xdlm_hf; assert not {'transformers', 'accelerate', 'datasets', 'diffusers'} & set(sys.modules); "
+        "import sys, xdlm_hf; assert not {'torch', 'transformers', 'accelerate', 'diffusers'} & set(sys.modules); "
         "sys.modules['transformers'] = sys.modules['accelerate'] = None; "
         "from xdlm_hf.diffusion import posterior, diffusion_loss, StationaryProcess; from xdlm_hf import kl_divergence"
     )
@@ -122,6 +122,26 @@ def test_model_types_are_registered_in_either_order(first):
     script = f"{first}; print(type(transformers.AutoConfig.for_model('llada')).__module__)"
     printed = subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True, text=True)
     assert printed.stdout.strip() == "xdlm_hf.models.llada.configuration_llada"
+
+
+def test_evaluation_and_serving_load_neither_the_trainer_nor_bitsandbytes():
+    # Transformers' Trainer imports peft, and that bitsandbytes, which takes seconds and logs a warning on a CPU.
+    modules = "serving.chat, serving.server, evaluation.cli, evaluation.perplexity, evaluation.generative_perplexity"
+    script = (
+        f"import sys; from importlib import import_module; "
+        f"[import_module('xdlm_hf.' + name) for name in '{modules}'.split(', ')]; "
+        "assert not {'transformers.trainer', 'transformers.trainer_utils', 'bitsandbytes'} & set(sys.modules)"
+    )
+    # -P: the installed package, because xdlm_hf.evaluation is not a folder of the source tree.
+    subprocess.run([sys.executable, "-P", "-c", script], check=True)
+
+
+def test_type_checkers_see_the_public_names_and_their_modules():
+    init = ast.parse((ROOT / "xdlm_hf" / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in init.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert seen == xdlm_hf._IMPORTED_ON_DEMAND
+    assert (ROOT / "xdlm_hf" / "py.typed").is_file()
 
 
 def test_public_names_are_all_there():
@@ -146,6 +166,7 @@ def test_the_layout_names_every_folder():
         "eval/",
         "recipes/",
         "benchmarks/",
+        "examples/",
     }
 
 

@@ -138,6 +138,28 @@ def test_exported_code_is_the_package_code(model, tmp_path):
         )
 
 
+def test_card_keeps_measured_and_published_results_apart(model):
+    def card(**results):
+        return model_card(model, name="me/tiny", **results)
+
+    rows = [{"task": "GSM8K", "steps": 32, "score": "29.3 ± 1.3"}, {"task": "MBPP", "steps": 32, "score": "15.0 ± 1.6"}]
+    published = [{"task": "GSM8K", "score": 24.49, "source": "arXiv 2602.01362, Table 16"}]
+    text = card(measured=rows, published=published)
+    own, _, others = text.partition("## Published elsewhere, not measured with these weights")
+    assert "| task | steps | score |\n| --- | --- | --- |\n| GSM8K | 32 | 29.3 ± 1.3 |\n| MBPP" in own
+    assert "24.49" not in own and "| GSM8K | 24.49 | arXiv 2602.01362, Table 16 |" in others
+    assert "Nothing has been measured" in card() and "Published elsewhere" not in card()
+    assert "pipeline_tag" not in text and "pipeline_tag: text-generation" in model_card(
+        model, word_tokenizer(), name="x"
+    )
+    with pytest.raises(ValueError, match=r"published={'task': 'GSM8K'} names no source; add 'source'"):
+        card(published=[{"task": "GSM8K"}])
+    with pytest.raises(
+        ValueError, match=r"measured: a row has the columns \['task'\], the first one \['score', 'steps'"
+    ):
+        card(measured=[rows[0], {"task": "MBPP"}])
+
+
 def test_card_states_the_facts(model):
     card = model_card(
         model, word_tokenizer(), name="me/tiny-xdlm", base_model="GSAI-ML/LLaDA-8B-Base", license="mit", notes="## Data"

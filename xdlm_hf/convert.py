@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from .atomic import check_new_folder, new_folder
 from .data.images import VQCodes, images_extra
 from .data.llamagen import renamed, vq_sizes
+from .loading import add_version_option
 from .models.dit.configuration_dit import DiTConfig, UDLMConfig
 from .models.dit.modeling_dit import DiTForDiffusionLM, UDLMForDiffusionLM
 from .models.unet.configuration_unet import PixelUNetConfig
@@ -285,6 +286,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m xdlm_hf.convert", description="Convert released weights.")
+    add_version_option(main)
     kinds = main.add_subparsers(dest="kind", required=True)
     dit = kinds.add_parser("dit", help="the text models of the paper")
     unet = kinds.add_parser("unet", help="the CIFAR-10 models of the paper")

@@ -1,7 +1,7 @@
 """Export of a model for the Hub: weights, code files that load without this package, tokenizer and model card."""
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
@@ -29,6 +29,8 @@ def export_for_hub(
     base_model: str | None = None,
     license: str | None = None,
     repo_id: str | None = None,
+    measured: Sequence[Mapping[str, Any]] = (),
+    published: Sequence[Mapping[str, Any]] = (),
     notes: str = "",
 ) -> Path:
     """Write a folder to upload to the Hub; it also loads without this package, with `trust_remote_code=True`.
@@ -45,14 +47,17 @@ def export_for_hub(
         base_model: Hub name of the checkpoint that training started from.
         license: Licence of the weights as a Hub identifier, e.g. "mit". The code files are Apache-2.0.
         repo_id: Future name of the model on the Hub, for the examples on the card; defaults to the folder's name.
-        notes: Markdown added to the card: data, training, evaluation, limits.
+        measured: Results of these weights, a dict from column to value for each row of the table: what, with which
+            settings, value and error. For example {"task": "GSM8K", "steps": 32, "k": 0.1, "score": "29.3 ± 1.3"}.
+        published: Results from elsewhere, in a table of their own; each row names its "source".
+        notes: Markdown added to the card: data, training, limits.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: If the folder is not empty, the model is of no registered family or has an adapter, the config is
-            invalid, or a tokenizer does not fit the model.
+            invalid, a tokenizer does not fit the model, or a row of results lacks a column.
     """
     folder = check_new_folder(folder)
     _validate_model(model)
@@ -61,8 +66,17 @@ def export_for_hub(
         _validate_tokenizer(tokenizer, model.config)
     if vqvae is not None:
         _validate_vqvae(vqvae, model.config)
-    name = repo_id or folder.name
-    card = model_card(model, tokenizer, name=name, vqvae=vqvae, base_model=base_model, license=license, notes=notes)
+    card = model_card(
+        model,
+        tokenizer,
+        name=repo_id or folder.name,
+        vqvae=vqvae,
+        base_model=base_model,
+        license=license,
+        measured=measured,
+        published=published,
+        notes=notes,
+    )
     with new_folder(folder) as export:
         with _auto_map(model.config, _write_code(model, export)):
             model.save_pretrained(export)
@@ -82,14 +96,17 @@ def model_card(
     vqvae: Any = None,
     base_model: str | None = None,
     license: str | None = None,
+    measured: Sequence[Mapping[str, Any]] = (),
+    published: Sequence[Mapping[str, Any]] = (),
     notes: str = "",
 ) -> str:
-    """README.md of an export: base, k, schedule, special tokens, sizes, an example. See [`export_for_hub`].
+    """README.md of an export: base, k, schedule, special tokens, sizes, an example, results. See [`export_for_hub`].
 
-    A model is one of images if its ids are pixels (a U-Net), or if `vqvae` is given.
+    A model is one of images if its ids are pixels (a U-Net), or if `vqvae` is given. Results that were measured with
+    these weights and results from elsewhere stand in sections of their own.
     """
-    # No pipeline_tag: Transformers' text-generation pipeline is for autoregressive models.
     header = ["---", "library_name: transformers"]
+    header += ["pipeline_tag: text-generation"] if tokenizer is not None else []  # images and codes have no tokenizer
     header += ["tags:", "- diffusion-language-model", "- xdlm", f"- {model.config.model_type}"]
     header += [f"base_model: {base_model}"] if base_model else []
     header += [f"license: {license}"] if license else []
@@ -117,9 +134,37 @@ def model_card(
         + ["and denoises all positions in parallel, in a chosen number of steps."]
         + ["", *table, "", "## Generate", "", "With the package `xdlm_hf`, no remote code:", ""]
         + (_image_usage(model, name, vqvae) if images else _text_usage(model, name))
-        + ["", *([notes.strip(), ""] if notes else [])]
+        + ["", *_results(measured, published), *([notes.strip(), ""] if notes else [])]
         + ["## Licence", "", f"The code files: Apache-2.0. {weights}", ""]
     )
+
+
+def _results(measured: Sequence[Mapping[str, Any]], published: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The sections of the card with results.
+
+    Raises:
+        ValueError: If the rows of a table differ in their columns, or a published one names no source.
+    """
+    unsourced = next((row for row in published if not row.get("source")), None)
+    if unsourced is not None:
+        raise ValueError(f"published={dict(unsourced)} names no source; add 'source', a paper's table or a link.")
+    lines = ["## Measured with these weights", ""]
+    lines += _markdown("measured", measured) if measured else ["Nothing has been measured with these weights."]
+    if published:
+        lines += ["", "## Published elsewhere, not measured with these weights", "", *_markdown("published", published)]
+    return [*lines, ""]
+
+
+def _markdown(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of rows that have the same columns."""
+    columns = list(rows[0])
+    for row in rows:
+        if set(row) != set(columns):
+            raise ValueError(
+                f"{name}: a row has the columns {sorted(row)}, the first one {sorted(columns)}; align them."
+            )
+    cells = [columns, ["---"] * len(columns), *([str(row[column]) for column in columns] for row in rows)]
+    return ["| " + " | ".join(line) + " |" for line in cells]
 
 
 def _noise(model: PreTrainedModel) -> dict[str, str]:

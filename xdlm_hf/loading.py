@@ -1,6 +1,8 @@
 """Loading of a checkpoint and its tokenizer for the console commands and the recipes, with one-line errors."""
 
+import argparse
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +22,12 @@ from .data.tokenizer import check_tokenizer
 from .models.registry import model_class
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def add_version_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--version`, which prints the package's version and ends the command."""
+    version = sys.modules[__package__].__version__
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
 
 
 def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

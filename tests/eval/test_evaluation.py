@@ -24,6 +24,7 @@ from xdlm_hf import LLaDAForDiffusionLM
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.evaluation import TASKS, cli
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
+from xdlm_hf.evaluation.arguments import check_settings
 from xdlm_hf.evaluation.tasks import bbh, gsm8k
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -451,6 +452,11 @@ class TestBadArguments:
         model.config.mask_token_id = 9
         with pytest.raises(ValueError, match="mask token .* has id 5, the model's mask_token_id is 9"):
             XDLMEvalModel(model, tokenizer=tokenizer)
+
+    def test_the_runs_length_limit_is_no_option_of_generate(self):
+        check_settings({"max_length": 64, "max_new_tokens": 8, "steps": 4})
+        with pytest.raises(ValueError, match="steps=9 is more than max_new_tokens=8"):
+            check_settings({"max_length": 64, "max_new_tokens": 8, "steps": 9})
 
 
 class TestCommandLine:

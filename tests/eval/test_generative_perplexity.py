@@ -17,7 +17,8 @@ from xdlm_hf.evaluation.generative_perplexity import EXACT, main
 from xdlm_hf.evaluation.published_text import published_samples
 from xdlm_hf.evaluation.text_judges import CausalJudge, NgramJudge, entropies, perplexity
 from xdlm_hf.evaluation.text_models import row_name
-from xdlm_hf.training.ema import EMA_FILE, ExponentialMovingAverage, named_in_config
+from xdlm_hf.training.averages import EMA_FILE
+from xdlm_hf.training.ema import ExponentialMovingAverage, named_in_config
 
 LENGTH = 16
 TEXT = "the cat sat on the mat and the dog ran after the cat "

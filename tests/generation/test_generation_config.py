@@ -7,6 +7,7 @@ import torch
 from models import small_model
 from transformers import AutoModelForCausalLM
 from transformers.generation import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
 )
@@ -40,21 +41,38 @@ def test_precedence_call_then_config_then_model_then_defaults():
 
 
 def test_a_checkpoints_autoregressive_options_are_dropped_and_said(tmp_path, caplog):
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5, "do_sample": true, "use_cache": false}')
+    stored = (
+        '{"eos_token_id": 5, "do_sample": true, "num_beams": 2, "min_p": null, "max_length": 99, "use_cache": false}'
+    )
+    (tmp_path / "generation_config.json").write_text(stored)
     with caplog.at_level("WARNING", logger="transformers"):
         logger = __import__("logging").getLogger("transformers")
         logger.propagate, before = True, logger.propagate
         config = XDLMGenerationConfig.from_pretrained(tmp_path)
         logger.propagate = before
-    assert config.eos_token_id == 5 and not hasattr(config, "do_sample")
-    assert "['do_sample', 'use_cache']" in caplog.text
+    assert config.eos_token_id == 5 and config.do_sample is True and config.max_length is None
+    assert not hasattr(config, "num_beams") and "['num_beams', 'max_length', 'use_cache']" in caplog.text
 
 
 @pytest.mark.parametrize(
     "kwargs, message",
     [
         ({"gen_length": 5}, r"no option gen_length=5 \(use max_new_tokens\)"),
-        ({"do_sample": True}, r"no option do_sample=True \(temperature=0 is greedy"),
+        ({"do_sample": 1}, r"do_sample=1 must be True or False"),
+        ({"do_sample": True, "temperature": 0.0}, r"do_sample=True draws tokens, but temperature=0.0 takes the most"),
+        (
+            {"do_sample": False, "temperature": 0.5},
+            r"do_sample=False takes the most likely tokens, but temperature=0.5",
+        ),
+        ({"do_sample": False, "sampler": "ancestral"}, r"'ancestral' always draws; leave out do_sample=False, or use"),
+        ({"do_sample": False, "top_k": 5}, r"top_k=5.*do_sample=False is greedy"),
+        ({"max_length": 20}, r"max_length=20 and max_new_tokens=16 both set the length of the answer; leave out one"),
+        ({"max_length": 2, "max_new_tokens": None}, r"max_length=2 leaves no room for an answer after a prompt of 2"),
+        ({"max_length": 20, "holes": [(0, 1)], "max_new_tokens": None}, r"max_length=20 does not apply to generation"),
+        ({"stop_strings": ["a", ""]}, r"stop_strings=\['a', ''\] must be a string or a list of strings, none of them"),
+        ({"stop_strings": "a"}, r"stop_strings='a' need the model's tokenizer, not NoneType; pass tokenizer=tokenizer"),
+        ({"input_ids": {"input_ids": torch.ones(1, 2)}}, r"pass what the tokenizer returns as generate\(\*\*inputs\)"),
+        ({"generation_config": GenerationConfig(num_beams=4)}, r"no option num_beams=4\."),
         ({"foo": 1}, r"no option foo=1\. Options: max_new_tokens, steps"),
         ({"mixing_ratio": 1.5}, r"mixing_ratio=1.5 must lie in \[0, 1\]"),
         ({"steps": 0}, r"steps=0 must be a positive integer"),

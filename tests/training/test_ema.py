@@ -16,9 +16,10 @@ from torch import nn
 from training import SCRIPT, RecordingTrainer, arguments, launch, parameter_gap, state, trainer
 
 from xdlm_hf import LLaDAForDiffusionLM
+from xdlm_hf.training.averages import EMA_FILE, apply_saved_average
 from xdlm_hf.training.checkpoints import RUN_RECORD
 from xdlm_hf.training.checksums import CHECKSUMS, write_checksums
-from xdlm_hf.training.ema import EMA_FILE, ExponentialMovingAverage, apply_saved_average, check_ema
+from xdlm_hf.training.ema import ExponentialMovingAverage, check_ema
 from xdlm_hf.training.planning import LAYOUTS, Run, count_parameters, memory
 from xdlm_hf.training.storage import planned_disk
 

@@ -19,6 +19,7 @@ output       return value of `generate`, history and streaming
 protocol     interface of models
 options      the table of options
 spelling     conversion between the user's options and rows of the table
+compatibility  Transformers' options and processors that assume decoding from left to right
 resolution   one set of options from call, config and checkpoint
 config       the options, stored as generation_config.json
 """

@@ -55,10 +55,12 @@ class XDLMGenerationConfig(GenerationConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "XDLMGenerationConfig":
         """From a stored generation_config.json; options of autoregressive decoding are dropped with a warning."""
         foreign = sorted(name for name in config_dict if name not in ACCEPTED + cls._METADATA)
+        # `max_length` is what an autoregressive model may generate at most; here it would be computed in every call.
+        foreign += [name for name, row in TABLE.items() if not row.stored_for and config_dict.get(name) is not None]
         if isinstance(config_dict.get("use_cache"), bool):  # refers to the autoregressive cache
             foreign.append("use_cache")
-        if foreign:
-            logger.warning(f"generation_config.json holds options that diffusion generation does not have: {foreign}.")
+        if named := [name for name in foreign if config_dict[name] is not None]:
+            logger.warning(f"generation_config.json holds options that diffusion generation does not read: {named}.")
         return super().from_dict({k: v for k, v in config_dict.items() if k not in foreign}, **kwargs)
 
     @classmethod

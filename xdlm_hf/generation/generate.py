@@ -25,6 +25,7 @@ from ..diffusion.categorical import refuse_undefined
 from ..diffusion.checks import validate_ids
 from .ancestral import AncestralSampler
 from .blocks import check_blocks
+from .compatibility import StopStrings, check_processors, stop_strings, with_answer_length
 from .confidence import ConfidenceSampler, ConfidenceSettings
 from .config import XDLMGenerationConfig
 from .graphs import GraphedNetwork
@@ -61,6 +62,7 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         streamer: Any = None,
         holes: Tensor | Spans | None = None,
         class_labels: Tensor | Sequence[int] | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> Tensor | DiffusionGenerateOutput:
         """
@@ -78,11 +80,13 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(B, P)`, *optional*):
                 Prompts, padded on either side. Without them, or with P = 0, text is generated unconditionally.
-            generation_config ([`XDLMGenerationConfig`], *optional*): Options; keywords of the call win over it.
+            generation_config ([`XDLMGenerationConfig`], *optional*):
+                Options; keywords of the call win over it. Transformers' [`GenerationConfig`] is read too.
             attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): 0 at padding.
             logits_processor (`LogitsProcessorList`, *optional*):
                 Called before the softmax with `(M, T)` current ids and `(M, N)` float32 logits, a row for each of the
-                M positions that the step needs; in an ancestral step for a chunk of them at a time.
+                M positions that the step needs; in an ancestral step for a chunk of them at a time. Processors of
+                Transformers that read from left to right are refused.
             stopping_criteria (`StoppingCriteriaList`, *optional*):
                 Called after each block with the `(B, n)` ids up to its end and `scores=None`.
             generator (`torch.Generator`, *optional*): Source of randomness; instead of `seed`.
@@ -91,13 +95,15 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
                 defined, after every step with the columns `(B, n)` not put yet, holes as the mask token, and before it
                 `put_confidences`, if defined and the sampler has any, with their confidences `(B, n)`; `put` with
                 each column, padding included, when it can no longer change (without refinement at the end of its
-                block, else at the end); then `end`, unless there was an exception, as in Transformers.
+                block, else at the end); then `end`, unless there was an exception, as in Transformers. Transformers'
+                own [`TextStreamer`] gets no padding after the answer.
             holes (`torch.BoolTensor` of shape `(B, P)` or list of `(first, end)` columns, *optional*):
                 Positions of `input_ids` to fill, whatever their ids; `steps` is then by default the largest number of
                 holes in a row, and a block without holes takes no forward pass.
             class_labels (`torch.LongTensor` of shape `(B,)` or list of `int`, *optional*):
                 For a model with classes; `num_classes` is the null class, which is also the default. Without
                 `input_ids` they determine B. `cfg_scale` then guides against the null class with the same text.
+            tokenizer ([`PreTrainedTokenizerBase`], *optional*): The model's; needed for `stop_strings`.
             kwargs: Any option of [`XDLMGenerationConfig`].
 
         Returns:
@@ -112,6 +118,9 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         if holes is not None and stopping_criteria:
             raise ValueError("stopping_criteria apply to answers, not to holes; leave them out.")
         options = resolve(self, generation_config, kwargs, generator, "answer" if holes is None else "holes")
+        check_processors(logits_processor, stopping_criteria)
+        stops = stop_strings(options, tokenizer)
+        options = with_answer_length(options, input_ids)
         generator = make_generator(generator, options.seed)
         if class_labels is not None:
             class_labels = label_tensor(self, class_labels, None if input_ids is None else len(input_ids))
@@ -133,7 +142,7 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
             check_blocks(options.steps, layout.length, options.block_length or layout.length, "text length")
         sampler = self._make_sampler(options, layout, generator)
         # 3. and 4.
-        return self._run(layout, sampler, options, logits_processor, stopping_criteria, streamer)
+        return self._run(layout, sampler, options, logits_processor, stopping_criteria, streamer, stops)
 
     def _run(
         self,
@@ -143,11 +152,12 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         processors: LogitsProcessorList | None,
         criteria: StoppingCriteriaList | None,
         streamer: Any,
+        stops: StopStrings | None = None,
     ) -> Tensor | DiffusionGenerateOutput:
         """Denoise a layout and return the output."""
         layout = layout.repeated(options.num_return_sequences)
         answer = layout.generated if layout.open_ended else None
-        stopping = StoppingRules(options, criteria, answer, sampler.may_edit or sampler.may_remask)
+        stopping = StoppingRules(options, criteria, answer, sampler.may_edit or sampler.may_remask, stops)
         canvas = sampler.begin(layout.ids, layout.generated, layout.holes)
         network_class = GraphedNetwork if options.compile else ReferenceNetwork if options.reference_compat else Network
         network = network_class(self, layout.attention_mask, canvas, options, processors, layout.class_labels)
@@ -189,7 +199,10 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
                 raise ValueError("attention_mask was given without input_ids.")
             input_ids = torch.empty(1, 0, dtype=torch.long)
         if not isinstance(input_ids, Tensor) or not isinstance(attention_mask, Tensor | None):
-            raise ValueError("input_ids and attention_mask must be tensors: tokenize with return_tensors='pt'.")
+            raise ValueError(
+                "input_ids and attention_mask must be tensors: tokenize with return_tensors='pt', and pass what the "
+                "tokenizer returns as generate(**inputs)."
+            )
         if input_ids.numel() == 0:
             input_ids = input_ids.long()  # tokenizers return an empty float tensor for an empty text
         if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.shape[0] == 0:

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..diffusion.checks import validate_ids
 from .blocks import num_blocks
+from .options import shown
 
 
 @dataclass
@@ -72,7 +73,7 @@ def label_tensor(model: Any, class_labels: Tensor | Sequence[int], rows: int | N
         raise ValueError(f"class_labels were given, but {type(model).__name__} has no classes; leave them out.")
     labels = torch.as_tensor(class_labels)
     if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool or not len(labels):
-        raise ValueError(f"class_labels={class_labels!r} must be integers of shape (B,) with B >= 1.")
+        raise ValueError(f"class_labels={shown(class_labels)} must be integers of shape (B,) with B >= 1.")
     if rows is not None and len(labels) != rows:
         raise ValueError(f"{len(labels)} class_labels do not fit input_ids of {rows} rows; give one label for each.")
     validate_ids("class_labels", labels, model.num_classes + 1)

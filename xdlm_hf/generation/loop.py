@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.generation import StoppingCriteriaList
 
 from .canvas import Canvas
+from .compatibility import StopStrings
 from .network import Network
 from .options import Options
 from .sampler import Sampler
@@ -29,23 +30,30 @@ class StoppingRules:
         criteria: The user's stopping criteria, called after each block.
         answer: (B, T) bool, where an end-of-text token ends the row; None: nowhere.
         may_change: Whether a filled token may still change.
+        stops: The stop strings, which end a row as an end-of-text token does.
 
     Raises:
         ValueError: If there are criteria but no padding token.
     """
 
     def __init__(
-        self, options: Options, criteria: StoppingCriteriaList | None, answer: Tensor | None, may_change: bool
+        self,
+        options: Options,
+        criteria: StoppingCriteriaList | None,
+        answer: Tensor | None,
+        may_change: bool,
+        stops: StopStrings | None = None,
     ):
-        self.options, self.answer = options, answer
+        self.options, self.answer, self.stops = options, answer, stops
         self.criteria = StoppingCriteriaList(criteria) if criteria else None
         self.ends: Tensor | None = None  # (B,) column from which a row is padding
         if criteria and options.pad_token_id is None:
             raise ValueError("stopping_criteria need pad_token_id, to pad what follows the end of a row; pass one.")
-        pads = bool(options.end_of_text) and options.pad_token_id is not None
+        pads = stops is not None or (bool(options.end_of_text) and options.pad_token_id is not None)
         self.pads_after_end_of_text = pads and answer is not None
         # Made once: a copy from the host synchronizes with the device.
-        self.end_of_text = torch.tensor(options.end_of_text, device=None if answer is None else answer.device)
+        device = None if answer is None else answer.device
+        self.end_of_text = torch.tensor(options.end_of_text, device=device, dtype=torch.long)
         # If tokens may still change, stopping at end-of-text can change the text, so it is not the default.
         wanted = (not may_change) if options.early_stop is None else options.early_stop
         self.stops_at_end_of_text = self.pads_after_end_of_text and wanted and options.sampler == "confidence"
@@ -62,23 +70,27 @@ class StoppingRules:
         return done
 
     def stopped_at_end_of_text(self, before: Canvas, after: Canvas, rows: Tensor) -> Tensor:
-        """(R,) bool: rows with an end-of-text token, no hole before it, and nothing before it edited in this step."""
+        """(R,) bool: rows that end with an end-of-text token or a stop string, without a hole or an edit of this step
+        before it.
+        """
         is_eos = self._is_eos(after.ids, rows) & ~after.holes
         before_eos = is_eos.long().cumsum(-1) == 0
         unfinished = (after.holes | (after.generated & (before.ids != after.ids) & ~before.holes)) & before_eos
         return is_eos.any(-1) & ~unfinished.any(-1)
 
     def pad(self, ids: Tensor) -> Tensor:
-        """(B, T) ids with padding after the block in which a criterion was met, and after the first end-of-text."""
-        after = self._after_end(ids)
+        """(B, T) ids with padding after the block in which a criterion was met, and after the first end-of-text or stop
+        string.
+        """
+        after = self.after_end(ids)
         return ids if after is None else torch.where(after, self.options.pad_token_id, ids)
 
     def num_tokens(self, holes: Tensor, ids: Tensor) -> Tensor:
         """(B,) int64, the number of holes (B, T) before the row's end."""
-        after = self._after_end(ids)
+        after = self.after_end(ids)
         return (holes if after is None else holes & ~after).sum(-1)
 
-    def _after_end(self, ids: Tensor) -> Tensor | None:
+    def after_end(self, ids: Tensor) -> Tensor | None:
         """(B, T) bool, positions after the end of their row; None if no row can have an end."""
         after = None
         if self.ends is not None:
@@ -90,7 +102,10 @@ class StoppingRules:
         return after
 
     def _is_eos(self, ids: Tensor, rows: Tensor | slice) -> Tensor:
-        return torch.isin(ids, self.end_of_text) & self.answer[rows]
+        ends = torch.isin(ids, self.end_of_text)
+        if self.stops is not None:
+            ends = ends | self.stops.complete_at(ids)
+        return ends & self.answer[rows]
 
 
 @dataclass

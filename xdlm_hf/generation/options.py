@@ -23,33 +23,52 @@ _LARGEST = 2**31 - 1
 Check = Callable[[str, Any], None]
 
 
+def shown(value: Any) -> str:
+    """A value for an error message: its repr, shortened if it is long, as that of a tokenizer or a tensor is."""
+    text = repr(value)
+    if len(text) <= 120 and "\n" not in text:
+        return text
+    return f"<{type(value).__name__} of {len(text)} characters>" if isinstance(value, str) else f"<{_kind(value)}>"
+
+
+def _kind(value: Any) -> str:
+    sized = isinstance(value, list | tuple | dict | set)
+    return type(value).__name__ + (f" of {len(value)} elements" if sized else "")
+
+
 def _count(label: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{label}={value!r} must be a positive integer.")
+        raise ValueError(f"{label}={shown(value)} must be a positive integer.")
     if value > _LARGEST:
         raise ValueError(f"{label}={value!r} must be at most {_LARGEST}.")
 
 
 def _integer(label: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{label}={value!r} must be an integer.")
+        raise ValueError(f"{label}={shown(value)} must be an integer.")
 
 
 def _boolean(label: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"{label}={value!r} must be True or False.")
+        raise ValueError(f"{label}={shown(value)} must be True or False.")
 
 
 def _token_ids(label: str, value: Any) -> None:
     ids = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(token_id, Integral) and not isinstance(token_id, bool) for token_id in ids):
-        raise ValueError(f"{label}={value!r} must be an integer or a list of integers.")
+        raise ValueError(f"{label}={shown(value)} must be an integer or a list of integers.")
+
+
+def _strings(label: str, value: Any) -> None:
+    strings = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"{label}={shown(value)} must be a string or a list of strings, none of them empty.")
 
 
 def _number(inside: Callable[[float], bool], range_: str) -> Check:
     def check(label: str, value: Any) -> None:
         if isinstance(value, bool) or not (isinstance(value, Real) and _is_finite(value)):
-            raise ValueError(f"{label}={value!r} must be a finite number.")
+            raise ValueError(f"{label}={shown(value)} must be a finite number.")
         if not inside(value):
             raise ValueError(f"{label}={value} must {range_}.")
 
@@ -66,7 +85,7 @@ def _is_finite(value: Real) -> bool:
 def _choice(*choices: Any) -> Check:
     def check(label: str, value: Any) -> None:
         if value not in choices:
-            raise ValueError(f"{label}={value!r} is not known; choose one of {list(choices)}.")
+            raise ValueError(f"{label}={shown(value)} is not known; choose one of {list(choices)}.")
 
     return check
 
@@ -82,7 +101,8 @@ class Option:
         check: Raises ValueError for an invalid value; takes the option's name for the message, and the value.
         range: Type and range, as text.
         about: Description.
-        section: "length", "sampling", "speed", "device", "refinement", "audit", "output" or "tokens".
+        section: "length", "sampling", "speed", "device", "refinement", "audit", "transformers" (options of Transformers
+            that say what others say too), "output" or "tokens".
         default: The default, as text.
         value: The default, if it is a constant.
         off: Values that switch the option off, as None does.
@@ -301,6 +321,34 @@ TABLE: dict[str, Option] = {
         given_for=("answer",),
         **_ANSWERS,
     ),
+    "do_sample": Option(
+        _boolean,
+        "bool",
+        "True draws tokens, at temperature 1 if no other is given; False takes the most likely ones, as temperature 0 "
+        "does.",
+        "transformers",
+        "as `temperature` says",
+    ),
+    "max_length": Option(
+        _count,
+        "int >= 1",
+        "Length of prompt, with its padding, and answer together; instead of `max_new_tokens`. Not read from a "
+        "checkpoint, where it is the limit of an autoregressive model.",
+        "transformers",
+        given_for=("answer",),
+        stored_for=(),
+    ),
+    "stop_strings": Option(
+        _strings,
+        "str or list of str",
+        "An answer ends after the token that completes one of them, as it does after an end-of-text token; pass "
+        "`tokenizer=` to `generate`.",
+        "transformers",
+        off=([], ()),
+        released=(),
+        given_for=("answer",),
+        **_ANSWERS,
+    ),
     "suppress_tokens": Option(_token_ids, "list of int", "Tokens that are never predicted.", "output", off=([], ())),
     "num_return_sequences": Option(_count, "int >= 1", "Answers per prompt.", "output", "1", 1),
     "seed": Option(
@@ -393,7 +441,7 @@ def draws(rows: Any) -> bool:
     """Whether generation with these options draws random numbers."""
     return (
         rows.sampler == "ancestral"
-        or bool(rows.temperature)
+        or bool(rows.do_sample if rows.temperature is None else rows.temperature)
         or rows.remasking == "random"
         or rows.refinement in REMDM_POLICIES
     )

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.streamers import TextStreamer
 from transformers.utils import ModelOutput
 
 from .canvas import Canvas
 from .loop import StoppingRules
-from .options import Options
+from .options import Options, shown
 from .sampler import Sampler
 
 
@@ -80,13 +81,13 @@ class StepObserver:
         if hasattr(self.streamer, "put_draft"):
             self.streamer.put_draft(value=ids[:, self.num_put :].cpu())
         if self.puts_blocks and block_end is not None and self.num_put < block_end < ids.shape[1]:
-            self._put(self.stopping.pad(ids)[:, :block_end])
+            self._put(self.stopping.pad(ids), block_end)
 
     def end(self, ids: Tensor) -> None:
         if self.streamer is None:
             return
         if self.num_put < ids.shape[1]:
-            self._put(ids)
+            self._put(ids, ids.shape[1])
         self.streamer.end()
 
     def _record(self, canvas: Canvas) -> None:
@@ -95,17 +96,27 @@ class StepObserver:
         if self.confidences is not None:
             self.confidences += (canvas.confidence,)
 
-    def _put(self, ids: Tensor) -> None:
-        self.streamer.put(ids[:, self.num_put :].cpu())
-        self.num_put = ids.shape[1]
+    def _put(self, ids: Tensor, end: int) -> None:
+        """Pass the columns up to `end` that were not put yet, of the padded ids (B, T)."""
+        columns = slice(self.num_put, end)
+        self.num_put = end
+        new = ids[:, columns].cpu()
+        # It prints all it gets, and takes one row only; other streamers get every column.
+        after = self.stopping.after_end(ids) if isinstance(self.streamer, TextStreamer) else None
+        if after is not None:
+            new = new[:, ~after[0, columns].cpu()]
+        if new.shape[1]:
+            self.streamer.put(new)
 
 
 def _check_streamer(streamer: Any, options: Options) -> None:
     missing = [name for name in ("put", "end") if not callable(getattr(streamer, name, None))]
     if missing:
-        raise ValueError(f"streamer={streamer!r} has no method {missing[0]}(); pass a BaseStreamer.")
+        raise ValueError(f"streamer={shown(streamer)} has no method {missing[0]}(); pass a BaseStreamer.")
     if getattr(streamer, "_takes_logits", False):
-        raise ValueError(f"streamer={streamer!r} takes drafts as logits, but drafts are token ids; pass another one.")
+        raise ValueError(
+            f"streamer={shown(streamer)} takes drafts as logits, but drafts are token ids; pass another one."
+        )
     if options.reference_compat:
         raise ValueError(
             "reference_compat=True may edit the prompt, which the streamer gets at the start; leave out one of them."

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers.generation import GenerationConfig
 
 from ..diffusion.checks import validate_ids
 from .cache import check_cache_attention
 from .graphs import check_capture
-from .options import REMDM_POLICIES, TABLE, Options, draws, policy
+from .options import REMDM_POLICIES, TABLE, Options, draws, policy, shown
 from .protocol import check_cache, check_conditioning, default_mixing_ratio, output_rows
 from .spelling import canonical, check_values, flatten
 
@@ -30,7 +31,7 @@ class DraftOptions(SimpleNamespace):
 
     def assignment(self, name: str) -> str:
         """`name=value` as the user wrote it, for messages."""
-        return f"{self.labels.get(name, canonical(name))}={getattr(self, name)!r}"
+        return f"{self.labels.get(name, canonical(name))}={shown(getattr(self, name))}"
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,11 @@ def _not_released(name: str) -> Rule:
 def _needs_sampling(name: str) -> Rule:
     return Rule(
         name,
-        lambda o: o.sampler == "confidence" and o.temperature == 0,
+        lambda o: o.sampler == "confidence" and (o.temperature == 0 or o.do_sample is False),
         lambda o: (
-            f"top_k={o.top_k}, top_p={o.top_p} need sampling, but temperature=0 is greedy; set a temperature above 0 "
-            "or leave them out."
+            f"top_k={o.top_k}, top_p={o.top_p} need sampling, but "
+            f"{'do_sample=False' if o.do_sample is False else 'temperature=0'} is greedy; set a temperature above 0 or "
+            "leave them out."
         ),
     )
 
@@ -141,6 +143,21 @@ def _drawing(rows: DraftOptions) -> str:
 RULES: tuple[Rule, ...] = (
     *(_not_in_sampler(name) for name, row in TABLE.items() if len(row.samplers) < 2),
     *(_not_released(name) for name, row in TABLE.items() if len(row.released) < 2 and name != "block_length"),
+    Rule(
+        "do_sample",
+        lambda o: o.do_sample is False and o.sampler == "ancestral",
+        lambda _: "sampler='ancestral' always draws; leave out do_sample=False, or use sampler='confidence'.",
+    ),
+    Rule(
+        "do_sample",
+        lambda o: o.temperature is not None and o.do_sample != bool(o.temperature > 0),
+        lambda o: (
+            f"do_sample={o.do_sample} {'draws tokens' if o.do_sample else 'takes the most likely tokens'}, but "
+            f"temperature={o.temperature} {'draws them' if o.temperature else 'takes the most likely ones'}; leave out "
+            "one of them."
+        ),
+        instead="temperature",
+    ),
     Rule(
         "temperature",
         lambda o: o.sampler == "ancestral" and o.temperature == 0,
@@ -228,7 +245,40 @@ def check_options(values: Mapping[str, Any], labels: Mapping[str, str]) -> None:
     """Raise ValueError for options, as `flatten` returns them, that are invalid for every model."""
     check_values(values, labels)
     on = {name: value for name, value in values.items() if not TABLE[name].is_off(value)}
+    _choose_length(on, dict.fromkeys(on, 0))
     resolve_conflicts(DraftOptions(**dict.fromkeys(TABLE) | on, labels=labels), TABLE)
+
+
+def _choose_length(on: dict[str, Any], source_of: Mapping[str, int]) -> None:
+    """Of `max_length` and `max_new_tokens`, remove the one whose source gives way to the other's.
+
+    Raises:
+        ValueError: If one source gives both.
+    """
+    if not {"max_length", "max_new_tokens"} <= set(on):
+        return
+    if source_of["max_length"] == source_of["max_new_tokens"]:
+        raise ValueError(
+            f"max_length={on['max_length']} and max_new_tokens={on['max_new_tokens']} both set the length of the "
+            "answer; leave out one of them."
+        )
+    on.pop(max(("max_length", "max_new_tokens"), key=source_of.__getitem__))
+
+
+def _given_options(given: Any) -> dict[str, Any]:
+    """The options that a generation config sets, Transformers' own `GenerationConfig` included.
+
+    Raises:
+        ValueError: If it is no generation config.
+    """
+    if given is None:
+        return {}
+    if hasattr(given, "given"):
+        return given.given()
+    if not isinstance(given, GenerationConfig):
+        raise ValueError(f"generation_config must be an XDLMGenerationConfig, not {type(given).__name__}.")
+    set_values = {name: value for name, value in given.to_diff_dict().items() if value is not None}
+    return {name: value for name, value in set_values.items() if name[0] != "_" and name != "transformers_version"}
 
 
 def merged(*sources: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[int]]:
@@ -261,7 +311,7 @@ def resolve(
 
     Args:
         model: Has `config` and `generation_config`.
-        given: An `XDLMGenerationConfig`, or None.
+        given: An `XDLMGenerationConfig`, or a `GenerationConfig` of Transformers whose options exist here, or None.
         call: Keywords; None or an "off" value switches off a stored option.
         generator: The caller's generator, which replaces a stored seed.
         task: "answer", "holes" or "revision"; some stored options apply to answers only.
@@ -269,13 +319,12 @@ def resolve(
     Raises:
         ValueError: Names the value and the remedy.
     """
-    if given is not None and not hasattr(given, "given"):
-        raise ValueError(f"generation_config must be an XDLMGenerationConfig, not {type(given).__name__}.")
     stored, _ = flatten(model.generation_config.given())
     stored = {name: value for name, value in stored.items() if task in TABLE[name].stored_for}
-    values, labels, source_of = merged(call, {} if given is None else given.given(), stored)
+    values, labels, source_of = merged(call, _given_options(given), stored)
     check_values(values, labels)
     on = {name: value for name, value in values.items() if not TABLE[name].is_off(value)}
+    _choose_length(on, source_of)
     chosen = {name for name in on if source_of[name] < 2}
     defaults = {name: row.value for name, row in TABLE.items()}
     defaults |= {name: getattr(model.config, name, None) for name in _FROM_MODEL_CONFIG}
@@ -283,20 +332,24 @@ def resolve(
     rows = DraftOptions(**defaults | on, labels={name: labels[name] for name in chosen})
     _check_task(rows, chosen, task)
     if rows.temperature is None:
-        rows.temperature = 1.0 if rows.sampler == "ancestral" else 0.0
+        rows.temperature = _default_temperature(rows.sampler, rows.do_sample)
     if generator is not None and "seed" not in chosen:
         rows.seed = None
     resolve_conflicts(rows, chosen)
     # Rows that the rules switched off get their defaults.
     final = {name: defaults[name] if getattr(rows, name) is None else getattr(rows, name) for name in TABLE}
     if final["temperature"] is None:
-        final["temperature"] = 1.0 if final["sampler"] == "ancestral" else 0.0
+        final["temperature"] = _default_temperature(final["sampler"], final["do_sample"])
     options = Options(**{name: copy.copy(value) for name, value in final.items()})
     if options.pad_token_id is None:
         options = replace(options, pad_token_id=next(iter(options.end_of_text), None))
     _check_against_model(model, options)
     # The released samplers do not pad what follows end-of-text.
     return replace(options, eos_token_id=[]) if options.reference_compat else options
+
+
+def _default_temperature(sampler: str, do_sample: bool | None) -> float:
+    return 1.0 if sampler == "ancestral" or do_sample else 0.0
 
 
 def _check_task(rows: DraftOptions, chosen: Collection[str], task: str) -> None:

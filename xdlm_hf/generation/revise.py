@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.generation import LogitsProcessorList
 
+from .compatibility import check_processors
 from .config import XDLMGenerationConfig
 from .layout import Layout, check_guidance, padded
 from .options import Options
@@ -64,6 +65,7 @@ class RevisionMixin:
         """
         options = resolve(self, generation_config, kwargs, generator, "revision")
         _check_revision(options)
+        check_processors(logits_processor, None)
         check_guidance(self, options.cfg_scale, None)
         generator = make_generator(generator, options.seed)
         if isinstance(text, Tensor):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .options import ACCEPTED, GROUPS, MAIN_KEYS, OPTIONS, TABLE
+from .options import ACCEPTED, GROUPS, MAIN_KEYS, OPTIONS, TABLE, shown
 from .refinement import REMASK_SCHEDULES
 
 # Former names of ReMDM's policies, which are still read.
@@ -62,7 +62,7 @@ def _group_values(group: str, value: Any) -> dict[str, Any]:
         return {key: value.get(key) for key in keys}
     if group in MAIN_KEYS:
         return {MAIN_KEYS[group]: value}
-    raise ValueError(f"{group}={value!r} must be a dict with one of {', '.join(map(repr, keys))}.")
+    raise ValueError(f"{group}={shown(value)} must be a dict with one of {', '.join(map(repr, keys))}.")
 
 
 def compose(rows: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,9 +85,8 @@ def check_values(rows: Mapping[str, Any], labels: Mapping[str, str] | None = Non
 def unknown_options(unknown: Mapping[str, Any]) -> str:
     """The message for options that do not exist, with a remedy if one is known."""
     hints = {
-        "max_length": "use max_new_tokens",
-        "do_sample": "temperature=0 is greedy, temperature > 0 samples",
         "gen_length": "use max_new_tokens",
+        "inputs": "use input_ids",
         "k1": "use mixing_ratio",
         "num_inference_steps": "use steps",
         "compile_config": "compile='graphs' captures the passes; torch.compile(model.forward) goes with it or without",
@@ -95,6 +94,6 @@ def unknown_options(unknown: Mapping[str, Any]) -> str:
         "token_type_ids": "call the tokenizer with return_token_type_ids=False",
     }
     named = ", ".join(
-        f"{name}={value!r}" + (f" ({hints[name]})" if name in hints else "") for name, value in unknown.items()
+        f"{name}={shown(value)}" + (f" ({hints[name]})" if name in hints else "") for name, value in unknown.items()
     )
     return f"generate() has no option {named}. Options: {', '.join(OPTIONS)}."

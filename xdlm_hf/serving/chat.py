@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..generation.blocks import check_blocks
 from ..generation.config import XDLMGenerationConfig
 from ..generation.protocol import length_limit
-from ..loading import DTYPES, end_ids, end_of_turn_ids, load
+from ..loading import DTYPES, add_version_option, end_ids, end_of_turn_ids, load
 
 try:
     from rich.console import Console
@@ -314,6 +314,7 @@ def _typed() -> bool:
 def main(argv: list[str] | None = None) -> None:
     """Load the model and chat until the user leaves."""
     parser = argparse.ArgumentParser("xdlm-chat", description=__doc__.split("\n")[0])
+    add_version_option(parser)
     parser.add_argument("--model", required=True, help="folder or Hub name of a checkpoint")
     parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:0, ...")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..loading import DTYPES, load
+from ..loading import DTYPES, add_version_option, load
 from .requests import Defaults, Limits
 
 try:
@@ -109,6 +109,7 @@ class Server(uvicorn.Server):
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("xdlm-serve", description=__doc__.split("\n")[0])
+    add_version_option(parser)
     add: Callable[..., Any] = parser.add_argument
     add("--model", required=True, help="folder or Hub name of a checkpoint")
     add("--served_name", help="its name in the API; by default the last part of --model")

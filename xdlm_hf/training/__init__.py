@@ -9,6 +9,7 @@ places         which row of the run each row of a batch is
 checkpointing  the trainer's base class, which saves and resumes
 checkpoints    atomic checkpoints and resume checks
 ema            average of the weights, for evaluation and the final model
+averages       file of that average
 checksums      checksums of a checkpoint's files
 preemption     checkpoints on SIGTERM and at time intervals
 metrics        logged figures: loss by kind of token and by time, its standard error, speed

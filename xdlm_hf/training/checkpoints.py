@@ -23,15 +23,18 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.source_files import check_same_files
 from .checksums import damage
+
+# Transformers' modules of its Trainer import peft, and with it bitsandbytes; evaluation needs neither.
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 UNFINISHED = "_unfinished"  # the leading underscore keeps it out of uploads to the Hub
@@ -76,6 +79,8 @@ _BEFORE = {"random_length_probability": 0.0, "gidd_weighting": "elbo", "ema_deca
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The complete checkpoint with the highest step in `output_dir`, or None."""
+    from transformers.trainer_utils import get_last_checkpoint
+
     found = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
     return None if found is None else Path(found)
 
@@ -162,7 +167,7 @@ def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     return zlib.crc32(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
 
 
-def optimization_record(args: TrainingArguments, model: PreTrainedModel, optimizer: str | None) -> dict[str, Any]:
+def optimization_record(args: "TrainingArguments", model: PreTrainedModel, optimizer: str | None) -> dict[str, Any]:
     """Settings of the optimization that `check_same_run` compares, as JSON.
 
     Args:
@@ -185,7 +190,7 @@ def optimization_record(args: TrainingArguments, model: PreTrainedModel, optimiz
     }
 
 
-def _schedule(args: TrainingArguments) -> dict[str, Any]:
+def _schedule(args: "TrainingArguments") -> dict[str, Any]:
     schedule = {"type": str(_plain(args.lr_scheduler_type)), "kwargs": args.lr_scheduler_kwargs or {}}
     if schedule["type"] != "constant":
         schedule["warmup"] = args.warmup_steps

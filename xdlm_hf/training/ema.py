@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from .averages import EMA_FILE, fill_weights, read_average, trained_weights
+
 logger = logging.getLogger(__name__)
-EMA_FILE = "ema.safetensors"
 
 
 def check_ema(model: nn.Module, args: TrainingArguments) -> None:
@@ -72,7 +71,7 @@ class ExponentialMovingAverage(TrainerCallback):
 
     def start(self, model: nn.Module) -> None:
         """Initialise the average with the weights, or move a loaded average to their devices."""
-        weights = _trained(model)
+        weights = trained_weights(model)
         if not self._average:
             self._average = {name: p.detach().to(torch.float32, copy=True) for name, p in weights.items()}
         self._average = {name: self._average[name].to(p.device) for name, p in weights.items()}
@@ -82,7 +81,7 @@ class ExponentialMovingAverage(TrainerCallback):
         """Update the average after an optimizer step."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [parameter.detach().float() for parameter in _trained(model).values()]
+        weights = [parameter.detach().float() for parameter in trained_weights(model).values()]
         torch._foreach_lerp_(list(self._average.values()), weights, 1 - decay)
 
     @contextlib.contextmanager
@@ -94,13 +93,13 @@ class ExponentialMovingAverage(TrainerCallback):
         if not self._average:
             yield
             return
-        weights = _trained(model)
+        weights = trained_weights(model)
         before = {name: parameter.detach().clone() for name, parameter in weights.items()}
         try:
-            _fill(weights, self._average)
+            fill_weights(weights, self._average)
             yield
         finally:
-            _fill(weights, before)
+            fill_weights(weights, before)
 
     def save(self, folder: str | Path) -> None:
         """Write `ema.safetensors`: the average by parameter name, with decay and number of updates."""
@@ -117,7 +116,7 @@ class ExponentialMovingAverage(TrainerCallback):
         Raises:
             ValueError: If the checkpoint has no average, or one of another model.
         """
-        average, settings = _read(Path(checkpoint), _trained(model))
+        average, settings = read_average(Path(checkpoint), trained_weights(model))
         self._average, self.updates = average, int(settings["updates"])
 
     def on_train_begin(self, args, state, control, model, **kwargs):
@@ -128,22 +127,6 @@ class ExponentialMovingAverage(TrainerCallback):
             self.update(model)
 
 
-def apply_saved_average(model: nn.Module, checkpoint: str | Path) -> bool:
-    """Replace a model's weights by the average of a checkpoint.
-
-    Returns:
-        Whether the checkpoint has an average.
-
-    Raises:
-        ValueError: If it belongs to another model.
-    """
-    if not (Path(checkpoint) / EMA_FILE).is_file():
-        return False
-    weights = _trained(model)
-    _fill(weights, _read(Path(checkpoint), weights)[0])
-    return True
-
-
 @contextlib.contextmanager
 def named_in_config(config: Any, decay: float) -> Iterator[None]:
     """Record in the config, inside the block, that the weights are an average with this decay."""
@@ -152,34 +135,3 @@ def named_in_config(config: Any, decay: float) -> Iterator[None]:
         yield
     finally:
         del config.ema_decay
-
-
-def _read(checkpoint: Path, weights: dict[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    path = checkpoint / EMA_FILE
-    if not path.is_file():
-        raise ValueError(
-            f"{checkpoint.name} has no {EMA_FILE}, the average of its weights; restore it, or start a new run from the "
-            "checkpoint's weights (model_name_or_path)."
-        )
-    with safe_open(path, "pt") as file:
-        average = {name: file.get_tensor(name) for name in file.keys()}
-        settings = file.metadata()
-    shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (average, weights)]
-    if shapes[0] != shapes[1]:
-        name = next(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
-        raise ValueError(
-            f"{path} is the average of another model: {name} has shape {shapes[0].get(name)} there, "
-            f"{shapes[1].get(name)} here."
-        )
-    return average, settings
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    model = extract_model_from_parallel(model, keep_torch_compile=False)  # names without a wrapper's prefix
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-@torch.no_grad()
-def _fill(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    for name, parameter in weights.items():
-        parameter.copy_(values[name])

@@ -5,14 +5,17 @@ NELBO and standard errors are in nats per token. t = 0 is clean, t = 1 is noise.
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.trainer_utils import EvalPrediction
 
 from ..diffusion.process import NoiseProcess
 from .row_noise import EVAL_ROW, EVAL_SHIFT, corrupt_rows, generator_of
+
+if TYPE_CHECKING:
+    from transformers.trainer_utils import EvalPrediction  # imports peft, and with it bitsandbytes
 
 
 def evaluation_noise(
@@ -76,7 +79,7 @@ def nelbo_of_sums(
     return figures
 
 
-def nelbo_metrics(prediction: EvalPrediction) -> dict[str, float]:
+def nelbo_metrics(prediction: "EvalPrediction") -> dict[str, float]:
     """Metrics of an evaluation from sums per row: `nelbo_of_sums` with the NELBO called `loss`, and `tokens`.
 
     Args:

@@ -13,8 +13,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from .preemption import Preempted
-
 Result = TypeVar("Result")
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -47,6 +45,8 @@ def run_script(main: Callable[[], object]) -> None:
     `ValueError`, `OSError` or `ArithmeticError` raised by a `raise` statement of the package or of a module beside the
     script (a wrong path, a full disk, a loss that is NaN). Any other error is a defect and keeps its traceback.
     """
+    from .preemption import Preempted  # imports Transformers' Trainer, which `end_script` alone does not need
+
     status = 0
     try:
         main()
