@@ -110,7 +110,7 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         if holes is not None and stopping_criteria:
             raise ValueError("stopping_criteria apply to answers, not to holes; leave them out.")
         options = resolve(self, generation_config, kwargs, generator, "answer" if holes is None else "holes")
-        generator = make_generator(generator, options.seed)
+        generator = make_generator(self, generator, options.seed)
         if class_labels is not None:
             class_labels = label_tensor(self, class_labels, None if input_ids is None else len(input_ids))
             if input_ids is None and attention_mask is None:
