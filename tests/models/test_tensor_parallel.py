@@ -58,7 +58,8 @@ def test_two_processes_compute_what_one_does(folder, name):
 @pytest.mark.parametrize("name", ["llada", "dit"])
 def test_two_processes_save_the_whole_model(folder, name):
     whole, saved = (AutoModelForCausalLM.from_pretrained(folder / part) for part in (name, f"{name}_saved"))
-    assert saved.config.to_dict() == whole.config.to_dict() | {"dtype": "float64"}
+    written, original = (json.loads((folder / part / "config.json").read_text()) for part in (f"{name}_saved", name))
+    assert written == original | {"dtype": "float64"}
     for parameter, weight in state(whole).items():
         assert state(saved)[parameter].equal(weight), parameter
 

@@ -16,7 +16,7 @@ network      logits of the positions that a step needs: cache, guidance, process
 cache        keys and values of all positions
 output       return value of `generate`, history and streaming
 protocol     interface of models
-shared_draws the same draws in all processes of one model
+ranks        the same draws in all processes of one model
 options      the table of options
 spelling     conversion between the user's options and rows of the table
 resolution   one set of options from call, config and checkpoint

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..diffusion.noise import NoiseKernel
 from ..diffusion.process import NoiseProcess, StationaryProcess
 from ..diffusion.schedules import get_schedule
-from .shared_draws import is_tensor_parallel
+from .ranks import is_tensor_parallel
 
 ATTENTION = ("full", "block_causal")
 

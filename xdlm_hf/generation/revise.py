@@ -15,9 +15,9 @@ from .config import XDLMGenerationConfig
 from .layout import Layout, check_guidance, padded
 from .options import Options
 from .output import DiffusionGenerateOutput
+from .ranks import shared_generator
 from .refinement import make_refinement
 from .resolution import resolve
-from .shared_draws import shared_generator
 from .spans import character_mask, check_disjoint, position_mask
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.utils import ModelOutput
 
-from ..generation.shared_draws import is_tensor_parallel
+from ..generation.ranks import is_tensor_parallel
 
 # Takes hidden states (B, n, D), weight (N, D) and, where the layer has one, bias (N,).
 Reduction = Callable[..., tuple[Tensor, Tensor]]
