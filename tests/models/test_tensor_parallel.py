@@ -1,4 +1,4 @@
-"""Tensor parallelism: a model that two processes hold computes what one does."""
+"""One model in two processes (tensor parallelism) or on two devices computes what it does in one place."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import random_dit, tiny_model
 from safetensors.torch import load_file
-from tensor_parallel import results
+from tensor_parallel import DRAWN, IDS, REFINED, results
 from training import launch, state
 from transformers import AutoModelForCausalLM
 
@@ -89,3 +89,21 @@ def test_sizes_that_do_not_divide_are_refused(folder, name, sizes):
         assert error == (
             f"tensor parallelism over 2 processes does not divide {sizes}; the number of processes must divide 1."
         )
+
+
+@pytest.mark.parametrize(("name", "block"), [("llada", "model.transformer.blocks"), ("dit", "backbone.blocks")])
+def test_an_automatic_device_map_keeps_blocks_whole(folder, name, block, tmp_path):
+    alone = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64).eval()
+    options = {
+        "device_map": "auto",
+        "max_memory": {"cpu": 0.7 * alone.get_memory_footprint()},
+        "offload_folder": tmp_path,
+    }
+    divided = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64, **options).eval()
+    assert set(map(str, divided.hf_device_map.values())) == {"cpu", "disk"}
+    assert not [
+        place for place in divided.hf_device_map if place.startswith(block) and place.count(".") > block.count(".") + 1
+    ]
+    for generation in (REFINED, DRAWN):
+        tokens = (model.generate(IDS, seed=0, **generation) for model in (alone, divided))
+        assert torch.equal(*tokens)
