@@ -168,7 +168,7 @@ def test_operations_are_those_of_the_matrices():
 def test_a_step_needs_no_more_than_planned(checkpointing):
     model = tiny(n_blocks=4, vocab_size=512, mask_token_id=511).train()
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer, ids = torch.optim.AdamW(model.parameters(), foreach=True), torch.randint(6, 510, (4, 64))
     rates = torch.full((4,), 0.5), torch.full((4,), -1.0)
     kernel, tracker = model.noise_kernel(0.1), MemTracker()

@@ -327,7 +327,7 @@ def test_activation_checkpointing_gives_the_same_gradients(reentrant):
     for checkpointing in (False, True):
         model = random_dit(dropout=0.2).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         torch.manual_seed(1)
         model(IDS).logits.square().sum().backward()
         gradients.append([weight.grad for weight in model.parameters()])

@@ -319,7 +319,7 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(model, i
     model.train()
     calls, plain = gradients()
     for reentrant in (False, True):
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
         recomputed, checkpointed = gradients()
         assert (calls, recomputed) == (1, 2)

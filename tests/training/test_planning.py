@@ -92,7 +92,7 @@ def test_operations_are_those_counted_in_a_step(checkpointing):
     """Eager attention, whose products the counter sees. The last block's recomputation may stop early: within 3 %."""
     model = model_like(attention="eager").train()
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     with FlopCounterMode(display=False) as counter:
         model(torch.randint(6, 512, (2, 64))).logits.sum().backward()
     planned = run_flops(model, count_parameters(model), 64, 128, checkpointing)
@@ -305,7 +305,7 @@ def test_activations_are_those_that_autograd_keeps(case, checkpointing):
     build, settings = CASES[case]
     model = model_like(**build).train()
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(6, 512, (3, 64))
     measured = kept_bytes(model, ids, settings.get("bf16", False))
     layout = LAYOUTS["zero2" if case == "bfloat16" else "ddp"]
@@ -362,7 +362,7 @@ def test_a_whole_pass_needs_no_more_than_planned(checkpointing, foreach):
     for rows in (4, 1):  # with one row the optimizer's step is the peak
         model = model_like(n_layers=4).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(model.parameters(), foreach=foreach)
         ids, kernel = torch.randint(6, 512, (rows, 64)), model.noise_kernel(0.1)
         rates = torch.full((rows,), 0.5), torch.full((rows,), -1.0)

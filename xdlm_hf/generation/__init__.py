@@ -17,6 +17,7 @@ cache        keys and values of all positions
 graphs       passes at fixed shapes, captured as CUDA graphs
 output       return value of `generate`, history and streaming
 protocol     interface of models
+ranks        the same draws in all processes of one model
 options      the table of options
 spelling     conversion between the user's options and rows of the table
 compatibility  Transformers' options and processors that assume decoding from left to right

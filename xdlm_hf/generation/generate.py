@@ -121,7 +121,7 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
         check_processors(logits_processor, stopping_criteria)
         stops = stop_strings(options, tokenizer)
         options = with_answer_length(options, input_ids)
-        generator = make_generator(generator, options.seed)
+        generator = make_generator(self, generator, options.seed)
         if class_labels is not None:
             class_labels = label_tensor(self, class_labels, None if input_ids is None else len(input_ids))
             if input_ids is None and attention_mask is None:

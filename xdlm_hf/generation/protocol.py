@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..diffusion.noise import NoiseKernel
 from ..diffusion.process import NoiseProcess, StationaryProcess
 from ..diffusion.schedules import get_schedule
+from .ranks import is_tensor_parallel
 
 ATTENTION = ("full", "block_causal")
 
@@ -146,12 +147,20 @@ def check_conditioning(model: Any, given: Collection[str], who: str) -> None:
 
 
 def check_trainable(model: Any) -> None:
-    """Raise ValueError for a model that needs more than noisy ids and times, or predicts the next position."""
+    """Raise ValueError for a model that cannot be trained.
+
+    It needs more than noisy ids and times, predicts the next position, or is sharded by tensor parallelism.
+    """
     check_conditioning(model, ("timesteps",), "XDLMTrainer")
     if model.predicts_next:
         raise ValueError(
             f"{type(model).__name__} has predicts_next=True, but XDLMTrainer needs logits that predict the position "
             "itself; shift them in the model's forward."
+        )
+    if is_tensor_parallel(model):
+        raise ValueError(
+            "the model was loaded with a tp_plan, but XDLMTrainer gives every process rows of its own; load it "
+            "without, and train on several GPUs with FSDP or ZeRO."
         )
 
 

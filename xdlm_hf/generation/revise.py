@@ -16,6 +16,7 @@ from .config import XDLMGenerationConfig
 from .layout import Layout, check_guidance, padded
 from .options import Options
 from .output import DiffusionGenerateOutput
+from .ranks import shared_generator
 from .refinement import make_refinement
 from .resolution import resolve
 from .spans import character_mask, check_disjoint, position_mask
@@ -67,7 +68,7 @@ class RevisionMixin:
         _check_revision(options)
         check_processors(logits_processor, None)
         check_guidance(self, options.cfg_scale, None)
-        generator = make_generator(generator, options.seed)
+        generator = make_generator(self, generator, options.seed)
         if isinstance(text, Tensor):
             ids, attention_mask = self._prepare_prompt(text, attention_mask, options, False)
             may_change = None if editable is None else position_mask("editable", editable, attention_mask)
@@ -133,11 +134,13 @@ def _check_revision(options: Options) -> None:
         )
 
 
-def make_generator(generator: torch.Generator | None, seed: int | None) -> torch.Generator | None:
-    """The caller's generator, or a new one with this seed."""
-    if seed is None:
-        return generator
-    if generator is not None:
-        raise ValueError(f"pass either seed={seed} or a generator, not both.")
-    # On the CPU, so that a seed gives the same draws for every device; only (B, T) numbers are drawn.
-    return torch.Generator().manual_seed(int(seed))
+def make_generator(
+    model: torch.nn.Module, generator: torch.Generator | None, seed: int | None
+) -> torch.Generator | None:
+    """The caller's generator, or a new one with this seed; the same draws in all processes of one model."""
+    if seed is not None:
+        if generator is not None:
+            raise ValueError(f"pass either seed={seed} or a generator, not both.")
+        # On the CPU, so that a seed gives the same draws for every device; only (B, T) numbers are drawn.
+        generator = torch.Generator().manual_seed(int(seed))
+    return shared_generator(model, generator)

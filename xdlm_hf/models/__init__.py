@@ -9,6 +9,7 @@ configured_noise  noise that the config of a model states
 attention         bidirectional attention with rotary positions
 network_inputs    checks of the arguments of forward
 output_layer      output layer that can compute a loss instead of logits
+tensor_parallel   styles of sharding layers over processes
 strict_loading    loading that refuses pickles, damaged files and weights that do not fit the config
 """
 

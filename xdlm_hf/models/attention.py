@@ -126,6 +126,8 @@ def prepare_mask(config: PreTrainedConfig, attention_mask: Any, inputs_embeds: T
     Raises:
         ValueError: If the shape does not fit, or flash attention is given a 4-D mask.
     """
+    if attention_mask is None:  # compiled, older versions of Transformers would build (L, L), which fits no cache
+        return None
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
         return _as_bias(config, attention_mask, inputs_embeds)
     if isinstance(attention_mask, Tensor) and attention_mask.shape != inputs_embeds.shape[:2]:

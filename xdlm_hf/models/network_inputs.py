@@ -95,6 +95,25 @@ def check_positions(position_ids: Tensor | None, inputs_embeds: Tensor, rows: in
             )
 
 
+def kept_positions(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Hidden states at the positions whose logits are wanted.
+
+    Args:
+        hidden: (B, L, D).
+        logits_to_keep: The last n positions, 0 for all; columns (n,) or, for each row, (B, n); or a bool mask (B, L).
+
+    Returns:
+        (B, n, D), or (number selected, D) in row-major order for a mask.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:]
+    if logits_to_keep.ndim == 2 and logits_to_keep.dtype == torch.bool:
+        return hidden[logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        return hidden.take_along_dim(logits_to_keep[..., None], dim=1)
+    return hidden[:, logits_to_keep]
+
+
 def check_rows_hold_mask(rows: int | None, mask_token_id: int | None) -> None:
     """Raise ValueError if an embedding with this number of rows (None: unchanged) would have no row for [MASK]."""
     if rows is not None and mask_token_id is not None and rows <= mask_token_id:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.utils import ModelOutput
 
+from ..generation.ranks import is_tensor_parallel
+
 # Takes hidden states (B, n, D), weight (N, D) and, where the layer has one, bias (N,).
 Reduction = Callable[..., tuple[Tensor, Tensor]]
 
@@ -57,6 +59,20 @@ class ReducedOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+def check_reduction(model: nn.Module, reduction: Reduction | None) -> None:
+    """Raise ValueError if a reduction is given and the output layer was replaced, or a process has a part of it."""
+    if reduction is None:
+        return
+    head = model.get_output_embeddings()
+    if not isinstance(head, OutputLayer):
+        raise ValueError(f"output_reduction needs an OutputLayer, but the output layer is {head}; leave it out.")
+    if is_tensor_parallel(model) and hasattr(head.weight, "device_mesh"):
+        raise ValueError(
+            "output_reduction needs the whole output layer in every process, but the tp_plan shards it; load the model "
+            "with tp_plan='auto', which does not."
+        )
+
+
 def run_output_layer(
     head: nn.Module, hidden: Tensor, reduction: Reduction | None, outputs: BaseModelOutput
 ) -> MaskedLMOutput | ReducedOutput:
@@ -65,15 +81,10 @@ def run_output_layer(
     Args:
         head: The output layer.
         hidden: Last hidden states at the positions of `logits_to_keep`, (B, n, D).
-        reduction: The `output_reduction` of the call, or None for logits.
+        reduction: The `output_reduction` of the call, which `check_reduction` accepts, or None for logits.
         outputs: Output of the backbone, with the requested hidden states and attentions.
-
-    Raises:
-        ValueError: If a reduction is given but the output layer was replaced.
     """
     captured = outputs.hidden_states, outputs.attentions
     if reduction is None:
         return MaskedLMOutput(None, head(hidden), *captured)
-    if not isinstance(head, OutputLayer):
-        raise ValueError(f"output_reduction needs an OutputLayer, but the output layer is {head}; leave it out.")
     return ReducedOutput(*head(hidden, reduction=reduction), *captured)

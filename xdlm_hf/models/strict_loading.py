@@ -6,9 +6,17 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from .tensor_parallel import check_divisible
+
 
 class StrictLoading:
-    """Mixin; list it before `PreTrainedModel` in the bases of a model class."""
+    """Mixin; list it before `PreTrainedModel` in the bases of a model class.
+
+    Attributes:
+        tensor_parallel_sizes: Fields of the config that the number of processes must divide for tensor parallelism.
+    """
+
+    tensor_parallel_sizes: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(
@@ -53,6 +61,17 @@ class StrictLoading:
                 f"{tying} to false in config.json to keep both."
             )
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def maybe_distribute_model(cls, model: PreTrainedModel, distributed_config: Any, *args: Any) -> PreTrainedModel:
+        """Called by `from_pretrained` before it reads weights.
+
+        Raises:
+            ValueError: If the number of processes does not divide `tensor_parallel_sizes`.
+        """
+        if distributed_config is not None and cls.tensor_parallel_sizes:
+            check_divisible(model.config, cls.tensor_parallel_sizes, distributed_config.tp_size or 1)
+        return super().maybe_distribute_model(model, distributed_config, *args)
 
 
 def _refuse_pickle(source: str | Path | None, use_safetensors: bool | None) -> None:

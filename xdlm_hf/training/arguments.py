@@ -93,6 +93,11 @@ class XDLMTrainingArguments(TrainingArguments):
     accept_repaired_data: bool = field(
         default=False, metadata={"help": "Resume a stream although files of it were repaired or removed."}
     )
+    # The name in newer versions of Transformers; in older ones it is `gradient_checkpointing`.
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Recompute activations in the backward pass, block by block.", "nargs": "?", "const": True},
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false: the collator reads them."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Look for parameters without a gradient; there are none."}
@@ -112,6 +117,9 @@ class XDLMTrainingArguments(TrainingArguments):
         self._check_objective()
         self._check_optimization()
         self._check_finite_numbers()
+        if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:
+            self.gradient_checkpointing = self.gradient_checkpointing or bool(self.activation_checkpointing)
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         if self.time_sampling == "antithetic":
             self.time_sampling = "stratified"

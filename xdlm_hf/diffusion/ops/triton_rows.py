@@ -74,8 +74,10 @@ def _statistics_kernel(
     tl.store(out + 4 * row + 1, total)
     if HAS_UNIFORM:
         row_floor = tl.load(floor + row)
-        rhos, shares = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-        for first in range(0, n, BLOCK):
+        # Half a block at a time: 64 registers a thread instead of 128 and, with Triton 3.6, spills.
+        columns = tl.arange(0, BLOCK // 2)
+        rhos, shares = tl.zeros([BLOCK // 2], tl.float32), tl.zeros([BLOCK // 2], tl.float32)
+        for first in range(0, n, BLOCK // 2):
             p = tl.exp(_row(base, first, columns, n, absorbing) - top) / total
             y = p / row_floor
             rhos += p * _rho(y)

@@ -55,6 +55,11 @@ class DiTConfig(FormatConfig):
     """
 
     model_type = "mdlm"
+    base_model_tp_plan = {  # the styles that are not Transformers' are those of models/tensor_parallel.py
+        "blocks.*.attn_qkv": "packed_qkv",
+        "blocks.*.attn_out": "rowwise",
+        "blocks.*.mlp.*": "style_of_module",
+    }
     attribute_map = {
         "hidden_size": "hidden_dim",
         "num_hidden_layers": "n_blocks",

@@ -27,7 +27,7 @@ from torch.nn.functional import dropout, silu
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -43,10 +43,11 @@ from ..network_inputs import (
     check_positions,
     check_rows_hold_mask,
     check_text,
+    kept_positions,
     refuse_unknown_arguments,
     text_positions,
 )
-from ..output_layer import OutputLayer, ReducedOutput, Reduction, run_output_layer
+from ..output_layer import OutputLayer, ReducedOutput, Reduction, check_reduction, run_output_layer
 from ..strict_loading import StrictLoading
 from .configuration_dit import DiTConfig, DUOConfig, UDLMConfig
 from .layers_dit import (
@@ -69,7 +70,7 @@ class DiTBlock(FoldsConstants, GradientCheckpointingLayer):
     def __init__(self, config: DiTConfig, layer_idx: int):
         super().__init__()
         width = config.hidden_dim
-        self.heads, self.dropout = config.n_heads, config.dropout
+        self.head_width, self.dropout = width // config.n_heads, config.dropout
         self.norm1 = DiTLayerNorm(width)
         self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
         self.attn_out = nn.Linear(width, width, bias=False)
@@ -79,6 +80,7 @@ class DiTBlock(FoldsConstants, GradientCheckpointingLayer):
             nn.GELU(approximate="tanh"),
             nn.Linear(config.intermediate_size, width),
         )
+        self.mlp[0].tensor_parallel_style, self.mlp[2].tensor_parallel_style = "colwise", "rowwise"
         self.adaLN_modulation = AdaLN(config.cond_dim, 6 * width)
         self.attention = BidirectionalAttention(config, layer_idx)
 
@@ -94,7 +96,7 @@ class DiTBlock(FoldsConstants, GradientCheckpointingLayer):
         """New residual stream (B, L, D); with `constant`, `condition` (1, C) depends only on weights."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation(self, condition, constant, 6)
         h = modulate(self.norm1(hidden_states), shift_1, scale_1).to(hidden_states.dtype)
-        qkv = self.attn_qkv(h).unflatten(-1, (3, self.heads, -1))
+        qkv = self.attn_qkv(h).unflatten(-1, (3, -1, self.head_width))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         h, _ = self.attention(query, key, value, position_embeddings, attention_mask, **kwargs)
         hidden_states = hidden_states + gate_1 * self._drop(self.attn_out(h))
@@ -127,6 +129,7 @@ class DiTPreTrainedModel(StrictLoading, PackageCode, PreTrainedModel):
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock"]
+    tensor_parallel_sizes = ("n_heads", "intermediate_size")
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -316,9 +319,10 @@ class DiTForDiffusionLM(ConfiguredNoise, XDLMGenerationMixin, DiTPreTrainedModel
 
         Raises:
             ValueError: If the inputs do not fit together or the config, an argument is unknown, or `output_reduction`
-                is given but the output layer was replaced.
+                is given but the output layer was replaced or is sharded over processes.
         """
         check_text(input_ids, inputs_embeds, logits_to_keep)
+        check_reduction(self, output_reduction)
         outputs = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -328,7 +332,7 @@ class DiTForDiffusionLM(ConfiguredNoise, XDLMGenerationMixin, DiTPreTrainedModel
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        kept = kept_positions(outputs.last_hidden_state, logits_to_keep)
         return run_output_layer(self.get_output_embeddings(), kept, output_reduction, outputs)
 
 

@@ -80,6 +80,15 @@ class LLaDAConfig(FormatConfig):
     """
 
     model_type = "llada"
+    base_model_tp_plan = {
+        "transformer.blocks.*.q_proj": "colwise",
+        "transformer.blocks.*.k_proj": "colwise",
+        "transformer.blocks.*.v_proj": "colwise",
+        "transformer.blocks.*.attn_out": "rowwise",
+        "transformer.blocks.*.ff_proj": "colwise",
+        "transformer.blocks.*.up_proj": "colwise",
+        "transformer.blocks.*.ff_out": "rowwise",
+    }
     attribute_map = {
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layers",

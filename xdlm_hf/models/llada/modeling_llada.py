@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -31,10 +31,11 @@ from ..format_config import PackageCode
 from ..network_inputs import (
     check_rows_hold_mask,
     check_text,
+    kept_positions,
     refuse_unknown_arguments,
     text_positions,
 )
-from ..output_layer import OutputLayer, ReducedOutput, Reduction, run_output_layer
+from ..output_layer import OutputLayer, ReducedOutput, Reduction, check_reduction, run_output_layer
 from ..strict_loading import StrictLoading
 from .configuration_llada import LLaDAConfig
 
@@ -62,7 +63,7 @@ class LLaDABlock(GradientCheckpointingLayer):
     def __init__(self, config: LLaDAConfig, layer_idx: int):
         super().__init__()
         width = config.d_model // config.n_heads
-        self.head_width, self.heads = width, (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+        self.head_width = width
         self.residual_dropout = config.residual_dropout
         self.attn_norm = LLaDARMSNorm(config.d_model, config.rms_norm_eps)
         self.q_proj = nn.Linear(config.d_model, config.n_heads * width, bias=False)
@@ -84,9 +85,9 @@ class LLaDABlock(GradientCheckpointingLayer):
     ) -> Tensor:
         """Residual stream (B, L, D) after the block."""
         h = self.attn_norm(hidden_states)
-        query, key, value = (
-            project(h).unflatten(-1, (heads, self.head_width)).transpose(1, 2)
-            for project, heads in zip((self.q_proj, self.k_proj, self.v_proj), self.heads, strict=True)
+        query, key, value = (  # with tensor parallelism, a process has a part of the heads
+            project(h).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         h, _ = self.attention(query, key, value, position_embeddings, attention_mask, **kwargs)
         hidden_states = hidden_states + self._drop(self.attn_out(h))
@@ -105,6 +106,7 @@ class LLaDAPreTrainedModel(StrictLoading, PackageCode, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LLaDABlock"]
+    tensor_parallel_sizes = ("n_heads", "n_kv_heads", "mlp_hidden_size")
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -246,9 +248,10 @@ class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
 
         Raises:
             ValueError: If the inputs do not fit together, an argument is unknown, or `output_reduction` is given
-                but the output layer was replaced.
+                but the output layer was replaced or is sharded over processes.
         """
         check_text(input_ids, inputs_embeds, logits_to_keep)
+        check_reduction(self, output_reduction)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -257,7 +260,7 @@ class LLaDAForDiffusionLM(XDLMGenerationMixin, LLaDAPreTrainedModel):
             past_key_values=past_key_values,
             **kwargs,
         )
-        kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        kept = kept_positions(outputs.last_hidden_state, logits_to_keep)
         return run_output_layer(self.model.transformer.ff_out, kept, output_reduction, outputs)
 
 

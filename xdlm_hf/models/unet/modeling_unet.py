@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -25,7 +25,7 @@ from ...generation.generate import XDLMGenerationMixin
 from ...generation.protocol import plain_output_layer
 from ..configured_noise import ConfiguredNoise
 from ..format_config import PackageCode
-from ..network_inputs import check_conditions, check_text, refuse_unknown_arguments
+from ..network_inputs import check_conditions, check_text, kept_positions, refuse_unknown_arguments
 from ..strict_loading import StrictLoading
 from .configuration_unet import PixelUNetConfig
 from .logistic_unet import LogisticHead
@@ -250,7 +250,7 @@ class PixelUNetForDiffusion(ConfiguredNoise, XDLMGenerationMixin, PixelUNetPreTr
         """
         check_text(input_ids, None, logits_to_keep)
         hidden = self.backbone(input_ids, timesteps=timesteps, class_labels=class_labels, **kwargs).last_hidden_state
-        return MaskedLMOutput(logits=self.head(slice_logits_to_keep(hidden, logits_to_keep)))
+        return MaskedLMOutput(logits=self.head(kept_positions(hidden, logits_to_keep)))
 
 
 __all__ = ["PixelUNetForDiffusion", "PixelUNetModel", "PixelUNetPreTrainedModel"]
