@@ -129,7 +129,7 @@ class Arguments(_GenerationArguments):
             if not _is_number(count, int) or count < 2:
                 raise ValueError(f"stability={count!r} must be an integer of 2 or more, or be left out")
             self.stability_noise = STABILITY_NOISE if noise is None else noise
-            refuse_draws(XDLMGenerationConfig(), self.settings)
+            refuse_unrepeatable(XDLMGenerationConfig(), self.settings)
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -281,12 +281,19 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         check(settings.get("steps", length), length, settings.get("block_length", length))
 
 
-def refuse_draws(config: XDLMGenerationConfig, settings: Mapping[str, Any], where: str = "") -> None:
-    """Raises ValueError, opened with `where`, if settings over `config` draw: `stability` needs greedy answers."""
+def refuse_unrepeatable(config: XDLMGenerationConfig, settings: Mapping[str, Any], where: str = "") -> None:
+    """Raises ValueError, opened with `where`, if settings over `config` draw or capture graphs: `stability` needs
+    greedy answers, and to change each forward pass.
+    """
     if draws_with(config, settings):
         raise ValueError(
             f"{where}stability repeats greedy answers, and these settings draw random numbers (temperature above 0, "
             "ancestral sampler, random remasking): leave out stability, and run several seeds instead (seed=1, seed=2)"
+        )
+    if settings.get("compile", getattr(config, "compile", None)):
+        raise ValueError(
+            f"{where}stability perturbs the logits of every forward pass, which a captured graph would not repeat: "
+            "remove compile from the checkpoint's generation_config.json"
         )
 
 

@@ -36,7 +36,7 @@ from xdlm_hf.evaluation.arguments import (
     Arguments,
     check_checkpoint,
     check_settings,
-    refuse_draws,
+    refuse_unrepeatable,
     task_settings,
 )
 from xdlm_hf.evaluation.likelihood import Estimate
@@ -202,7 +202,7 @@ def check_tasks(
         lengths[name] = settings.get("max_new_tokens", length)
         if stability:
             run = {option: value for option, value in settings.items() if option in GENERATION}
-            refuse_draws(XDLMGenerationConfig(), {**asked, **run}, f"{name}: ")
+            refuse_unrepeatable(XDLMGenerationConfig(), {**asked, **run}, f"{name}: ")
         try:
             check_settings({"max_new_tokens": length, **settings})
         except ValueError as error:

@@ -15,7 +15,7 @@ import torch
 from lm_eval.api.instance import Instance
 from torch import Tensor
 
-from xdlm_hf.evaluation.arguments import Arguments, check_room, refuse_draws, task_settings
+from xdlm_hf.evaluation.arguments import Arguments, check_room, refuse_unrepeatable, task_settings
 from xdlm_hf.evaluation.batches import Batches
 from xdlm_hf.evaluation.checkpoint import Checkpoint
 from xdlm_hf.evaluation.likelihood import seeded_generator
@@ -64,7 +64,7 @@ class GenerationRequests:
         asked = [self._merge(requests[group[0]].args[1]) for group in groups.values()]
         if self.arguments.stability is not None:
             for one in asked:
-                refuse_draws(self.checkpoint.model.generation_config, one.settings)
+                refuse_unrepeatable(self.checkpoint.model.generation_config, one.settings)
         for group, one in zip(groups.values(), asked, strict=True):
             group.sort(key=lambda n: (-len(self.checkpoint.encode(requests[n].args[0])), requests[n].args[0]))
             alone = self._depends_on_batch(one.settings) and not self.arguments.batch_all

@@ -189,7 +189,7 @@ class TestBatchesAndCaches:
         lm = XDLMEvalModel(model, tokenizer=tokenizer, steps=4, max_new_tokens=8, batch_size=2)
         asked = []
         monkeypatch.setattr(
-            lm.generation, "_answer", lambda contexts, settings, *_: asked.append((len(contexts), settings)) or [""]
+            lm.generation, "_answer", lambda contexts, how, *_: asked.append((len(contexts), how.settings)) or [""]
         )
         lm.generate_until([generation("a", do_sample=False), generation("b", do_sample=False)])
         lm.generate_until([generation("a", do_sample=True, temperature=0.5)])

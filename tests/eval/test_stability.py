@@ -316,6 +316,10 @@ class TestRefusals:
         model.generation_config.temperature = 0.7
         with pytest.raises(ValueError, match="leave out stability, and run several seeds"):
             harness.generate_until([Instance("generate_until", {}, ("Two?", {}), 0)])
+        model.generation_config.temperature = 0
+        model.generation_config.compile = "graphs"
+        with pytest.raises(ValueError, match="remove compile from the checkpoint's generation_config.json"):
+            harness.generate_until([Instance("generate_until", {}, ("Two?", {}), 0)])
 
     def test_likelihood_tasks(self, monkeypatch, model, tokenizer, folder, tmp_path):
         scored = (folder / "even.yaml").read_text().replace("task: even", "task: scored")

@@ -1,5 +1,6 @@
 """The demo: its task, the conditions under which it fails, and a run at the size of seconds."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -26,6 +27,14 @@ def test_completions_are_right_and_any_other_letter_is_wrong():
     assert not alphabet.is_right("ab>:", "") and not alphabet.is_right("ab>:", "<" * 32)
     assert alphabet.answer(">", 24) == "yzabcdefghijklmnopqrstuvwxyzabcd"
     assert alphabet.answer("<", 1) == "bazyxwvutsrqponmlkjihgfedcbazyxw"
+
+
+def test_the_runs_parse(tmp_path):
+    (tmp_path / "logs").mkdir()
+    for run in [run for chain in demo.chains(tmp_path) for run in chain]:
+        recipe = importlib.import_module(Path(run.recipe).stem)
+        *_, args, _ = recipe.parse(["--config", str(demo.CONFIGS / run.config), *run.options])
+        assert args.mixing_ratio == {"base": 0, "xdlm": 0.1, "k0": 0, "k0.1": 0.1, "k1": 1}[run.name]
 
 
 def test_problems_for_training_and_for_scores_differ():
