@@ -38,7 +38,6 @@ from transformers.utils import logging as transformers_logging
 
 from xdlm_hf.data.packing import PackedDataset
 from xdlm_hf.data.readers import hold_out, python_reference_documents
-from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.watch.trace import save_trace
 
 RECIPES = Path(__file__).resolve().parent
@@ -118,9 +117,7 @@ def prepare(folder: Path) -> None:
     (folder / "logs").mkdir()
     alphabet.write(folder / "train.jsonl", TRAINING, seed=0)
     alphabet.write(folder / "problems.jsonl", PROBLEMS, seed=1)
-    characters = train_tokenizer([], vocab_size=262)
-    characters.chat_template = alphabet.TEMPLATE
-    characters.save_pretrained(folder / "characters")
+    alphabet.tokenizer().save_pretrained(folder / "characters")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -128,7 +125,7 @@ def prepare(folder: Path) -> None:
 
 
 def chains(folder: Path) -> list[list[Run]]:
-    """Runs one after the other, for each of the two processes."""
+    """The runs; those of one list follow each other."""
     text = [
         Run("base", "text, k = 0", "llada_cpt.py", "demo_base.yaml", (), LAUNCH),
         Run("xdlm", "text, on at k = 0.1", "llada_cpt.py", "demo_xdlm.yaml",
@@ -139,7 +136,7 @@ def chains(folder: Path) -> list[list[Run]]:
         Run(f"k{k:g}", f"alphabet, k = {k:g}", "llada_sft.py", "demo_alphabet.yaml", (*data, "--mixing_ratio", str(k)))
         for k in K
     ]
-    return [text, task]
+    return [text, *([run] for run in task)]
 
 
 def train(folder: Path, steps_scale: float) -> None:
@@ -148,21 +145,22 @@ def train(folder: Path, steps_scale: float) -> None:
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         waiting = chains(folder)
         bars = {run.name: progress.add_task(run.label, start=False) for chain in waiting for run in chain}
-        active = [Training(chain.pop(0), folder, steps_scale) for chain in waiting]
+        active: list[tuple[Training, list[Run]]] = []
         try:
-            while active:
+            while waiting or active:
+                while waiting and len(active) < 2:
+                    run, *later = waiting.pop(0)
+                    active.append((Training(run, folder, steps_scale), later))
                 time.sleep(0.3)
-                for number, training in enumerate(active):
+                for training, later in list(active):
                     ended = training.process.poll() is not None
                     training.show(progress, bars[training.run.name])
                     if ended:
                         training.check()
-                        later = waiting[number]
-                        active[number] = Training(later.pop(0), folder, steps_scale) if later else None
-                waiting = [chain for chain, training in zip(waiting, active, strict=True) if training]
-                active = [training for training in active if training]
+                        active.remove((training, later))
+                        waiting[:0] = [later] if later else []
         finally:
-            for training in filter(None, active):
+            for training, _ in active:
                 training.process.terminate()
                 training.process.wait()
 
