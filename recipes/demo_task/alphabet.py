@@ -1,7 +1,7 @@
 """A task whose answers anyone can check: the alphabet, onwards or backwards, from any letter.
 
-    kqwmz>arubfe:ijklmnopqrstuvwxyzabcdefghijklmn      ">" among twelve letters: 32 letters of the alphabet
-    tobkqxvm<dye:srqponmlkjihgfedcbazyxwvutsrqpon      "<": backwards
+    k>w>z>r>b>e>:ijklmnopqrstuvwxyzabcdefghijklmn      ">" after six random letters: 32 letters of the alphabet
+    t<b<q<v<d<y<:srqponmlkjihgfedcbazyxwvutsrqpon      "<": backwards
 
 Any of the 26 letters may come first, so a model that fills many positions at once contradicts itself: each token is
 probable and the row is wrong. Once some letters stand, the others follow from them, which is what edits can use.
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from xdlm_hf.evaluation.rows import as_test_split, read_lines, require_texts
 
 LETTERS = string.ascii_lowercase
-GIVEN, ANSWER = 12, 32  # letters of the prompt and of the answer
+GIVEN, ANSWER = 6, 32  # letters of the prompt and of the answer
 # Prompt and completion one after the other, as for a base model: every character is one token.
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -29,9 +29,9 @@ def problems(number: int, seed: int) -> Iterator[dict[str, str]]:
     """Rows `{"prompt": ..., "completion": ...}`, the completion being one of the 26 right ones."""
     draw = random.Random(seed)
     for _ in range(number):
-        given = draw.choices(LETTERS, k=GIVEN)
-        given[draw.randrange(GIVEN)] = sign = draw.choice("<>")
-        yield {"prompt": "".join(given) + ":", "completion": answer(sign, draw.randrange(26))}
+        sign = draw.choice("<>")
+        given = "".join(letter + sign for letter in draw.choices(LETTERS, k=GIVEN))
+        yield {"prompt": given + ":", "completion": answer(sign, draw.randrange(26))}
 
 
 def answer(sign: str, first: int) -> str:

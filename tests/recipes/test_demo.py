@@ -17,7 +17,7 @@ from demo_task import alphabet  # noqa: E402
 def test_completions_are_right_and_any_other_letter_is_wrong():
     for problem in alphabet.problems(40, seed=3):
         prompt, right = problem["prompt"], problem["completion"]
-        assert len(prompt) == alphabet.GIVEN + 1 and len(right) == alphabet.ANSWER
+        assert len(prompt) == 2 * alphabet.GIVEN + 1 and len(right) == alphabet.ANSWER
         assert alphabet.is_right(prompt, right)
         for place in range(alphabet.ANSWER):
             other = "a" if right[place] != "a" else "b"
