@@ -74,9 +74,9 @@ def test_the_demo_fails_where_it_shows_nothing():
     assert demo.shortcomings(report(0.2, 0.05, 2.4)) == [
         "refinement gains 15.0 points in 8 steps, less than four standard errors"
     ]
-    (found,) = demo.shortcomings(report(0.8, 0.05, 2.6))
-    assert found.startswith(
-        "the text model's bound, 2.60 nats, is not half a nat below that of token frequencies, 3.00"
+    (found,) = demo.shortcomings(report(0.8, 0.05, 2.81))
+    assert found == (
+        "the text model's bound, 2.81 nats, is not ten standard errors below that of token frequencies, 3.00"
     )
 
 
