@@ -30,7 +30,7 @@ help:  ## list the targets
 
 install: $(INSTALLED)  ## virtual environment with the package and its extras, editable
 
-demo: $(INSTALLED)  ## train, generate and score a small model on real text (about 8 minutes on 2 cores)
+demo: $(INSTALLED)  ## train five small models and show what refinement does (6 minutes on 2 cores)
 	@$(BIN)/python recipes/demo.py $(ARGS)
 
 demo-images: $(INSTALLED)  ## train three small models of digits, draw with them and score them (about 5 minutes on 2 cores)
