@@ -117,11 +117,34 @@ def test_neither_the_package_nor_the_mathematics_loads_transformers_and_accelera
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("first", ["import xdlm_hf, transformers", "import transformers, xdlm_hf"])
-def test_model_types_are_registered_in_either_order(first):
-    script = f"{first}; print(type(transformers.AutoConfig.for_model('llada')).__module__)"
+@pytest.mark.parametrize(
+    "first",
+    ["import xdlm_hf, transformers", "import transformers, xdlm_hf", "import xdlm_hf, transformers.modeling_layers"],
+)
+def test_model_types_are_registered_in_any_order(first):
+    """Some modules of Transformers, modeling_layers among them, import the Auto classes halfway."""
+    script = (
+        f"{first}; from transformers import AutoConfig, AutoModel; "
+        "config = AutoConfig.for_model('llada', d_model=8, n_heads=2, n_layers=1, mlp_hidden_size=8, vocab_size=9, "
+        "embedding_size=9, mask_token_id=8, eos_token_id=0, pad_token_id=0); "
+        "print(type(config).__module__, type(AutoModel.from_config(config)).__module__)"
+    )
     printed = subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True, text=True)
-    assert printed.stdout.strip() == "xdlm_hf.models.llada.configuration_llada"
+    modules = [f"xdlm_hf.models.llada.{part}_llada" for part in ("configuration", "modeling")]
+    assert printed.stdout.split() == modules
+
+
+@pytest.mark.parametrize(
+    ("more", "absent"),
+    [
+        ("import transformers", "{'torch', 'transformers.modeling_utils', 'xdlm_hf.models'}"),
+        ("from transformers import AutoConfig", "{'transformers.modeling_utils', 'xdlm_hf.models.registry'}"),
+    ],
+)
+def test_transformers_stays_lazy(more, absent):
+    script = f"import sys, xdlm_hf; {more}; print({absent} & set(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert printed.stdout.strip() == "set()"
 
 
 def test_evaluation_and_serving_load_neither_the_trainer_nor_bitsandbytes():

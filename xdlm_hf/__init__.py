@@ -1,7 +1,7 @@
 """XDLM discrete diffusion language models in Transformers: LLaDA and DiT, noise, losses, sampling, training.
 
 Importing the package loads neither torch nor Transformers: public names are imported on first use, and the model types
-are registered when Transformers is loaded. `xdlm_hf.diffusion` needs only torch.
+are registered when Transformers' Auto classes are used. `xdlm_hf.diffusion` needs only torch.
 """
 
 import importlib
@@ -79,11 +79,9 @@ _IMPORTED_ON_DEMAND = {
 }
 
 
-@when_imported("transformers")
-def _register_model_types(_: Any) -> None:
-    from .models.registry import register
-
-    register()
+@when_imported("transformers.models.auto.configuration_auto")
+def _register_configs(_: Any) -> None:
+    importlib.import_module(".models.configs", __name__)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,8 @@
 llada             LLaDA, in the format of its public checkpoints
 dit               the DiT of MDLM, UDLM, Duo and XDLM, in the format of its public checkpoints
 unet              the pixel U-Net of the CIFAR-10 models, diffusers' `UNet2DModel`
-registry          registration of the families with Transformers' Auto classes
+configs           the config of every family, registered with AutoConfig
+registry          the network of every family, registered with Transformers' other Auto classes
 format_config     base of the configs, and the refusal to copy a part of the code
 configured_noise  noise that the config of a model states
 attention         bidirectional attention with rotary positions
@@ -12,5 +13,3 @@ output_layer      output layer that can compute a loss instead of logits
 tensor_parallel   styles of sharding layers over processes
 strict_loading    loading that refuses pickles, damaged files and weights that do not fit the config
 """
-
-import transformers  # noqa: F401  registers the model types before any module here is loaded

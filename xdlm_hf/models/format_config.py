@@ -1,5 +1,6 @@
 """What the configs of all model families share, and code that Transformers cannot copy."""
 
+from importlib import import_module
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -48,6 +49,9 @@ class FormatConfig(PackageCode, PreTrainedConfig):
         if self.in_package():
             # It names code files of the folder it was read from, which are missing where the config is saved.
             kwargs.pop("auto_map", None)
+            # Registers the networks: before a network is asked for, and not while Transformers' modules are loaded,
+            # some of which import the Auto classes themselves.
+            import_module("xdlm_hf.models.registry")
         super().__post_init__(**kwargs)
 
     @classmethod

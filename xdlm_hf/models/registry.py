@@ -1,13 +1,11 @@
-"""Registration of every model type with Transformers' Auto classes."""
+"""Registration of every network with Transformers' Auto classes, done by importing this module."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from ..generation.protocol import DiffusionModel
-from .dit.configuration_dit import DiTConfig, DUOConfig, UDLMConfig
+from .configs import DiTConfig, DUOConfig, LLaDAConfig, PixelUNetConfig, UDLMConfig
 from .dit.modeling_dit import DiTForDiffusionLM, DUOForDiffusionLM, UDLMForDiffusionLM
-from .llada.configuration_llada import LLaDAConfig
 from .llada.modeling_llada import LLaDAForDiffusionLM
-from .unet.configuration_unet import PixelUNetConfig
 from .unet.modeling_unet import PixelUNetForDiffusion
 
 # Configuration class -> class of the network with logits.
@@ -26,15 +24,6 @@ def register_family(config: type[PreTrainedConfig], model: type[DiffusionModel])
     AutoModelForCausalLM.register(config, model, exist_ok=True)
 
 
-def register() -> None:
-    """Register the families of this package."""
-    register_family(LLaDAConfig, LLaDAForDiffusionLM)
-    register_family(DiTConfig, DiTForDiffusionLM)
-    register_family(UDLMConfig, UDLMForDiffusionLM)
-    register_family(DUOConfig, DUOForDiffusionLM)
-    register_family(PixelUNetConfig, PixelUNetForDiffusion)
-
-
 def model_class(config: PreTrainedConfig) -> type[DiffusionModel]:
     """The class of the network with logits for a config.
 
@@ -47,3 +36,10 @@ def model_class(config: PreTrainedConfig) -> type[DiffusionModel]:
             f"model_type={config.model_type!r} is not a registered diffusion model; registered are {known}."
         )
     return MODEL_FAMILIES[type(config)]
+
+
+register_family(LLaDAConfig, LLaDAForDiffusionLM)
+register_family(DiTConfig, DiTForDiffusionLM)
+register_family(UDLMConfig, UDLMForDiffusionLM)
+register_family(DUOConfig, DUOForDiffusionLM)
+register_family(PixelUNetConfig, PixelUNetForDiffusion)
