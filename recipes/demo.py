@@ -18,17 +18,19 @@ import ast
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
+import numpy as np
 import yaml
-from demo_page import LABELS, write_page
+from demo_page import LABELS, history, write_page
+from demo_runs import ENVIRONMENT, Training, fresh_folder, run_all, scaled_steps
 from demo_task import alphabet
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -38,17 +40,18 @@ from transformers.utils import logging as transformers_logging
 
 from xdlm_hf.data.packing import PackedDataset
 from xdlm_hf.data.readers import hold_out, python_reference_documents
+from xdlm_hf.evaluation.ngram import WittenBell
 from xdlm_hf.watch.trace import save_trace
 
 RECIPES = Path(__file__).resolve().parent
 CONFIGS = RECIPES / "configs"
-MARKER = ".xdlm-demo"  # marks a folder of the demo, which a new run may replace
 K = (0.0, 0.1, 1.0)
 STEPS = (32, 16, 8, 4, 2)
 EDITS = {"refinement": {"policy": "threshold", "threshold": 0.5}}
 TRAINING, PROBLEMS = 45_000, 200
 PROMPT = "Return True if the"
-TEXT_STEPS, TEXT_TOKENS, TEXT_SAMPLING = 32, 180, {"temperature": 0.5, "seed": 0}
+TEXT_STEPS = 32
+TEXT = {"steps": TEXT_STEPS, "max_new_tokens": 180, "temperature": 0.5, "seed": 0}
 LAUNCH = "-m accelerate.commands.accelerate_cli launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no"
 console = Console()
 
@@ -63,6 +66,16 @@ class Run:
     config: str
     options: tuple[str, ...]
     launcher: str = ""
+
+    def training(self, folder: Path, steps_scale: float) -> Training:
+        """The run in a folder, its command at the head of logs/NAME.txt."""
+        steps, log = scaled_steps(CONFIGS / self.config, steps_scale, least=4), folder / "logs" / f"{self.name}.txt"
+        command = [sys.executable, *self.launcher.split(), str(RECIPES / self.recipe)]
+        command += ["--config", str(CONFIGS / self.config), *self.options, "--output_dir", str(folder / self.name)]
+        command += ["--max_steps", str(steps), "--logging_steps", str(entry_steps(steps))]
+        command += ["--warmup_steps", str(min(50, steps // 4))]
+        log.write_text("$ " + " ".join(command) + "\n", encoding="utf-8")
+        return Training(self.label, command, log, steps)
 
 
 def main() -> None:
@@ -90,26 +103,6 @@ def main() -> None:
     failures = shortcomings(report)
     if failures:
         raise SystemExit("demo: " + "; ".join(failures))
-
-
-def fresh_folder(folder: Path) -> Path:
-    """An empty output folder; an earlier demo's is replaced.
-
-    Raises:
-        ValueError: If the folder holds something that is not a demo.
-    """
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / MARKER).exists():
-            raise ValueError(f"--output_dir {folder} holds files that are not a demo's; name an empty or new folder.")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).touch()
-    return folder
-
-
-def scaled_steps(config: Path, scale: float, least: int) -> int:
-    """`max_steps` of a config file, scaled."""
-    return max(least, round(yaml.safe_load(config.read_text(encoding="utf-8"))["max_steps"] * scale))
 
 
 def prepare(folder: Path) -> None:
@@ -140,65 +133,30 @@ def chains(folder: Path) -> list[list[Run]]:
 
 
 def train(folder: Path, steps_scale: float) -> None:
-    """All runs, two at a time with a thread each, under one display; a failing one ends the others."""
+    """All runs, two at a time, under one display; each entry of a log is shown as a line."""
+    trainings = [[run.training(folder, steps_scale) for run in chain] for chain in chains(folder)]
     columns = TextColumn("{task.description:<20}"), BarColumn(24), TextColumn("step {task.completed:.0f}")
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        waiting = chains(folder)
-        bars = {run.name: progress.add_task(run.label, start=False) for chain in waiting for run in chain}
-        active: list[tuple[Training, list[Run]]] = []
-        try:
-            while waiting or active:
-                while waiting and len(active) < 2:
-                    run, *later = waiting.pop(0)
-                    active.append((Training(run, folder, steps_scale), later))
-                time.sleep(0.3)
-                for training, later in list(active):
-                    ended = training.process.poll() is not None
-                    training.show(progress, bars[training.run.name])
-                    if ended:
-                        training.check()
-                        active.remove((training, later))
-                        waiting[:0] = [later] if later else []
-        finally:
-            for training, _ in active:
-                training.process.terminate()
-                training.process.wait()
+        bars = {run.label: progress.add_task(run.label, start=False) for chain in trainings for run in chain}
+        run_all(trainings, at_a_time=2, watch=lambda run: show_entries(run, progress, bars[run.label]))
 
 
-class Training:
-    """One run of a recipe in a process of its own, whose output goes to logs/NAME.txt."""
+def show_entries(run: Training, progress: Progress, bar: int) -> None:
+    """Print the entries that are new in the log, a line each, and move the bar."""
+    if not progress.tasks[bar].started:
+        progress.start_task(bar)
+    entries, every = logged(run.log), entry_steps(run.steps)
+    shown = round(progress.tasks[bar].completed) // every
+    for number, entry in enumerate(entries[shown:], shown + 1):
+        loss = f"loss {entry['nelbo']:.3f} ± {entry['nelbo_standard_error']:.3f}"
+        line = f"{run.label:<20} step {number * every:>4}  {loss}  {entry['tokens_per_second']:>6,.0f} tokens/s"
+        progress.console.print(line, style="dim", highlight=False)
+    progress.update(bar, total=run.steps, completed=len(entries) * every)
 
-    def __init__(self, run: Run, folder: Path, steps_scale: float):
-        self.run, self.log, self.shown = run, folder / "logs" / f"{run.name}.txt", 0
-        self.steps = scaled_steps(CONFIGS / run.config, steps_scale, least=4)
-        self.every = max(1, self.steps // 5)
-        command = [sys.executable, *run.launcher.split(), str(RECIPES / run.recipe)]
-        command += ["--config", str(CONFIGS / run.config), *run.options, "--output_dir", str(folder / run.name)]
-        command += ["--max_steps", str(self.steps), "--logging_steps", str(self.every)]
-        command += ["--warmup_steps", str(min(50, self.steps // 4))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        with self.log.open("w") as output:
-            output.write("$ " + " ".join(command) + "\n")
-            output.flush()
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
-    def show(self, progress: Progress, bar: int) -> None:
-        """Print the entries that are new in the log, a line each, and move the bar."""
-        entries = logged(self.log)
-        if not progress.tasks[bar].started:
-            progress.start_task(bar)
-        for number, entry in enumerate(entries[self.shown :], self.shown + 1):
-            loss = f"loss {entry['nelbo']:.3f} ± {entry['nelbo_standard_error']:.3f}"
-            speed = f"{entry['tokens_per_second']:>6,.0f} tokens/s"
-            line = f"{self.run.label:<20} step {number * self.every:>4}  {loss}  {speed}"
-            progress.console.print(line, style="dim", highlight=False)
-        self.shown = len(entries)
-        progress.update(bar, total=self.steps, completed=self.shown * self.every)
-
-    def check(self) -> None:
-        """Raise SystemExit if the run, which has ended, has failed."""
-        if self.process.returncode:
-            raise SystemExit(f"demo: {self.run.label} failed with status {self.process.returncode}; see {self.log}.")
+def entry_steps(steps: int) -> int:
+    """Optimizer steps of an entry in the log: five entries a run."""
+    return max(1, steps // 5)
 
 
 def logged(log: Path) -> list[dict[str, float]]:
@@ -206,10 +164,6 @@ def logged(log: Path) -> list[dict[str, float]]:
     pieces = [piece.strip() for line in log.read_text(errors="replace").splitlines() for piece in line.split("\r")]
     entries = [ast.literal_eval(piece) for piece in pieces if piece.startswith("{'loss'") and piece.endswith("}")]
     return [{name: float(value) for name, value in entry.items()} for entry in entries]
-
-
-def history(folder: Path, run: str) -> list[dict]:
-    return json.loads((folder / run / "trainer_state.json").read_text())["log_history"]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -222,84 +176,78 @@ def load(folder: Path):
 
 def answers(folder: Path) -> dict[str, dict]:
     """Share of right answers by decoding and steps, with forward passes; greedy."""
-    problems = list(alphabet.problems(PROBLEMS, seed=1))
-    prompts = [problem["prompt"] for problem in problems]
+    prompts = [problem["prompt"] for problem in alphabet.problems(PROBLEMS, seed=1)]
     found = {}
     for k in K:
         model, tokenizer = load(folder / f"k{k:g}")
-        batch = tokenizer(prompts, return_tensors="pt")
-
-        def right(name: str, steps: int, batch=batch, model=model, tokenizer=tokenizer, **options) -> None:
-            output = model.generate(
-                **batch, steps=steps, max_new_tokens=alphabet.ANSWER, return_dict_in_generate=True, **options
-            )
-            texts = tokenizer.batch_decode(output.sequences[:, batch["input_ids"].shape[1] :])
-            share = sum(map(alphabet.is_right, prompts, texts)) / len(texts)
-            passes = float(output.row_forward_passes.double().mean())
-            error = math.sqrt(share * (1 - share) / len(texts))
-            found.setdefault(name, {})[steps] = {"right": share, "standard_error": error, "passes": passes}
-
-        for steps in STEPS:
-            right(f"trained at k = {k:g}", steps)
-            if k == 0.1:
-                right("k = 0.1, without refinement", steps, mixing_ratio=0.0)
-                right("k = 0.1, edits above 0.5", steps, **EDITS)
+        right = partial(right_answers, model, tokenizer, prompts)
+        found[f"trained at k = {k:g}"] = {steps: right(steps) for steps in STEPS}
         if k == 0.1:
-            right("k = 0.1, all tokens above 0.9", alphabet.ANSWER, parallel_decoding={"threshold": 0.9})
+            found["k = 0.1, without refinement"] = {steps: right(steps, mixing_ratio=0.0) for steps in STEPS}
+            found["k = 0.1, edits above 0.5"] = {steps: right(steps, **EDITS) for steps in STEPS}
+            filled = right(alphabet.ANSWER, parallel_decoding={"threshold": 0.9})
+            found["k = 0.1, all tokens above 0.9"] = {alphabet.ANSWER: filled}
     return found
+
+
+def right_answers(model, tokenizer, prompts: list[str], steps: int, **options) -> dict[str, float]:
+    """The share of right answers, its standard error, and the mean number of forward passes."""
+    batch = tokenizer(prompts, return_tensors="pt")
+    output = model.generate(
+        **batch, steps=steps, max_new_tokens=alphabet.ANSWER, return_dict_in_generate=True, **options
+    )
+    texts = tokenizer.batch_decode(output.sequences[:, batch["input_ids"].shape[1] :])
+    share = sum(map(alphabet.is_right, prompts, texts)) / len(texts)
+    error = math.sqrt(share * (1 - share) / len(texts))
+    return {"right": share, "standard_error": error, "passes": float(output.row_forward_passes.double().mean())}
 
 
 def text_figures(folder: Path) -> dict:
     """Held-out NELBO of both text models, beside the cross-entropy of token frequencies on the same rows."""
     figures = {"unigram": unigram_nats(folder)}
     for run in ("base", "xdlm"):
-        last = [entry for entry in history(folder, run) if "eval_loss" in entry][-1]
+        last = [entry for entry in history(folder / run) if "eval_loss" in entry][-1]
         figures[run] = {"nelbo": last["eval_loss"], "standard_error": last["eval_loss_standard_error"]}
     return figures
 
 
 def unigram_nats(folder: Path) -> float:
-    """Nats per token of the held-out rows under the frequencies of the training rows, one more for each token."""
-    settings = yaml.safe_load((CONFIGS / "demo_base.yaml").read_text())
+    """Nats per token of the held-out rows under the smoothed frequencies of the training rows."""
+    settings = yaml.safe_load((CONFIGS / "demo_base.yaml").read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    parts = hold_out(python_reference_documents(), settings["validation_fraction"])
-    length, rows = settings["sequence_length"], settings["validation_rows"]
-    train_rows = PackedDataset(parts[0], tokenizer, length)
-    held_out = PackedDataset(parts[1], tokenizer, length, max_rows=rows)
-    counts = torch.ones(len(tokenizer), dtype=torch.float64)
-    for row in train_rows:
-        counts += torch.bincount(row["input_ids"], minlength=len(counts))
-    ids = torch.cat([row["input_ids"] for row in held_out])
-    return float(-(counts / counts.sum()).log()[ids].mean())
+    train_part, held_out_part = hold_out(python_reference_documents(), settings["validation_fraction"])
+    length, limit = settings["sequence_length"], settings["validation_rows"]
+    rows = [row["input_ids"].tolist() for row in PackedDataset(train_part, tokenizer, length)]
+    held_out = [row["input_ids"].tolist() for row in PackedDataset(held_out_part, tokenizer, length, max_rows=limit)]
+    frequencies = WittenBell(rows, order=1, vocab_size=len(tokenizer))
+    return -float(np.concatenate(frequencies.log_probabilities(held_out)).mean())
 
 
 def lm_eval(folder: Path) -> dict[str, dict]:
     """The k = 0.1 model in 8 steps, with and without refinement, by `xdlm-eval`; both at a time."""
-
-    def score(name: str, more: str) -> dict:
-        output = folder / "lm-eval" / name
-        settings = f"pretrained={folder / 'k0.1'},steps=8,max_new_tokens={alphabet.ANSWER}{more}"
-        command = [sys.executable, "-m", "xdlm_hf.evaluation.cli", "run", "--tasks", "xdlm_alphabet"]
-        command += ["--include_path", str(RECIPES / "demo_task"), "--model_args", settings, "--batch_size", "50"]
-        command += ["--metadata", json.dumps({"data": str(folder / "problems.jsonl")}), "--output_path", str(output)]
-        log = folder / "logs" / f"lm-eval-{name}.txt"
-        with log.open("w") as file:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
-        if status.returncode:
-            raise SystemExit(f"demo: lm-eval failed with status {status.returncode}; see {log}.")
-        results = json.loads(next(output.rglob("results_*.json")).read_text())["results"]["xdlm_alphabet"]
-        return {"right": results["exact_match,none"], "standard_error": results["exact_match_stderr,none"]}
-
+    settings = {"refined": "", "unrefined": ",mixing_ratio=0.0"}
     with console.status("two processes of xdlm-eval"), ThreadPoolExecutor(2) as pool:
-        settings = {"refined": "", "unrefined": ",mixing_ratio=0.0"}
-        found = dict(zip(settings, pool.map(score, settings, settings.values()), strict=True))
-    for name, label in (("refined", "with refinement"), ("unrefined", "without")):
-        one = found[name]
-        console.print(
-            f"k = 0.1, 8 steps, {label:<16}{100 * one['right']:5.1f} ± {100 * one['standard_error']:.1f} % right"
-        )
+        scores = pool.map(partial(lm_eval_score, folder), settings, settings.values())
+        found = dict(zip(settings, scores, strict=True))
+    for score, label in zip(found.values(), ("with refinement", "without"), strict=True):
+        shown = f"{100 * score['right']:5.1f} ± {100 * score['standard_error']:.1f} % right"
+        console.print(f"k = 0.1, 8 steps, {label:<16}{shown}")
     return found
+
+
+def lm_eval_score(folder: Path, name: str, more: str) -> dict[str, float]:
+    output, log = folder / "lm-eval" / name, folder / "logs" / f"lm-eval-{name}.txt"
+    settings = f"pretrained={folder / 'k0.1'},steps=8,max_new_tokens={alphabet.ANSWER}{more}"
+    command = [sys.executable, "-m", "xdlm_hf.evaluation.cli", "run", "--tasks", "xdlm_alphabet"]
+    command += ["--include_path", str(RECIPES / "demo_task"), "--model_args", settings, "--batch_size", "50"]
+    command += ["--metadata", json.dumps({"data": str(folder / "problems.jsonl")}), "--output_path", str(output)]
+    environment = {**os.environ, **ENVIRONMENT}
+    with log.open("w") as file:
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    if status:
+        raise SystemExit(f"demo: lm-eval failed with status {status}; see {log}")
+    results = json.loads(next(output.rglob("results_*.json")).read_text(encoding="utf-8"))["results"]["xdlm_alphabet"]
+    return {"right": results["exact_match,none"], "standard_error": results["exact_match_stderr,none"]}
 
 
 def shortcomings(report: dict) -> list[str]:
@@ -322,32 +270,33 @@ def shortcomings(report: dict) -> list[str]:
 
 def samples(folder: Path) -> dict:
     """A text, and the problem of the two traces of answers; writes text.html, refined.html and unrefined.html."""
-    model, tokenizer = load(folder / "xdlm")
-    prompt = tokenizer(PROMPT, return_tensors="pt")
-    options = {"return_dict_in_generate": True, "output_history": True, "eos_token_id": []}
-    text = model.generate(**prompt, steps=TEXT_STEPS, max_new_tokens=TEXT_TOKENS, **TEXT_SAMPLING, **options)
-    trace(folder / "text.html", text, model, tokenizer, f"Text in {TEXT_STEPS} steps, k = 0.1")
-    model, tokenizer = load(folder / "k0.1")
+    text = sample(folder, "xdlm", PROMPT, f"Text in {TEXT_STEPS} steps, k = 0.1", "text", **TEXT)
     problem = next(alphabet.problems(1, seed=1))["prompt"]
-    batch = tokenizer(problem, return_tensors="pt")
-    for name, title, more in (
-        ("refined", "With refinement, k = 0.1", {}),
-        ("unrefined", "Without refinement", {"mixing_ratio": 0.0}),
-    ):
-        output = model.generate(**batch, steps=8, max_new_tokens=alphabet.ANSWER, **options, **more)
-        right = alphabet.is_right(problem, tokenizer.decode(output.sequences[0, batch["input_ids"].shape[1] :]))
-        trace(folder / f"{name}.html", output, model, tokenizer, title, "right" if right else "wrong")
-    _, tokenizer = load(folder / "xdlm")
-    return {"text": tokenizer.decode(text.sequences[0]), "problem": problem}
+    short = {"steps": 8, "max_new_tokens": alphabet.ANSWER, "is_right": partial(alphabet.is_right, problem)}
+    sample(folder, "k0.1", problem, "With refinement, k = 0.1", "refined", **short)
+    sample(folder, "k0.1", problem, "Without refinement", "unrefined", **short, mixing_ratio=0.0)
+    return {"text": text, "problem": problem}
 
 
-def trace(path: Path, output, model, tokenizer, title: str, note: str = "") -> None:
-    start = output.sequences.shape[1] - output.history[0].eq(model.config.mask_token_id).sum()
-    save_trace(path, output.history, tokenizer, model.config.mask_token_id, int(start), title, note)
+def sample(
+    folder: Path, run: str, prompt: str, title: str, page: str, is_right: Callable[[str], bool] | None = None, **options
+) -> str:
+    """Prompt and answer of a run's model; writes the trace as a page, which says whether the answer is right."""
+    model, tokenizer = load(folder / run)
+    batch = tokenizer(prompt, return_tensors="pt")
+    length = batch["input_ids"].shape[1]
+    output = model.generate(**batch, **options, eos_token_id=[], return_dict_in_generate=True, output_history=True)
+    answer = tokenizer.decode(output.sequences[0, length:])
+    note = "" if is_right is None else ("right" if is_right(answer) else "wrong")
+    mask, confidences = model.config.mask_token_id, output.confidences
+    save_trace(folder / f"{page}.html", output.history, tokenizer, mask, length, title, note, confidences=confidences)
+    return tokenizer.decode(output.sequences[0])
 
 
 def answer_table(found: dict[str, dict]) -> Table:
-    table = Table(title=f"right answers of {PROBLEMS}, % (32 letters; error at most 3.5)", title_justify="left")
+    largest = max(cell["standard_error"] for cells in found.values() for cell in cells.values())
+    title = f"right answers of {PROBLEMS}, % ({alphabet.ANSWER} letters; standard error at most {100 * largest:.1f})"
+    table = Table(title=title, title_justify="left")
     table.add_column("decoding")
     for steps in STEPS:
         table.add_column(f"{steps} steps", justify="right")

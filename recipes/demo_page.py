@@ -39,13 +39,17 @@ def answer_row(name: str, cells: dict[int, dict]) -> str:
     return f"<tr><th>{html.escape(name)}</th>{values}</tr>\n"
 
 
+def history(model: Path) -> list[dict]:
+    """What the Trainer logged of a run, by its output folder."""
+    return json.loads((model / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+
 def draw_losses(folder: Path, figures: dict) -> None:
     """Training loss of both text runs, their bounds on held-out text, and the level of token frequencies."""
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     offset = 0
     for run, label in LABELS.items():
-        log = json.loads((folder / run / "trainer_state.json").read_text())["log_history"]
-        points = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+        points = [(entry["step"], entry["loss"]) for entry in history(folder / run) if "loss" in entry]
         steps, losses = zip(*points, strict=True)
         axes.plot([offset + step for step in steps], losses, ".-", label=f"{label}: training", color=COLOURS[run])
         offset += steps[-1]

@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ import datasets
 import image_tokens
 import numpy as np
 import torch
-from demo import fresh_folder, scaled_steps
+from demo_runs import Training, fresh_folder, run_all, scaled_steps
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 from rich.console import Console
@@ -107,32 +106,19 @@ def tokenize(folder: Path) -> None:
 
 
 def train(folder: Path, steps_scale: float) -> None:
-    """Train the models at the same time, each on one thread: matrices this small gain little from a second."""
+    """Train the models at the same time."""
     steps = scaled_steps(CONFIG, steps_scale, least=2)
-    # Waiting threads sleep: spinning ones take the time of the other runs.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    runs = {}
+    runs = [Training(f"k = {k:g}", training_command(folder, k, steps), folder / f"k{k:g}.log", steps) for k in K]
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
-        try:
-            for k in K:
-                command, log = training_command(folder, k, steps), folder / f"k{k:g}.log"
-                shown = "$ " + " ".join(["python", *command[1:]])
-                progress.console.print(shown, style="dim", highlight=False, soft_wrap=True)
-                with log.open("w") as output:
-                    run = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-                runs[run] = (log, progress.add_task(f"k = {k:g}", total=steps))
-            running = True
-            while running:
-                time.sleep(1)
-                running = any(run.poll() is None for run in runs)
-                for run, (log, bar) in runs.items():
-                    progress.update(bar, completed=steps_done(log, steps))
-                    if run.poll():
-                        raise SystemExit(f"demo: training failed with status {run.returncode}; see {log}")
-        finally:
-            for run in runs:
-                run.terminate()
-                run.wait()
+        bars = {run.label: progress.add_task(run.label, total=steps) for run in runs}
+        for run in runs:
+            shown = "$ " + " ".join(["python", *run.command[1:]])
+            progress.console.print(shown, style="dim", highlight=False, soft_wrap=True)
+        run_all(
+            [[run] for run in runs],
+            at_a_time=len(runs),
+            watch=lambda run: progress.update(bars[run.label], completed=steps_done(run.log, steps)),
+        )
 
 
 def training_command(folder: Path, k: float, steps: int) -> list[str]:
