@@ -38,6 +38,7 @@ from xdlm_hf.training.trainer import XDLMTrainer
 LETTERS, CYCLES, GIVEN, ANSWER, BLOCK, K = 64, 4, 32, 64, 16, 0.1
 MASK, EOS = LETTERS + CYCLES, LETTERS + CYCLES + 1  # after the letters come the names of the cycles
 VOCAB, CONTEXT = EOS + 1, GIVEN + ANSWER
+BATCH = 64  # rows of a training step
 
 IN_BLOCKS = {"steps": 64, "block_length": BLOCK}
 DUAL = {**IN_BLOCKS, "cache": "dual"}
@@ -145,13 +146,13 @@ def build() -> LLaDAForDiffusionLM:
     return LLaDAForDiffusionLM(config)
 
 
-def trained(folder: Path, steps: int) -> LLaDAForDiffusionLM:
+def trained(folder: Path, model: LLaDAForDiffusionLM, rows: Dataset, steps: int) -> Path:
+    """The checkpoint of the model trained on `steps` batches of 64 of the rows; trained unless it is there."""
     if not (folder / "model.safetensors").exists():
-        rows = 64
         arguments = XDLMTrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
-            per_device_train_batch_size=rows,
+            per_device_train_batch_size=BATCH,
             learning_rate=2e-3,
             lr_scheduler_type="cosine",
             warmup_steps=steps // 20,
@@ -160,10 +161,10 @@ def trained(folder: Path, steps: int) -> LLaDAForDiffusionLM:
             save_strategy="no",
             report_to="none",
         )
-        trainer = XDLMTrainer(model=build(), args=arguments, train_dataset=Walks(steps * rows))
+        trainer = XDLMTrainer(model=model, args=arguments, train_dataset=rows)
         trainer.train()
         trainer.save_model()
-    return LLaDAForDiffusionLM.from_pretrained(folder).eval()
+    return folder
 
 
 @torch.no_grad()
@@ -211,7 +212,9 @@ def main() -> None:
     clock = time.process_time if options.cpu_time else time.perf_counter
     first, *others = SETTINGS
     names = [first, *(name for name in others if re.search(options.only, name))]
-    measure(trained(options.output_dir, options.steps), names, options.problems, options.repeats, clock)
+    folder = trained(options.output_dir, build(), Walks(options.steps * BATCH), options.steps)
+    model = LLaDAForDiffusionLM.from_pretrained(folder).eval()
+    measure(model, names, options.problems, options.repeats, clock)
 
 
 if __name__ == "__main__":

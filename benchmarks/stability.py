@@ -17,19 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decoding_quality import BATCH, K, trained
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 from measure import machine
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
+from xdlm_hf.data.tokenizer import symbol_tokenizer
 from xdlm_hf.evaluation.adapter import XDLMEvalModel
-from xdlm_hf.training.arguments import XDLMTrainingArguments
-from xdlm_hf.training.trainer import XDLMTrainer
 
 DIGITS, ANSWER = 2, 3
 SYMBOLS = [*"0123456789+=", "<mask>", "<end>"]
@@ -55,10 +53,7 @@ metric_list:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """A token for each symbol."""
-    backend = Tokenizer(WordLevel({symbol: i for i, symbol in enumerate(SYMBOLS)}, unk_token="<end>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="<mask>", eos_token="<end>", pad_token="<end>")
+    return symbol_tokenizer(SYMBOLS, "<end>", mask_token="<mask>", eos_token="<end>", pad_token="<end>")
 
 
 def problem(seed: int) -> tuple[str, str]:
@@ -83,31 +78,14 @@ class Problems(Dataset):
         return {"input_ids": torch.tensor([self.ids[symbol] for symbol in text]), "prompt_mask": self.prompt_mask}
 
 
-def trained(folder: Path, steps: int) -> Path:
-    """The checkpoint, trained unless it is there."""
-    if not (folder / "model.safetensors").exists():
-        torch.manual_seed(0)
-        sizes = dict(d_model=64, n_heads=4, n_kv_heads=4, n_layers=2, mlp_hidden_size=192, max_sequence_length=32)
-        ids = {"mask_token_id": 12, "eos_token_id": 13, "pad_token_id": 13}
-        config = LLaDAConfig(vocab_size=len(SYMBOLS), embedding_size=len(SYMBOLS), mixing_ratio=0.1, **sizes, **ids)
-        rows = 64
-        arguments = XDLMTrainingArguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=rows,
-            learning_rate=2e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=steps // 20,
-            mixing_ratio=0.1,
-            logging_steps=100,
-            save_strategy="no",
-            report_to="none",
-        )
-        trainer = XDLMTrainer(model=LLaDAForDiffusionLM(config), args=arguments, train_dataset=Problems(steps * rows))
-        trainer.train()
-        trainer.save_model()
-        tokenizer().save_pretrained(folder)
-    return folder
+def adder() -> LLaDAForDiffusionLM:
+    """The network with random weights."""
+    torch.manual_seed(0)
+    sizes = dict(d_model=64, n_heads=4, n_kv_heads=4, n_layers=2, mlp_hidden_size=192, max_sequence_length=32)
+    ids = {"mask_token_id": 12, "eos_token_id": 13, "pad_token_id": 13}
+    return LLaDAForDiffusionLM(
+        LLaDAConfig(vocab_size=len(SYMBOLS), embedding_size=len(SYMBOLS), mixing_ratio=K, **sizes, **ids)
+    )
 
 
 def run(checkpoint: Path, attention: str = "sdpa", **settings: Any) -> dict[str, Any]:
@@ -142,7 +120,8 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--noise", type=float, nargs="+", default=[0.05, 0.5])
     options = parser.parse_args()
-    checkpoint = trained(options.output_dir, options.steps)
+    checkpoint = trained(options.output_dir, adder(), Problems(options.steps * BATCH), options.steps)
+    tokenizer().save_pretrained(checkpoint)
     folder = checkpoint / "task"
     folder.mkdir(exist_ok=True)
     rows = [dict(zip(("problem", "answer"), problem(seed), strict=True)) for seed in range(options.problems)]

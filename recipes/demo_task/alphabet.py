@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import DatasetDict
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from xdlm_hf.data.tokenizer import symbol_tokenizer
 from xdlm_hf.evaluation.rows import as_test_split, read_lines, require_texts
 
 LETTERS = string.ascii_lowercase
@@ -48,11 +48,7 @@ def is_right(prompt: str, text: str) -> bool:
 def tokenizer() -> PreTrainedTokenizerFast:
     """A token for each character: 26 letters, "<", ">", ":", with [MASK] and an end of text. N = 31."""
     special = {"mask_token": "[MASK]", "eos_token": "[EOS]", "pad_token": "[EOS]"}
-    tokens = [*LETTERS, *"<>:", "[MASK]", "[EOS]"]
-    backend = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="[EOS]"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE, **special)
+    return symbol_tokenizer([*LETTERS, *"<>:", "[MASK]", "[EOS]"], "[EOS]", chat_template=TEMPLATE, **special)
 
 
 def write(path: Path, number: int, seed: int) -> None:

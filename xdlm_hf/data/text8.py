@@ -8,8 +8,10 @@ import re
 from pathlib import Path
 
 import datasets
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.normalizers import Lowercase
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .tokenizer import symbol_tokenizer
 
 TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
 ALPHABET = "abcdefghijklmnopqrstuvwxyz "
@@ -23,19 +25,16 @@ _OTHER = re.compile(r"[^a-z]+")
 def text8_tokenizer() -> PreTrainedTokenizerFast:
     """The character tokenizer: [CLS] [SEP] [BOS] [EOS] [MASK] [PAD] [RESERVED] [UNK] are 0 to 7, a to z 8 to 33, the
     blank 34. Upper case is converted to lower case; any other character is [UNK]."""
-    backend = Tokenizer(
-        models.WordLevel({token: number for number, token in enumerate((*SPECIAL_TOKENS, *ALPHABET))}, "[UNK]")
-    )
-    backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    backend.decoder = decoders.Fuse()
     names = ("cls", "sep", "bos", "eos", "mask", "pad", "unk")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    tokenizer = symbol_tokenizer(
+        (*SPECIAL_TOKENS, *ALPHABET),
+        "[UNK]",
         additional_special_tokens=["[RESERVED]"],
         clean_up_tokenization_spaces=False,
         **{f"{name}_token": f"[{name.upper()}]" for name in names},
     )
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    return tokenizer
 
 
 def check_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> None:

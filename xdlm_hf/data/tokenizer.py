@@ -1,9 +1,9 @@
-"""LLaDA's special tokens and chat template, tokenizer training, and checks that a tokenizer fits a model."""
+"""LLaDA's special tokens and chat template, tokenizers, and checks that one fits a model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BOS, EOT, HEADER_START, HEADER_END, EOT_TURN, MASK = SPECIAL_TOKENS = (
@@ -59,6 +59,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def symbol_tokenizer(symbols: Sequence[str], unknown: str, **options: Any) -> PreTrainedTokenizerFast:
+    """A token for each character.
+
+    Args:
+        symbols: All tokens in the order of their ids: characters, and names of special tokens.
+        unknown: The one of them that stands for any other character.
+        options: Of the tokenizer, for example `mask_token`.
+    """
+    backend = Tokenizer(models.WordLevel({symbol: number for number, symbol in enumerate(symbols)}, unknown))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
