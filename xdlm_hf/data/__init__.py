@@ -16,5 +16,3 @@ llamagen       names and sizes of LlamaGen's VQ tokenizer in diffusers
 patch_vq       a VQ tokenizer of image patches, without a network
 collator       rows to batches
 """
-
-import transformers  # noqa: F401  registers the model types before any module here is loaded

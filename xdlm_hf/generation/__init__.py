@@ -24,5 +24,3 @@ compatibility  Transformers' options and processors that assume decoding from le
 resolution   one set of options from call, config and checkpoint
 config       the options, stored as generation_config.json
 """
-
-import transformers  # noqa: F401  registers the model types before any module here is loaded

@@ -9,5 +9,3 @@ answers      ids of an answer, block by block, to text
 engine       the queue and the thread that runs batches
 chat         `xdlm-chat`: a conversation in the terminal, drawn live
 """
-
-import transformers  # noqa: F401  registers the model types before any module here is loaded

@@ -21,5 +21,3 @@ precision      dtypes of trained weights, and whether weights are finite
 revisions      the commit of a Hub dataset that a run reads
 processes      work done by the main process for all, and the end of a script
 """
-
-import transformers  # noqa: F401  registers the model types before any module here is loaded
