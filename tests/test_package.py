@@ -58,8 +58,9 @@ def test_the_wheel_holds_the_package_alone_and_its_data(built):
     library = {path.relative_to(ROOT).as_posix() for path in (ROOT / "xdlm_hf").rglob("*.py")}
     evaluation = {f"xdlm_hf/evaluation/{path.relative_to(ROOT / 'eval')}" for path in (ROOT / "eval").rglob("*.*")}
     evaluation = {name for name in evaluation if "__pycache__" not in name}
-    data = {path.relative_to(ROOT).as_posix() for path in (ROOT / "xdlm_hf" / "watch").glob("trace.[!p]*")}
-    data |= {"xdlm_hf/py.typed"}
+    pages = {path for path in (ROOT / "xdlm_hf").rglob("*.*") if path.suffix in (".html", ".css", ".js")}
+    assert {path.parent.name for path in pages} == {"watch"}
+    data = {path.relative_to(ROOT).as_posix() for path in pages} | {"xdlm_hf/py.typed"}
     assert {name for name in names if name.startswith("xdlm_hf/")} == library | evaluation | data
     assert metadata["Version"] == xdlm_hf.__version__ and metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Author"] == "The xdlm_hf contributors" and "Typing :: Typed" in metadata.get_all("Classifier")

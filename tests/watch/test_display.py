@@ -5,15 +5,8 @@ import torch
 from rich.console import Console
 
 from xdlm_hf.data.tokenizer import train_tokenizer
-from xdlm_hf.watch.display import (
-    TokenPieces,
-    history_table,
-    step_text,
-    token_bytes,
-    token_changes,
-    visible,
-    without_controls,
-)
+from xdlm_hf.watch.display import history_table, step_text
+from xdlm_hf.watch.tokens import TokenPieces, token_bytes, token_changes, visible, without_controls
 
 MASK = 0
 

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from xdlm_hf.data.tokenizer import train_tokenizer
-from xdlm_hf.watch.display import HOLE
-from xdlm_hf.watch.trace import SCRIPT, STYLE, Trace, change_counts, plot_history, save_trace
+from xdlm_hf.watch.page import SCRIPT, STYLE
+from xdlm_hf.watch.tokens import HOLE
+from xdlm_hf.watch.trace import Trace, change_counts, plot_history, save_trace
 
 MASK = 5  # of the tokenizers that train_tokenizer makes
 

@@ -31,8 +31,8 @@ try:
     from rich.console import Console
     from rich.text import Text
 
-    from ..watch.display import without_controls
     from ..watch.streamers import LiveStreamer
+    from ..watch.tokens import without_controls
     from ..watch.trace import save_trace
 except ModuleNotFoundError as error:
     raise SystemExit(f"xdlm-chat: {error}; install the extra: pip install 'xdlm_hf[watch]'") from error

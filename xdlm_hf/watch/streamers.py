@@ -18,7 +18,8 @@ from rich.text import Text
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from .display import STYLES, TokenPieces, step_text, token_changes, without_controls
+from .display import STYLES, step_text
+from .tokens import TokenPieces, token_changes, without_controls
 
 REPORTS = 10  # lines of progress if the output is no terminal
 

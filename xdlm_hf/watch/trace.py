@@ -21,9 +21,14 @@ import torch
 from torch import Tensor
 
 from ..atomic import write_whole
-from .display import STYLES, TokenPieces, token_changes, visible
+from .display import STYLES
+from .page import RUNS, html_page
+from .tokens import TokenPieces, token_changes, visible
 
-PAGE, STYLE, SCRIPT = (Path(__file__).with_name(f"trace.{kind}") for kind in ("html", "css", "js"))
+SCRIPT = Path(__file__).with_name("trace.js")
+BODY = """<p id="note" class="note">Unpacking the trace; this needs a browser of 2023 or newer, with scripts.</p>
+$runs<script id="data" type="text/plain">$data</script>
+"""
 FRAME = """<iframe srcdoc="$page" sandbox="allow-scripts" title="$title" style="width: 100%; height: 640px; border: 0">\
 </iframe>"""
 LABELS = {"filled": "filled", "refined": "refined", "remasked": "re-masked"}
@@ -115,11 +120,11 @@ class Trace:
         if beside is not None and beside.rows != self.rows:
             raise ValueError(f"{self.rows} rows do not fit {beside.rows} rows beside them; give batches of one size.")
         runs = json.dumps([trace.data for trace in traces], ensure_ascii=False, separators=(",", ":"))
-        return Template(PAGE.read_text(encoding="utf-8")).substitute(
-            title=html.escape(" and ".join(dict.fromkeys(trace.title for trace in traces))),
-            style=STYLE.read_text(encoding="utf-8"),
-            script=SCRIPT.read_text(encoding="utf-8"),
-            data=base64.b64encode(zlib.compress(runs.encode(), 9)).decode(),
+        data = base64.b64encode(zlib.compress(runs.encode(), 9)).decode()
+        return html_page(
+            " and ".join(dict.fromkeys(trace.title for trace in traces)),
+            Template(BODY).substitute(runs=RUNS.read_text(encoding="utf-8"), data=data),
+            SCRIPT.read_text(encoding="utf-8"),
         )
 
     def save(self, path: str | os.PathLike, beside: "Trace | None" = None) -> Path:
