@@ -11,6 +11,7 @@ failure is the change's and not the dice's; `explore` draws new ones, and twenty
 """
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -48,3 +49,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real browser, without a window."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="opening the page needs playwright")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("opening the page needs chromium or google-chrome on the path")
+    with playwright.sync_playwright() as session:
+        running = session.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield running
+        running.close()

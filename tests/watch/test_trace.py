@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
 import zlib
 
 import numpy as np
@@ -183,18 +182,6 @@ def test_images_in_a_browser(browser, tmp_path):
     assert page.eval_on_selector(".picture img", "image => image.decode().then(() => image.naturalWidth)") == 2
     assert not problems
     page.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="opening the page needs playwright")
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("opening the page needs chromium or google-chrome on the path")
-    with playwright.sync_playwright() as session:
-        running = session.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 def opened(browser, path, **options):

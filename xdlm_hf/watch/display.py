@@ -16,6 +16,7 @@ from .tokens import TokenPieces, token_changes, visible
 
 # The colours of the paper's figures: content creation, quality enhancement, error correction.
 STYLES = {"filled": "bold green", "refined": "bold blue", "remasked": "bold red"}
+LABELS = {"filled": "filled", "refined": "refined", "remasked": "re-masked"}
 
 
 def step_text(

@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from .display import STYLES, step_text
+from .display import LABELS, STYLES, step_text
 from .tokens import TokenPieces, token_changes, without_controls
 
 REPORTS = 10  # lines of progress if the output is no terminal
@@ -202,7 +202,7 @@ class LiveStreamer(HistoryStreamer):
         changes = token_changes(before, after, self.mask_token_id)
         text = Text(f"step {self.steps}" + (f"/{self.total}" if self.total else "") + ":")
         for kind, mask in changes._asdict().items():
-            text.append(f" {int(mask.sum())} {kind.replace('remasked', 're-masked')}", style=STYLES[kind])
+            text.append(f" {int(mask.sum())} {LABELS[kind]}", style=STYLES[kind])
         return text
 
     def _reports(self) -> bool:

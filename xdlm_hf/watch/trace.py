@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..atomic import write_whole
-from .display import STYLES
+from .display import LABELS, STYLES
 from .page import RUNS, html_page
 from .tokens import TokenPieces, token_changes, visible
 
@@ -31,7 +31,6 @@ $runs<script id="data" type="text/plain">$data</script>
 """
 FRAME = """<iframe srcdoc="$page" sandbox="allow-scripts" title="$title" style="width: 100%; height: 640px; border: 0">\
 </iframe>"""
-LABELS = {"filled": "filled", "refined": "refined", "remasked": "re-masked"}
 
 
 def change_counts(history: Sequence[Tensor], mask_token_id: int | None) -> Tensor:
