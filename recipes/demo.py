@@ -1,8 +1,9 @@
 """Show on two CPU cores what mixed noise does. `make demo` runs it, in about five minutes, without any download.
 
-1. Training, two runs at a time: text (Python's own documentation) as a masked model, k = 0, continued at k = 0.1 by the
-   recipe that trains LLaDA-XDLM, `accelerate launch recipes/llada_cpt.py`; and three models of a task with checkable
-   answers (demo_task/alphabet.py), alike but for k = 0, 0.1 and 1, by recipes/llada_sft.py.
+1. Training, two runs at a time: text (Python's own documentation, as the letters a to z and blanks) as a masked model,
+   k = 0, continued at k = 0.1 by the recipe that trains LLaDA-XDLM, `accelerate launch recipes/llada_cpt.py`; and three
+   models of a task with checkable answers (demo_task/alphabet.py), alike but for k = 0, 0.1 and 1, by
+   recipes/llada_sft.py.
 2. Answers in 32 to 2 steps by `model.generate`, for each k, and with edits by confidence instead of a budget.
 3. The same task through lm-eval.
 4. outputs/demo/index.html: losses, answers against steps, and a generation with a slider over its steps.
@@ -21,7 +22,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -39,9 +39,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from xdlm_hf.data.packing import PackedDataset
-from xdlm_hf.data.readers import hold_out, python_reference_documents
+from xdlm_hf.data.readers import hold_out, load_documents, python_reference_documents
+from xdlm_hf.data.text8 import as_text8, text8_tokenizer
 from xdlm_hf.evaluation.ngram import WittenBell
-from xdlm_hf.watch.trace import save_trace
+from xdlm_hf.generation.output import DiffusionGenerateOutput
+from xdlm_hf.watch.animation import save_animation
+from xdlm_hf.watch.trace import Trace, save_trace
 
 RECIPES = Path(__file__).resolve().parent
 CONFIGS = RECIPES / "configs"
@@ -49,9 +52,9 @@ K = (0.0, 0.1, 1.0)
 STEPS = (32, 16, 8, 4, 2)
 EDITS = {"refinement": {"policy": "threshold", "threshold": 0.5}}
 TRAINING, PROBLEMS = 45_000, 200
-PROMPT = "Return True if the"
-TEXT_STEPS = 32
-TEXT = {"steps": TEXT_STEPS, "max_new_tokens": 180, "temperature": 0.5, "seed": 0}
+EXAMPLES = 8
+PROMPT, TEXTS = "return true if the ", 4
+TEXT = {"steps": 32, "max_new_tokens": 44, "temperature": 0.7, "seed": 0}
 LAUNCH = "-m accelerate.commands.accelerate_cli launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no"
 console = Console()
 
@@ -95,7 +98,7 @@ def main() -> None:
     console.print("\n[bold]3. The same through lm-eval[/]")
     report["lm_eval"] = lm_eval(folder)
     console.print("\n[bold]4. Samples and pictures[/]")
-    report["samples"] = samples(folder)
+    report["samples"] = {"texts": sample_texts(folder), "problem": sample_answers(folder)}
     report["seconds"] = time.perf_counter() - start
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     write_page(folder, report)
@@ -106,8 +109,11 @@ def main() -> None:
 
 
 def prepare(folder: Path) -> None:
-    """Problems for training and for the scores, and the tokenizer of the task: every character is a token."""
+    """The text, problems for training and for the scores, and their tokenizers: every character is a token."""
     (folder / "logs").mkdir()
+    rows = [{"text": as_text8(row["text"])} for row in python_reference_documents()]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    text8_tokenizer().save_pretrained(folder / "letters")
     alphabet.write(folder / "train.jsonl", TRAINING, seed=0)
     alphabet.write(folder / "problems.jsonl", PROBLEMS, seed=1)
     alphabet.tokenizer().save_pretrained(folder / "characters")
@@ -119,10 +125,12 @@ def prepare(folder: Path) -> None:
 
 def chains(folder: Path) -> list[list[Run]]:
     """The runs; those of one list follow each other."""
+    data = ("--data_files", str(folder / "text.jsonl"))
     text = [
-        Run("base", "text, k = 0", "llada_cpt.py", "demo_base.yaml", (), LAUNCH),
+        Run("base", "text, k = 0", "llada_cpt.py", "demo_base.yaml",
+            (*data, "--tokenizer_name", str(folder / "letters")), LAUNCH),
         Run("xdlm", "text, on at k = 0.1", "llada_cpt.py", "demo_xdlm.yaml",
-            ("--model_name_or_path", str(folder / "base")), LAUNCH),
+            (*data, "--model_name_or_path", str(folder / "base")), LAUNCH),
     ]  # fmt: skip
     data = ("--data_files", str(folder / "train.jsonl"), "--tokenizer_name", str(folder / "characters"))
     task = [
@@ -215,7 +223,9 @@ def unigram_nats(folder: Path) -> float:
     """Nats per token of the held-out rows under the smoothed frequencies of the training rows."""
     settings = yaml.safe_load((CONFIGS / "demo_base.yaml").read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    train_part, held_out_part = hold_out(python_reference_documents(), settings["validation_fraction"])
+    train_part, held_out_part = hold_out(
+        load_documents(data_files=[str(folder / "text.jsonl")]), settings["validation_fraction"]
+    )
     length, limit = settings["sequence_length"], settings["validation_rows"]
     rows = [row["input_ids"].tolist() for row in PackedDataset(train_part, tokenizer, length)]
     held_out = [row["input_ids"].tolist() for row in PackedDataset(held_out_part, tokenizer, length, max_rows=limit)]
@@ -268,29 +278,39 @@ def shortcomings(report: dict) -> list[str]:
 # What is shown
 
 
-def samples(folder: Path) -> dict:
-    """A text, and the problem of the two traces of answers; writes text.html, refined.html and unrefined.html."""
-    text = sample(folder, "xdlm", PROMPT, f"Text in {TEXT_STEPS} steps, k = 0.1", "text", **TEXT)
-    problem = next(alphabet.problems(1, seed=1))["prompt"]
-    short = {"steps": 8, "max_new_tokens": alphabet.ANSWER, "is_right": partial(alphabet.is_right, problem)}
-    sample(folder, "k0.1", problem, "With refinement, k = 0.1", "refined", **short)
-    sample(folder, "k0.1", problem, "Without refinement", "unrefined", **short, mixing_ratio=0.0)
-    return {"text": text, "problem": problem}
+def sample_texts(folder: Path) -> list[str]:
+    """Texts of the k = 0.1 model; writes text.html."""
+    model, tokenizer = load(folder / "xdlm")
+    output = generated(model, tokenizer, [PROMPT] * TEXTS, **TEXT)
+    start, title = len(tokenizer(PROMPT)["input_ids"]), f"Text in {TEXT['steps']} steps, k = 0.1"
+    save_trace(folder / "text.html", output.history, tokenizer, model.config.mask_token_id, start, title)
+    return tokenizer.batch_decode(output.sequences)
 
 
-def sample(
-    folder: Path, run: str, prompt: str, title: str, page: str, is_right: Callable[[str], bool] | None = None, **options
-) -> str:
-    """Prompt and answer of a run's model; writes the trace as a page, which says whether the answer is right."""
-    model, tokenizer = load(folder / run)
-    batch = tokenizer(prompt, return_tensors="pt")
-    length = batch["input_ids"].shape[1]
-    output = model.generate(**batch, **options, eos_token_id=[], return_dict_in_generate=True, output_history=True)
-    answer = tokenizer.decode(output.sequences[0, length:])
-    note = "" if is_right is None else ("right" if is_right(answer) else "wrong")
-    mask, confidences = model.config.mask_token_id, output.confidences
-    save_trace(folder / f"{page}.html", output.history, tokenizer, mask, length, title, note, confidences=confidences)
-    return tokenizer.decode(output.sequences[0])
+def sample_answers(folder: Path) -> str:
+    """Answers in 8 steps with and without refinement, as answers.html and refinement.svg; the picture's problem."""
+    model, tokenizer = load(folder / "k0.1")
+    problems = [problem["prompt"] for problem in alphabet.problems(EXAMPLES, seed=1)]
+    start, mask = len(problems[0]), model.config.mask_token_id
+    traces, histories, right = [], {}, []
+    for name, options in (("without refinement", {"mixing_ratio": 0.0}), ("with refinement", EDITS)):
+        output = generated(model, tokenizer, problems, steps=8, max_new_tokens=alphabet.ANSWER, **options)
+        answers = tokenizer.batch_decode(output.sequences[:, start:])
+        right.append(list(map(alphabet.is_right, problems, answers)))
+        title = f"k = 0.1, 8 steps, {name}: {sum(right[-1])} of {EXAMPLES} right"
+        traces.append(Trace(output.history, tokenizer, mask, start, title, confidences=output.confidences))
+        histories[f"8 steps {name}"] = output.history
+    traces[0].save(folder / "answers.html", beside=traces[1])
+    # The picture shows the first answer that refinement corrects, the page all.
+    row = next((i for i, (before, after) in enumerate(zip(*right, strict=True)) if after and not before), 0)
+    save_animation(folder / "refinement.svg", histories, tokenizer, mask, start, row, width=60)
+    return problems[row]
+
+
+def generated(model, tokenizer, prompts: list[str], **options) -> DiffusionGenerateOutput:
+    """Prompts and their continuations to the full length, with every step."""
+    batch = tokenizer(prompts, return_tensors="pt")
+    return model.generate(**batch, eos_token_id=[], return_dict_in_generate=True, output_history=True, **options)
 
 
 def answer_table(found: dict[str, dict]) -> Table:
@@ -316,8 +336,9 @@ def show(folder: Path, report: dict) -> None:
         f"{LABELS[run]} {text[run]['nelbo']:.2f} ± {text[run]['standard_error']:.2f}" for run in ("base", "xdlm")
     )
     console.print(f"held-out text, nats per token: token frequencies {text['unigram']:.2f}, {bounds}", highlight=False)
-    console.print("[bold]sample:[/]", end=" ")
-    console.print(report["samples"]["text"], markup=False, highlight=False)
+    console.print(f"{TEXTS} texts after {PROMPT!r}:", highlight=False)
+    for sample in report["samples"]["texts"]:
+        console.print(f"  {sample.removeprefix(PROMPT)}", markup=False, highlight=False)
     console.print(f"\n{report['seconds']:.0f} seconds. Losses, quality and traces: {folder / 'index.html'}")
     console.print(f"Next: xdlm-chat --model {folder / 'k0.1'}, and a line like {report['samples']['problem']}")
 

@@ -26,7 +26,7 @@ def write_page(folder: Path, report: dict) -> None:
         unrefined=f"{100 * unrefined['right']:.0f}",
         nelbo=f"{text['xdlm']['nelbo']:.2f} ± {text['xdlm']['standard_error']:.2f}",
         unigram=f"{text['unigram']:.2f}",
-        sample=html.escape(report["samples"]["text"]),
+        samples=html.escape("\n".join(report["samples"]["texts"])),
         rows="".join(answer_row(name, cells) for name, cells in report["alphabet"].items() if len(cells) > 1),
         heads="".join(f"<th>{steps} steps</th>" for steps in next(iter(report["alphabet"].values()))),
         seconds=f"{report['seconds']:.0f}",
@@ -63,8 +63,8 @@ def draw_losses(folder: Path, figures: dict) -> None:
             color=COLOURS[run],
             label=f"{label}: held out, two standard errors",
         )
-    axes.axhline(figures["unigram"], ls="--", color="tab:red", label="token frequencies, held out")
-    axes.set(xlabel="optimizer step", ylabel="nats per token", title="Text: Python's documentation")
+    axes.axhline(figures["unigram"], ls="--", color="tab:red", label="frequencies of letters, held out")
+    axes.set(xlabel="optimizer step", ylabel="nats per letter", title="Text: Python's documentation")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder / "loss.svg")

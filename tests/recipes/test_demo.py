@@ -100,7 +100,7 @@ def test_a_run_of_seconds(tmp_path, monkeypatch, capsys):
     for name, label in (("refined", "trained at k = 0.1"), ("unrefined", "k = 0.1, without refinement")):
         assert found["lm_eval"][name]["right"] == found["alphabet"][label]["8"]["right"]
     page = (folder / "index.html").read_text()
-    for name in ("refined.html", "unrefined.html", "text.html", "loss.svg", "steps.svg"):
+    for name in ("answers.html", "refinement.svg", "text.html", "loss.svg", "steps.svg"):
         assert name in page and (folder / name).stat().st_size > 1000
     shown = capsys.readouterr().out
     assert "UserWarning" not in shown and "Next: xdlm-chat --model" in shown
