@@ -115,8 +115,11 @@ def save_pipeline(trainer: XDLMTrainer, data: str, settings: TokenSettings) -> N
     """Write the final model and the tokenizer of the images as a pipeline."""
     output_dir = Path(trainer.args.output_dir)
     model = load_weights(str(output_dir))
-    vqvae = None if settings.grid is None else load_vq(data, "vqvae").vqvae
-    pipeline = XDLMImagePipeline(model, vqvae, (settings.channels, settings.height, settings.width))
+    shape = settings.channels, settings.height, settings.width
+    if settings.grid is None:
+        pipeline = XDLMImagePipeline(model, image_shape=shape, num_values=settings.tokens)
+    else:
+        pipeline = XDLMImagePipeline(model, load_vq(data, "vqvae").vqvae, shape)
     shutil.rmtree(output_dir / "pipeline", ignore_errors=True)
     pipeline.save_pretrained(output_dir / "pipeline")
 

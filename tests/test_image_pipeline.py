@@ -53,6 +53,17 @@ def test_no_sample_holds_a_row_that_is_no_code():
     assert pipe(0, num_images_per_class=50, num_inference_steps=3).images[49].size == (8, 8)
 
 
+def test_pixels_of_few_values_are_spread_over_the_greys(tmp_path):
+    sizes = {"vocab_size": 6, "mask_token_id": 5, "model_length": 16, "num_classes": CLASSES, "mixing_ratio": 0.3}
+    XDLMImagePipeline(random_dit(**sizes), image_shape=(1, 4, 4), num_values=5).save_pretrained(tmp_path)
+    pipe = XDLMImagePipeline.from_pretrained(tmp_path)
+    ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]])
+    assert pipe.num_tokens == 5 and pipe.decode(ids).flatten()[:5].tolist() == [0, 64, 128, 191, 255]
+    assert pipe.encode(pipe.decode(ids)).equal(ids)
+    images = pipe([0, 1], num_inference_steps=2, generator=seeded(), output_type="uint8").images
+    assert set(images.flatten().tolist()) <= {0, 64, 128, 191, 255}
+
+
 def test_output_types_show_the_same_images():
     pipe = pipeline()
     found = {
@@ -158,10 +169,14 @@ def test_what_does_not_fit_is_refused(options, message):
 def test_models_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="guidance_scale=2.0 guides by class, but DiTForDiffusionLM has no classes"):
         pipeline(num_classes=None)(guidance_scale=2.0)
-    with pytest.raises(ValueError, match="the codebook of 64 codes does not fit DiTForDiffusionLM, which has 18 rows"):
+    with pytest.raises(ValueError, match="64 codes of the tokenizer do not fit DiTForDiffusionLM, which has 18 rows"):
         XDLMImagePipeline(pipeline().transformer, patch_tokenizer(num_codes=64))
-    with pytest.raises(ValueError, match="the tokenizer has 17 codes, but mask_token_id=16"):
+    with pytest.raises(ValueError, match="17 codes of the tokenizer do not fit mask_token_id=16 of DiT.*; use"):
         XDLMImagePipeline(pipeline().transformer, patch_tokenizer(num_codes=17))
+    with pytest.raises(ValueError, match="256 values of a pixel do not fit DiT.*, which has 18 rows; give"):
+        XDLMImagePipeline(pipeline().transformer)
+    with pytest.raises(ValueError, match="num_values=16 is of pixels, but the tokens are codes of vqvae; leave it out"):
+        XDLMImagePipeline(pipeline().transformer, patch_tokenizer(), num_values=16)
     with pytest.raises(ValueError, match=r"pass image_shape=\(C, H, W\) to the pipeline"):
         XDLMImagePipeline(pipeline(vqvae=False).transformer)(0)
 

@@ -37,39 +37,50 @@ class XDLMImagePipeline(DiffusionPipeline):
         vqvae (`VQModel` or `PatchVQ`, *optional*): Tokenizer of the images; without it, tokens are pixels.
         image_shape (`tuple[int, int, int]`, *optional*):
             (C, H, W). By default that of the model's config (`image_channels`, `image_size`), and for codes a square.
+        num_values (`int`, *optional*):
+            Values of a pixel, of a model of pixels. By default that of its config, and 256 if it has none.
 
     Raises:
-        ValueError: If the model has no rows for all codes of the tokenizer.
+        ValueError: If the model has no rows for all codes or values, or if `num_values` is given with a tokenizer.
     """
 
     model_cpu_offload_seq = "transformer->vqvae"
     _optional_components = ["vqvae"]
 
-    def __init__(self, transformer: Any, vqvae: Any = None, image_shape: Sequence[int] | None = None):
+    def __init__(
+        self,
+        transformer: Any,
+        vqvae: Any = None,
+        image_shape: Sequence[int] | None = None,
+        num_values: int | None = None,
+    ):
         super().__init__()
+        if vqvae is not None and num_values is not None:
+            raise ValueError(f"num_values={num_values} is of pixels, but the tokens are codes of vqvae; leave it out.")
         self.register_modules(transformer=transformer, vqvae=vqvae)
         # diffusers would take a class of a folder `dit` for one of its own pipeline of that name when it loads.
         for name, part in (("transformer", transformer), ("vqvae", vqvae)):
             if part is not None:
                 self.register_to_config(**{name: (type(part).__module__, type(part).__name__)})
-        self.register_to_config(image_shape=None if image_shape is None else list(image_shape))
+        self.register_to_config(image_shape=None if image_shape is None else list(image_shape), num_values=num_values)
         config = transformer.config
+        tokens, remedy = f"{self.num_tokens} codes of the tokenizer", "use the tokenizer of its training data."
+        if vqvae is None:
+            tokens, remedy = f"{self.num_tokens} values of a pixel", "give the num_values of its training data."
         if self.num_tokens > output_rows(config):
             raise ValueError(
-                f"the codebook of {self.num_tokens} codes does not fit {type(transformer).__name__}, which has "
-                f"{output_rows(config)} rows; use the tokenizer of its training data."
+                f"{tokens} do not fit {type(transformer).__name__}, which has {output_rows(config)} rows; {remedy}"
             )
         mask = getattr(config, "mask_token_id", None)
         if mask is not None and mask < self.num_tokens:
-            raise ValueError(
-                f"the tokenizer has {self.num_tokens} codes, but mask_token_id={mask} of {type(transformer).__name__}; "
-                "use the tokenizer of its training data."
-            )
+            raise ValueError(f"{tokens} do not fit mask_token_id={mask} of {type(transformer).__name__}; {remedy}")
 
     @property
     def num_tokens(self) -> int:
         """Number of ids that are colours or codes."""
-        return self._codes.num_codes if self.vqvae is not None else getattr(self.transformer.config, "num_values", 256)
+        if self.vqvae is not None:
+            return self._codes.num_codes
+        return self.config.num_values or getattr(self.transformer.config, "num_values", 256)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -3,13 +3,16 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
 from digits import image_folder
+from models import random_dit
 from training import CONFIGS, THREE_STEPS, flags
 
 from xdlm_hf import GIDDProcess, PixelUNetForDiffusion, XDLMImagePipeline
+from xdlm_hf.data.image_tokens import TokenSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -60,3 +63,28 @@ def test_from_images_to_a_pipeline(name, tmp_path, monkeypatch):
     assert images.shape == (2, 3, 8, 8)
     with pytest.raises(SystemExit, match="estimated for transformers, not for model_type='pixel_unet'"):
         image_train.main([*flags(options), "--plan"])
+
+
+def test_a_dit_of_few_greys_becomes_a_pipeline_of_them(tmp_path):
+    sizes = {"vocab_size": 18, "mask_token_id": 17, "model_length": 64, "num_classes": 3, "mixing_ratio": 0.1}
+    random_dit(**sizes).save_pretrained(tmp_path)
+    settings = TokenSettings(
+        dataset="digits",
+        split="train",
+        fingerprint="",
+        images=1,
+        tokens=17,
+        channels=1,
+        height=8,
+        width=8,
+        grid=None,
+        vqvae=None,
+        classes=("0", "1", "2"),
+        image_size=None,
+        flips=False,
+        skip_damaged=False,
+    )
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)))
+    image_train.save_pipeline(trainer, "not read", settings)
+    pipeline = XDLMImagePipeline.from_pretrained(tmp_path / "pipeline")
+    assert (pipeline.num_tokens, pipeline.shape) == (17, (1, 8, 8))
