@@ -119,6 +119,18 @@ def test_what_cannot_be_done_is_said_and_the_chat_goes_on(loaded, monkeypatch, l
     assert message in " ".join(printed.split()) and status == 0 and len(chat.messages) == 2
 
 
+def test_a_short_model_leaves_room_for_the_question(checkpoint, monkeypatch):
+    model, tokenizer = load(str(checkpoint), device="cpu")
+    assert model.config.max_sequence_length == 512
+    for limit, expected in ((512, 128), (90, 45)):
+        model.config.max_sequence_length = limit
+        chat, status, printed = talk((model, tokenizer), "/length default", "Hi", monkeypatch=monkeypatch)
+        assert len(chat.messages) == 2, printed
+        assert chat._length == expected
+    model.generation_config.max_new_tokens = 7
+    assert Chat(model, tokenizer, {}, None)._length == 7
+
+
 def test_a_message_too_long_is_tokenized_once(loaded, monkeypatch):
     """And not once for every turn before it."""
     counted, encode = [], Chat._encode

@@ -174,7 +174,8 @@ class Chat:
         try:
             with _interrupts() as stop, streamer:
                 _raise_when(streamer, stop)
-                self.model.generate(input_ids=ids, streamer=streamer, eos_token_id=self.ends, **self.settings)
+                options = {**self.settings, "max_new_tokens": self._length}
+                self.model.generate(input_ids=ids, streamer=streamer, eos_token_id=self.ends, **options)
         except Stopped as stopped:
             if not self.interactive:
                 raise KeyboardInterrupt from stopped
@@ -187,7 +188,9 @@ class Chat:
 
     @property
     def _length(self) -> int:
-        return self.settings.get("max_new_tokens") or self._option("max_new_tokens") or 128
+        """Tokens of an answer: as set, as the checkpoint says, or 128; at most half of a model shorter than 256."""
+        given = self.settings.get("max_new_tokens") or self._option("max_new_tokens")
+        return given or min(128, length_limit(self.model.config) // 2)
 
     def _option(self, name: str) -> Any:
         return getattr(self.model.generation_config, name, None)
