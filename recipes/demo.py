@@ -54,7 +54,7 @@ EDITS = {"refinement": {"policy": "threshold", "threshold": 0.5}}
 TRAINING, PROBLEMS = 45_000, 200
 EXAMPLES = 8
 PROMPT, TEXTS = "return true if the ", 4
-TEXT = {"steps": 32, "max_new_tokens": 44, "temperature": 0.7, "seed": 0}
+TEXT = {"sampler": "ancestral", "steps": 32, "max_new_tokens": 44, "temperature": 0.8, "seed": 0}
 LAUNCH = "-m accelerate.commands.accelerate_cli launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no"
 console = Console()
 
@@ -292,18 +292,21 @@ def sample_answers(folder: Path) -> str:
     model, tokenizer = load(folder / "k0.1")
     problems = [problem["prompt"] for problem in alphabet.problems(EXAMPLES, seed=1)]
     start, mask = len(problems[0]), model.config.mask_token_id
-    traces, histories, right = [], {}, []
+    traces, histories, right = [], {}, {}
     for name, options in (("without refinement", {"mixing_ratio": 0.0}), ("with refinement", EDITS)):
         output = generated(model, tokenizer, problems, steps=8, max_new_tokens=alphabet.ANSWER, **options)
         answers = tokenizer.batch_decode(output.sequences[:, start:])
-        right.append(list(map(alphabet.is_right, problems, answers)))
-        title = f"k = 0.1, 8 steps, {name}: {sum(right[-1])} of {EXAMPLES} right"
+        histories[name], right[name] = output.history, list(map(alphabet.is_right, problems, answers))
+        title = f"{name.capitalize()}: {sum(right[name])} of {EXAMPLES} right"
         traces.append(Trace(output.history, tokenizer, mask, start, title, confidences=output.confidences))
-        histories[f"8 steps {name}"] = output.history
     traces[0].save(folder / "answers.html", beside=traces[1])
     # The picture shows the first answer that refinement corrects, the page all.
-    row = next((i for i, (before, after) in enumerate(zip(*right, strict=True)) if after and not before), 0)
-    save_animation(folder / "refinement.svg", histories, tokenizer, mask, start, row, width=60)
+    both = zip(*right.values(), strict=True)
+    row = next((number for number, (before, after) in enumerate(both) if after and not before), 0)
+    runs = {
+        f"8 steps {name}: {'right' if right[name][row] else 'wrong'}": history for name, history in histories.items()
+    }
+    save_animation(folder / "refinement.svg", runs, tokenizer, mask, start, row, width=60)
     return problems[row]
 
 
@@ -335,12 +338,14 @@ def show(folder: Path, report: dict) -> None:
     bounds = ", ".join(
         f"{LABELS[run]} {text[run]['nelbo']:.2f} ± {text[run]['standard_error']:.2f}" for run in ("base", "xdlm")
     )
-    console.print(f"held-out text, nats per token: token frequencies {text['unigram']:.2f}, {bounds}", highlight=False)
+    console.print(
+        f"held-out text, nats per letter: frequencies of letters {text['unigram']:.2f}, {bounds}", highlight=False
+    )
     console.print(f"{TEXTS} texts after {PROMPT!r}:", highlight=False)
     for sample in report["samples"]["texts"]:
         console.print(f"  {sample.removeprefix(PROMPT)}", markup=False, highlight=False)
     console.print(f"\n{report['seconds']:.0f} seconds. Losses, quality and traces: {folder / 'index.html'}")
-    console.print(f"Next: xdlm-chat --model {folder / 'k0.1'}, and a line like {report['samples']['problem']}")
+    console.print(f"Next: xdlm-chat --model {folder / 'k0.1'} --steps 8, and a line like {report['samples']['problem']}")
 
 
 if __name__ == "__main__":
