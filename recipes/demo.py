@@ -54,7 +54,7 @@ EDITS = {"refinement": {"policy": "threshold", "threshold": 0.5}}
 TRAINING, PROBLEMS = 45_000, 200
 EXAMPLES = 8
 PROMPT, TEXTS = "return true if the ", 4
-TEXT = {"sampler": "ancestral", "steps": 32, "max_new_tokens": 44, "temperature": 0.8, "seed": 0}
+TEXT = {"sampler": "ancestral", "steps": 32, "max_new_tokens": 44, "temperature": 0.7, "seed": 0}
 LAUNCH = "-m accelerate.commands.accelerate_cli launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no"
 console = Console()
 
