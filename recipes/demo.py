@@ -345,7 +345,9 @@ def show(folder: Path, report: dict) -> None:
     for sample in report["samples"]["texts"]:
         console.print(f"  {sample.removeprefix(PROMPT)}", markup=False, highlight=False)
     console.print(f"\n{report['seconds']:.0f} seconds. Losses, quality and traces: {folder / 'index.html'}")
-    console.print(f"Next: xdlm-chat --model {folder / 'k0.1'} --steps 8, and a line like {report['samples']['problem']}")
+    console.print(
+        f"Next: xdlm-chat --model {folder / 'k0.1'} --steps 8, and a line like {report['samples']['problem']}"
+    )
 
 
 if __name__ == "__main__":

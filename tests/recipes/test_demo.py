@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import notebooks
 import pytest
 from lm_eval.tasks import TaskManager
 
@@ -105,3 +106,6 @@ def test_a_run_of_seconds(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "UserWarning" not in shown and "Next: xdlm-chat --model" in shown
     assert "tokens/s" in shown and "step" in shown
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDLM_CHECKPOINT", str(folder / "xdlm"))
+    assert notebooks.run(notebooks.GENERATE)["revised"].endswith(" true if the name is a string")
