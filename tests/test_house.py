@@ -4,6 +4,7 @@ import ast
 import configparser
 import functools
 import re
+import string
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -14,7 +15,7 @@ import pytest
 from models import model_of, save_checkpoint
 
 import xdlm_hf
-from xdlm_hf.data.tokenizer import train_tokenizer
+from xdlm_hf.data.tokenizer import symbol_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -287,17 +288,28 @@ def test_links_lead_somewhere(document):
     assert not [target for target in targets if not (ROOT / target).exists()]
 
 
-def test_readme_examples_run_as_they_stand(tmp_path, capsys):
-    tokenizer = train_tokenizer(["The capital of France is Paris. def fibonacci(n): return n"], vocab_size=270)
-    save_checkpoint(tmp_path, model_of(tokenizer), tokenizer)
-    first, *others = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert first.count("GSAI-ML/LLaDA-8B-Base") == 2 and others
-    names = {}
-    exec(first.replace("GSAI-ML/LLaDA-8B-Base", str(tmp_path)), names)
-    printed = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])  # DeepSpeed may log to stdout before
-    assert len(printed) == 2 and printed[0].startswith("The capital of France is")
-    for example in others:
-        exec(example, names)
+def test_readme_is_short_and_its_pictures_small():
+    assert len(README.splitlines()) < 120
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert len(pictures) == 2 and all((ROOT / picture).stat().st_size < 2**20 for picture in pictures)
+
+
+def test_readme_examples_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    letters = symbol_tokenizer(
+        [*string.ascii_lowercase, "<", ">", ":", "[MASK]", "[EOS]"], "[EOS]", mask_token="[MASK]"
+    )
+    letters.eos_token = letters.pad_token = "[EOS]"
+    words = train_tokenizer(["The capital of France is Paris."], vocab_size=270)
+    demo, llada = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    for example, name, tokenizer in ((demo, "outputs/demo/k0.1", letters), (llada, "GSAI-ML/LLaDA-8B-Base", words)):
+        assert example.count(f'"{name}"') == 2
+        save_checkpoint(Path(name), model_of(tokenizer), tokenizer)
+        exec(example, {})
+    lines = capsys.readouterr().out.splitlines()  # DeepSpeed may log to stdout before
+    assert [line.split()[0] for line in lines[-4:-1]] == ["32", "8", "4"]
+    assert all("a>q>z>c>k>m>:" in line for line in lines[-4:-1])
+    assert ast.literal_eval(lines[-1])[0].startswith("The capital of France is")
 
 
 def test_ci_runs_what_the_readme_says():
