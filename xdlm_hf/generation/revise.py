@@ -19,7 +19,7 @@ from .output import DiffusionGenerateOutput
 from .ranks import shared_generator
 from .refinement import make_refinement
 from .resolution import resolve
-from .spans import character_mask, check_disjoint, position_mask
+from .spans import character_mask, check_disjoint, position_mask, text_encoding
 
 
 class RevisionMixin:
@@ -97,10 +97,6 @@ class RevisionMixin:
         self, text: str | Sequence[str], editable: Any, locked: Any, tokenizer: Any, options: Options
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Ids, attention mask, and masks of the editable and the locked tokens or None, (B, P) each."""
-        if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(
-                "revise() of a str needs a fast tokenizer, which gives character offsets; pass tokenizer=."
-            )
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise ValueError("the list of texts to revise is empty; pass at least one text.")
@@ -108,13 +104,7 @@ class RevisionMixin:
             editable, locked = ([spans] if spans is not None else None for spans in (editable, locked))
         if editable is not None and locked is not None:
             check_disjoint(editable, locked)
-        encoding = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=False)
-        for row, tokens in enumerate(encoding["input_ids"]):
-            if tokenizer.decode(tokens, clean_up_tokenization_spaces=False) != texts[row]:
-                raise ValueError(
-                    f"the tokenizer does not decode text {row} to the same text, so locked characters could change; "
-                    "revise ids instead."
-                )
+        encoding = text_encoding(texts, tokenizer)
         ids, attention_mask = padded(encoding["input_ids"], options.pad_token_id or 0, side="right")
         ids, attention_mask = self._prepare_prompt(ids, attention_mask, options, False)
         may_change, fixed = (

@@ -42,6 +42,28 @@ def position_mask(name: str, given: Tensor | Spans, attention_mask: Tensor) -> T
     return mask
 
 
+def text_encoding(texts: Sequence[str], tokenizer: Any) -> Any:
+    """Encoding of texts with the characters of each token, for `character_mask`.
+
+    Args:
+        texts: Any number of texts.
+        tokenizer: A fast tokenizer.
+
+    Raises:
+        ValueError: If the tokenizer gives no characters, or does not decode a text to itself.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError("revise() of a str needs a fast tokenizer, which gives character offsets; pass tokenizer=.")
+    encoding = tokenizer(list(texts), return_offsets_mapping=True, add_special_tokens=False)
+    for row, (text, ids) in enumerate(zip(texts, encoding["input_ids"], strict=True)):
+        if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
+            raise ValueError(
+                f"the tokenizer does not decode text {row} to the same text, so locked characters could change; "
+                "change the text, or pass revise() its ids."
+            )
+    return encoding
+
+
 def character_mask(
     name: str, spans: Sequence[Spans], texts: Sequence[str], encoding: Any, attention_mask: Tensor
 ) -> Tensor:
@@ -51,7 +73,7 @@ def character_mask(
         name: Name of the argument, for messages.
         spans: A list of spans for each text.
         texts: B texts.
-        encoding: Their encoding by a fast tokenizer with `return_offsets_mapping=True`.
+        encoding: Their `text_encoding`.
         attention_mask: (B, P).
 
     Raises:

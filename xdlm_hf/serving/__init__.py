@@ -5,7 +5,9 @@ app          OpenAI's HTTP API: routes and replies
 requests     JSON to prompts and options of `generate`
 fields       validation of a request's fields
 prompts      prompts to ids, within the length limit
+revisions    the same for /v1/revise
 answers      ids of an answer, block by block, to text
+drafts       the canvas after each step, for streams that ask for it
 engine       the queue and the thread that runs batches
 chat         `xdlm-chat`: a conversation in the terminal, drawn live
 """

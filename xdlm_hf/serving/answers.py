@@ -1,4 +1,4 @@
-"""Incremental decoding of an answer: ids, block by block, to text that can be sent.
+"""Answers as text: ids, block by block, to text that can be sent; and revised texts, which are sent whole.
 
 Sent text is never revised: an incomplete character is held back, and so is a possible beginning of a stop string.
 """
@@ -7,6 +7,25 @@ import bisect
 from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
+
+
+class Revision:
+    """A revised text, with the attributes of an `Answer`.
+
+    Args:
+        tokenizer: The model's.
+        tokens: Tokens that may change.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: int):
+        self.tokenizer, self.tokens = tokenizer, tokens
+        self.text = ""
+        self.finish_reason: str | None = None
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """Take all ids of the text; return the text."""
+        self.text, self.finish_reason = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False), "stop"
+        return self.text
 
 
 class Answer:

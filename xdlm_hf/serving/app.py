@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import time
@@ -19,10 +20,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from ..generation.protocol import length_limit
+from ..watch.tokens import TokenPieces
+from .drafts import Draft, draft_body
 from .engine import Done, Engine, Job, Piece
 from .fields import RequestError
 from .prompts import TokenFloor
 from .requests import Defaults, GenerationRequest, Limits, parse
+from .revisions import parse_revision
 
 DISCARDED = 16  # times `max_body` is read, and discarded, of a longer body: while it sends, a client reads no reply
 LONG_BODY = 1 << 16  # bytes; larger bodies are tokenized in a thread of their own and do not delay smaller ones
@@ -76,6 +80,7 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     for path, handler, methods in (
         ("/v1/completions", service.completions, ["POST"]),
         ("/v1/chat/completions", service.chat_completions, ["POST"]),
+        ("/v1/revise", service.revise, ["POST"]),
         ("/v1/models", service.models, ["GET"]),
         ("/v1/models/{name:path}", service.model, ["GET"]),
         ("/health", service.health, ["GET"]),
@@ -91,6 +96,7 @@ class _Service:
     def __init__(self, engine: Engine, settings: ServerSettings):
         self.engine, self.settings, self.created = engine, settings, int(time.time())
         self.floor = TokenFloor.of(engine.tokenizer)
+        self.pieces = TokenPieces(engine.tokenizer, engine.model.config.mask_token_id)
         engine.tokenizer("")  # a first call sets state, e.g. no truncation, which two threads must not do at once
         # Requests are parsed outside the event loop, large bodies in a thread of their own.
         self.small, self.large = (ThreadPoolExecutor(1, f"xdlm-parse-{size}") for size in ("small", "large"))
@@ -100,10 +106,13 @@ class _Service:
             executor.shutdown(wait=False, cancel_futures=True)
 
     async def completions(self, request: Request) -> Response:
-        return await self._answer(request, chat=False)
+        return await self._answer(request, functools.partial(parse, chat=False))
 
     async def chat_completions(self, request: Request) -> Response:
-        return await self._answer(request, chat=True)
+        return await self._answer(request, functools.partial(parse, chat=True))
+
+    async def revise(self, request: Request) -> Response:
+        return await self._answer(request, parse_revision)
 
     async def models(self, request: Request) -> Response:
         self._authorize(request)
@@ -163,11 +172,11 @@ class _Service:
                 kind="authentication_error",
             )
 
-    async def _answer(self, request: Request, chat: bool) -> Response:
+    async def _answer(self, request: Request, parse_body: Callable[..., GenerationRequest]) -> Response:
         self._authorize(request)
         body = await self._body(request)
         executor = self.large if len(body) > LONG_BODY else self.small
-        asked = await asyncio.get_running_loop().run_in_executor(executor, self._parse, body, chat)
+        asked = await asyncio.get_running_loop().run_in_executor(executor, self._parse, body, parse_body)
         job = self.engine.submit(asked)
         reply = _Reply(asked, self.settings.name)
         if asked.stream:
@@ -198,15 +207,22 @@ class _Service:
             raise RequestError(f"the body is larger than this server's {limit} bytes.", 413)
         return received
 
-    def _parse(self, received: bytearray, chat: bool) -> GenerationRequest:
+    def _parse(self, received: bytearray, parse_body: Callable[..., GenerationRequest]) -> GenerationRequest:
         engine, settings = self.engine, self.settings
         try:
             # Decoded here because json.loads() accepts surrogates in UTF-8; invalid UTF-8 is a ValueError too.
             body = json.loads(received.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the body is not JSON: {error}") from error
-        model = (settings.name, engine.tokenizer, engine.model.config)
-        return parse(body, chat, *model, settings.limits, settings.defaults, self.floor)
+        return parse_body(
+            body,
+            model_name=settings.name,
+            tokenizer=engine.tokenizer,
+            config=engine.model.config,
+            limits=settings.limits,
+            defaults=settings.defaults,
+            floor=self.floor,
+        )
 
     async def _whole(self, request: Request, job: Job, reply: "_Reply") -> Response:
         """The complete reply; the job is cancelled if the client disconnects."""
@@ -230,12 +246,15 @@ class _Service:
             yield _sse(chunk)
         while True:
             try:
-                event = await asyncio.wait_for(job.events.get(), self.settings.keep_alive)
+                event = await asyncio.wait_for(job.next_event(), self.settings.keep_alive)
             except TimeoutError:
                 yield ": still generating\n\n"
                 continue
             if isinstance(event, Piece):
                 yield _sse(reply.piece(event))
+                continue
+            if isinstance(event, Draft):
+                yield _sse(reply.draft(event, self.pieces))
                 continue
             if isinstance(event, RequestError):
                 yield _sse(event.body())
@@ -267,11 +286,14 @@ class _Reply:
 
     def __init__(self, asked: GenerationRequest, model: str):
         self.asked = asked
-        kind = "chat.completion" if asked.chat else "text_completion"
-        chunk = asked.chat and asked.stream
+        name, kind = "cmpl-", "text_completion"
+        if asked.chat:
+            name, kind = "chatcmpl-", "chat.completion.chunk" if asked.stream else "chat.completion"
+        elif asked.settings.task == "revision":
+            name, kind = "revise-", "text_revision"
         self.common = {
-            "id": ("chatcmpl-" if asked.chat else "cmpl-") + uuid.uuid4().hex,
-            "object": kind + ".chunk" if chunk else kind,
+            "id": name + uuid.uuid4().hex,
+            "object": kind,
             "created": int(time.time()),
             "model": model,
         }
@@ -282,8 +304,17 @@ class _Reply:
         return [self._chunk(i, {"delta": {"role": "assistant", "content": ""}}, None) for i in range(self.asked.rows)]
 
     def piece(self, piece: Piece) -> dict[str, Any]:
-        text = {"delta": {"content": piece.text} if piece.text else {}} if self.asked.chat else {"text": piece.text}
-        return self._chunk(piece.index, text, piece.finish_reason)
+        return self._chunk(piece.index, self._new_text(piece.text), piece.finish_reason)
+
+    def draft(self, draft: Draft, pieces: TokenPieces) -> dict[str, Any]:
+        """A chunk that adds no text, so that clients which know no drafts need not skip it."""
+        body = draft_body(draft, self.asked.settings.total_steps, pieces)
+        return self._chunk(draft.index, {**self._new_text(""), "draft": body}, None)
+
+    def _new_text(self, text: str) -> dict[str, Any]:
+        if self.asked.chat:
+            return {"delta": {"content": text} if text else {}}
+        return {"text": text}
 
     def usage_chunk(self, job: Job) -> dict[str, Any]:
         return self.common | {"choices": [], "usage": self._usage(job)}
@@ -309,7 +340,7 @@ class _Reply:
 
 
 async def _collect(job: Job) -> None:
-    while not isinstance(event := await job.events.get(), Done):
+    while not isinstance(event := await job.next_event(), Done):
         if isinstance(event, RequestError):
             raise event
 

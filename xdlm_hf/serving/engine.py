@@ -1,8 +1,9 @@
 """The request queue of `xdlm-serve`, and the thread that runs the model on batches of requests with equal settings.
 
 A request becomes a `Job`, with one row of a batch for each answer. Its events arrive on an asyncio queue: pieces of
-final text, then `Done` or an error. A batch stops once each of its rows is finished (end of text, stop string) or
-cancelled.
+final text, and drafts if it asked for them, then `Done` or an error. A batch stops once each of its rows is finished
+(end of text, stop string) or cancelled. Answers, texts with a hole before a suffix, and revisions have batches of their
+own, since their settings differ.
 
 Shapes: B rows of a batch, P prompt, n columns of a block.
 """
@@ -23,13 +24,15 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..generation.layout import padded
 from ..loading import end_ids, end_of_turn_ids
-from .answers import Answer
+from .answers import Answer, Revision
+from .drafts import Draft, DraftRecorder
 from .fields import RequestError
 from .requests import GenerationRequest
 
 logger = logging.getLogger(__name__)
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
+DRAFTS_KEPT = 64  # of one job, for a client that reads more slowly than the steps come
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Done:
     """Every answer of the job is finished."""
 
 
-Event = Piece | Done | RequestError
+Event = Piece | Draft | Done | RequestError
 
 
 class Metrics:
@@ -71,9 +74,10 @@ class Job:
     """A request in the engine; made by `Engine.submit` on the event loop that reads `events`."""
 
     request: GenerationRequest
-    answers: list[Answer]
+    answers: list[Answer | Revision]
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[Event | type[Draft]] = field(default_factory=asyncio.Queue)
+    drafts: collections.deque[Draft] = field(default_factory=lambda: collections.deque(maxlen=DRAFTS_KEPT))
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False
     over: bool = False  # its last event was posted
@@ -88,11 +92,25 @@ class Job:
 
     def post(self, event: Event) -> None:
         """From the engine's thread; dropped once the loop is closed."""
-        self.over |= not isinstance(event, Piece)
+        self.over |= not isinstance(event, Piece | Draft)
         try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+            self.loop.call_soon_threadsafe(self._receive, event)
         except RuntimeError:
             self.cancelled = True
+
+    def _receive(self, event: Event) -> None:
+        """Queue an event, on the loop. The class `Draft` stands for the oldest draft that is kept."""
+        if isinstance(event, Draft):
+            full = len(self.drafts) == DRAFTS_KEPT
+            self.drafts.append(event)  # drops the oldest one if it is full, whose place in the queue stays
+            if full:
+                return
+            event = Draft
+        self.events.put_nowait(event)
+
+    async def next_event(self) -> Event:
+        event = await self.events.get()
+        return self.drafts.popleft() if event is Draft else event
 
 
 class Engine:
@@ -155,11 +173,7 @@ class Engine:
         Raises:
             RequestError: 429 if the queue is full, 503 if the engine has stopped.
         """
-        ends = self.turn_ends if request.chat else self.ends
-        answers = [
-            Answer(self.tokenizer, ends, request.stops, request.settings.max_new_tokens) for _ in range(request.rows)
-        ]
-        job = Job(request, answers, asyncio.get_running_loop())
+        job = Job(request, [self._answer(request) for _ in range(request.rows)], asyncio.get_running_loop())
         with self._changed:
             if not self.alive:
                 raise _shutting_down()
@@ -174,6 +188,12 @@ class Engine:
             self._note_queue()
             self._changed.notify_all()
         return job
+
+    def _answer(self, request: GenerationRequest) -> Answer | Revision:
+        if request.settings.task == "revision":
+            return Revision(self.tokenizer, sum(request.editable))
+        ends = self.turn_ends if request.chat else self.ends
+        return Answer(self.tokenizer, ends, request.stops, request.settings.max_new_tokens)
 
     def cancel(self, job: Job) -> None:
         """Cancel a job; no effect once it is over."""
@@ -245,27 +265,58 @@ class Engine:
         self.metrics.waiting.set(len(self._waiting))
 
     def _generate(self, batch: list[Job]) -> None:
-        rows = [(job, index) for job in batch for index in range(job.request.rows)]
-        prompts = [job.request.prompts[index // job.request.n] for job, index in rows]
-        input_ids, attention_mask = padded(prompts, self._pad_token_id)
-        self.model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            streamer=_JobStreamer(rows, self.metrics, lambda: self._stopping),
-            num_return_sequences=1,
-            reference_compat=False,
-            **batch[0].request.settings.options(),
-        )
+        settings = batch[0].request.settings
+        answers = [(job, index) for job in batch for index in range(job.request.rows)]
+        texts, changing = zip(*(job.request.canvas(index) for job, index in answers), strict=True)
+        input_ids, attention_mask = padded(texts, self._pad_token_id)
+        positions = padded(changing, 0)[0].bool()
+        padding = (attention_mask == 0).sum(-1).tolist()
+        rows = [
+            _Row(job, index, job.request.columns(index, pad))
+            for (job, index), pad in zip(answers, padding, strict=True)
+        ]
+        options = {
+            "attention_mask": attention_mask,
+            "streamer": self._streamer(rows),
+            "num_return_sequences": 1,
+            **settings.options(),
+        }
+        if settings.task == "revision":
+            self.model.revise(input_ids, editable=positions, **options)
+        elif settings.task == "holes":
+            self.model.generate(input_ids=input_ids, holes=positions, **options)
+        else:
+            self.model.generate(input_ids=input_ids, reference_compat=False, **options)
+
+    def _streamer(self, rows: list["_Row"]) -> "_JobStreamer":
+        """One that records no drafts where nobody asked for them."""
+        arguments = (rows, self.metrics, lambda: self._stopping)
+        if any(row.job.request.drafts for row in rows):
+            return _DraftStreamer(*arguments, self.model.config.mask_token_id)
+        return _JobStreamer(*arguments)
 
 
 class _BatchOver(Exception):
     """Raised by the streamer to leave `generate` when each row is finished or cancelled."""
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row of a batch: an answer of a job, and its columns in what the streamer gets."""
+
+    job: Job
+    index: int
+    columns: slice
+
+    @property
+    def wanted(self) -> bool:
+        return self.job.wanted and self.job.answers[self.index].finish_reason is None
+
+
 class _JobStreamer(BaseStreamer):
     """Passes the final columns of a batch to its jobs, row by row."""
 
-    def __init__(self, rows: list[tuple[Job, int]], metrics: Metrics, stopping: Callable[[], bool]):
+    def __init__(self, rows: list[_Row], metrics: Metrics, stopping: Callable[[], bool]):
         self.rows, self.metrics, self.stopping = rows, metrics, stopping
         self.prompt = True
 
@@ -273,8 +324,8 @@ class _JobStreamer(BaseStreamer):
         if self.prompt:
             self.prompt = False
         else:
-            for (job, index), ids in zip(self.rows, value.tolist(), strict=True):
-                self._feed(job, index, ids)
+            for row, ids in zip(self.rows, value.tolist(), strict=True):
+                self._feed(row, ids[row.columns])
         self._check()
 
     def put_draft(self, value: Tensor) -> None:
@@ -284,13 +335,13 @@ class _JobStreamer(BaseStreamer):
     def end(self) -> None:
         pass
 
-    def _feed(self, job: Job, index: int, ids: list[int]) -> None:
-        answer = job.answers[index]
-        if not job.wanted or answer.finish_reason is not None:
+    def _feed(self, row: _Row, ids: list[int]) -> None:
+        if not row.wanted:
             return
+        job, answer = row.job, row.job.answers[row.index]
         text = answer.feed(ids)
         if text or answer.finish_reason is not None:
-            job.post(Piece(index, text, answer.finish_reason))
+            job.post(Piece(row.index, text, answer.finish_reason))
         if all(other.finish_reason is not None for other in job.answers):
             self.metrics.prompt_tokens.inc(job.request.prompt_tokens)
             self.metrics.completion_tokens.inc(job.completion_tokens)
@@ -298,10 +349,28 @@ class _JobStreamer(BaseStreamer):
             job.post(Done())
 
     def _check(self) -> None:
-        wanted = sum(job.wanted and job.answers[index].finish_reason is None for job, index in self.rows)
+        wanted = sum(row.wanted for row in self.rows)
         self.metrics.running.set(wanted)
         if not wanted or self.stopping():
             raise _BatchOver
+
+
+class _DraftStreamer(_JobStreamer):
+    """Also posts the answer after each step to the jobs that asked for drafts."""
+
+    def __init__(self, rows: list[_Row], metrics: Metrics, stopping: Callable[[], bool], mask_token_id: int | None):
+        super().__init__(rows, metrics, stopping)
+        self.recorder = DraftRecorder(mask_token_id)
+
+    def put_confidences(self, value: Tensor) -> None:
+        self.recorder.add_confidences(value)
+
+    def put_draft(self, value: Tensor) -> None:
+        self.recorder.add(value)
+        for number, row in enumerate(self.rows):
+            if row.job.request.drafts and row.wanted:
+                row.job.post(self.recorder.draft(row.index, number, row.columns))
+        super().put_draft(value)
 
 
 def _fail(batch: list[Job], error: RequestError) -> None:

@@ -5,7 +5,7 @@ OpenAI's form.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..generation.options import section_names
@@ -13,6 +13,7 @@ from ..generation.spelling import check_values, flatten
 
 MAX_STOPS = 4  # as in OpenAI's API
 MAX_STOP_LENGTH = 256  # characters
+MAX_SPANS = 256  # of a revision
 MAX_POLISH_STEPS = 64  # each is a forward pass beyond `steps`
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # Fields without effect here and their neutral values; 0 stands for 0.0 too. OpenAI's, then those of vLLM and SGLang.
@@ -88,6 +89,10 @@ REASONS = {
     "truncate_prompt_tokens": "shorten the prompt",
     "typical_p": "use top_p and a temperature above 0",
     "use_beam_search": "use n",
+    # Fields of one route, as another refuses them.
+    "n": "/v1/revise gives one revision; send several requests",
+    "stream": "a revision is final at its end only",
+    "suffix": "fill-in-the-middle is a field of /v1/completions",
 }
 for _name in (
     "ebnf",
@@ -128,11 +133,26 @@ def read_fields(body: Any, chat: bool) -> dict[str, Any]:
     Raises:
         RequestError: If the body is no object, a field is unknown or its value invalid.
     """
+    known = COMMON | (CHAT if chat else COMPLETION)
+    fields = _read(body, known, NEUTRAL | {"add_special_tokens": (not chat,)})  # a chat template has them already
+    if "stream_options" in fields and not fields.get("stream"):
+        raise RequestError("stream_options needs stream=true.", 400, "stream_options")
+    if fields.get("stream_drafts") and not fields.get("stream"):
+        raise RequestError("stream_drafts needs stream=true.", 400, "stream_drafts")
+    return fields
+
+
+def read_revision_fields(body: Any) -> dict[str, Any]:
+    """As `read_fields`, for /v1/revise."""
+    return _read(body, REVISION, {"n": (1,), "stream": (False,)})
+
+
+def _read(
+    body: Any, known: Mapping[str, Callable[[str, Any], Any]], neutral: Mapping[str, Sequence[Any]]
+) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object.")
     _check_text(body)
-    known = COMMON | (CHAT if chat else COMPLETION)
-    neutral = NEUTRAL | {"add_special_tokens": (not chat,)}  # a chat template has them already
     fields = {}
     for name, value in body.items():
         if name in known:
@@ -146,8 +166,6 @@ def read_fields(body: Any, chat: bool) -> dict[str, Any]:
             reason = REASONS.get(name, "this server does not support it")
             message = f"{name} is not supported: {reason}; leave it out{_or_send(neutral[name])}."
             raise RequestError(message, 400, name, "unsupported_parameter")
-    if "stream_options" in fields and not fields.get("stream"):
-        raise RequestError("stream_options needs stream=true.", 400, "stream_options")
     return fields
 
 
@@ -253,6 +271,18 @@ def _prompt(name: str, value: Any) -> str | list[Any]:
     return value
 
 
+def _spans(name: str, value: Any) -> list[tuple[int, int]]:
+    pairs = isinstance(value, list) and all(isinstance(span, list) and len(span) == 2 for span in value)
+    if not pairs or not 0 < len(value) <= MAX_SPANS or not all(is_integer(end) for span in value for end in span):
+        raise RequestError(
+            f"{name}={_short(value)} must be a list of 1 to {MAX_SPANS} pairs [first, end] of characters, end not "
+            "included; leave it out to revise the whole text.",
+            400,
+            name,
+        )
+    return [(first, end) for first, end in value]
+
+
 def _messages(name: str, value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         raise RequestError(f"{name} must be a list of at least one message.", 400, name)
@@ -311,6 +341,7 @@ COMMON: dict[str, Callable[[str, Any], Any]] = {
     "seed": _integer(-(2**63), 2**63 - 1),
     "stop": _stops,
     "stream": _boolean,
+    "stream_drafts": _boolean,
     "stream_options": _stream_options,
     "temperature": _number(0, 2),
     "top_p": _number(1e-6, 1),
@@ -320,5 +351,13 @@ COMMON: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("steps", "mixing_ratio", "block_length", "sampler"), _option),
     **ENGINE,
 }
-COMPLETION = {"prompt": _prompt}
+# Beyond those in common.
+COMPLETION = {"prompt": _prompt, "suffix": _string}
 CHAT = {"messages": _messages, "max_completion_tokens": _integer(1)}
+# All of /v1/revise.
+REVISION: dict[str, Callable[[str, Any], Any]] = {
+    "text": _string,
+    "editable": _spans,
+    **{name: COMMON[name] for name in ("model", "seed", "temperature", "top_p", "user", "steps", "mixing_ratio")},
+    **dict.fromkeys(("refinement", "edit_threshold", "max_edits_per_token"), _option),
+}

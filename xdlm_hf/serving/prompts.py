@@ -91,6 +91,7 @@ class PromptReader:
         answer: Tokens of an answer, for messages.
         room: Tokens that a prompt may have.
         floor: The tokenizer's `TokenFloor`, if there is one.
+        suffix_tokens: Tokens that follow the answer, for messages.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -98,6 +99,12 @@ class PromptReader:
     answer: int
     room: int
     floor: TokenFloor | None = None
+    suffix_tokens: int = 0
+
+    def suffix(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
+        """`suffix`: the text that follows every answer, if any."""
+        text = fields.get("suffix", "")
+        return self._tokenize(text, "suffix", add_special_tokens=False) if text else ()
 
     def prompts(self, fields: Mapping[str, Any], n: int, most: int) -> tuple[tuple[int, ...], ...]:
         """`prompt`: a string, token ids, or a list of either, each to be answered `n` times, `most` answers in all."""
@@ -147,9 +154,11 @@ class PromptReader:
 
     def _check_length(self, about: str, tokens: int, field: str) -> None:
         if tokens > self.room:
+            part = "suffix" if field == "suffix" else "prompt"
+            suffix = f" and {self.suffix_tokens} of the suffix" if self.suffix_tokens else ""
             raise RequestError(
-                f"a prompt of {about}{tokens} tokens is too long: with {self.answer} tokens for the answer, "
-                f"{max(self.room, 0)} are left of this server's limits; shorten the prompt or max_tokens.",
+                f"a {part} of {about}{tokens} tokens is too long: with {self.answer} tokens for the answer{suffix}, "
+                f"{max(self.room, 0)} are left of this server's limits; shorten the {part} or max_tokens.",
                 400,
                 field,
                 "context_length_exceeded",

@@ -1,7 +1,7 @@
 """Requests of `xdlm-serve`: JSON to prompts and options of `generate`, checked against the server's limits."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -52,9 +52,9 @@ _DRAWING = ("sampler", "temperature", *ENGINE)
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of `generate`; requests with equal settings can share a batch."""
+    """Task and options of `generate` or `revise`; requests with equal settings can share a batch."""
 
-    max_new_tokens: int
+    max_new_tokens: int  # 0 for a revision
     steps: int
     block_length: int | None
     mixing_ratio: float | None
@@ -63,10 +63,17 @@ class Settings:
     top_p: float | None
     seed: int | None  # None where nothing is drawn
     engine: tuple[tuple[str, Any], ...] = ()  # of `ENGINE`, as rows of the table of options
+    task: str = "answer"  # or "holes", between prompt and suffix, or "revision"
 
     def options(self) -> dict[str, Any]:
-        own = {name: value for name, value in asdict(self).items() if value is not None and name != "engine"}
+        left_out = {"engine", "task"} if self.task == "answer" else {"engine", "task", "max_new_tokens"}
+        own = {name: value for name, value in asdict(self).items() if value is not None and name not in left_out}
         return {**own, **dict(self.engine)}
+
+    @property
+    def total_steps(self) -> int:
+        """Steps at most."""
+        return self.steps + (dict(self.engine).get("polish_steps") or 0)
 
     @property
     def shares_batches(self) -> bool:
@@ -76,7 +83,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A valid request: prompts as ids, each answered `n` times."""
+    """A valid request: prompts as ids, each answered `n` times, or a text to revise.
+
+    Attributes:
+        prompts: Of a revision the text.
+        drafts: Whether the stream has the canvas of every step.
+        suffix: Ids that follow every answer.
+        editable: For each token of a text to revise whether it may change.
+    """
 
     chat: bool
     prompts: tuple[tuple[int, ...], ...]
@@ -85,6 +99,9 @@ class GenerationRequest:
     stream: bool
     include_usage: bool
     settings: Settings
+    drafts: bool = False
+    suffix: tuple[int, ...] = ()
+    editable: tuple[bool, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -92,7 +109,26 @@ class GenerationRequest:
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(map(len, self.prompts))
+        return sum(len(prompt) + len(self.suffix) for prompt in self.prompts)
+
+    def canvas(self, row: int) -> tuple[list[int], list[bool]]:
+        """Ids of one row as `generate` or `revise` takes them, and where they are holes or may change."""
+        prompt = list(self.prompts[row // self.n])
+        if self.settings.task == "revision":
+            return prompt, list(self.editable)
+        if self.settings.task == "answer":
+            return prompt, [False] * len(prompt)
+        hole, after = self.settings.max_new_tokens, len(self.suffix)
+        return prompt + [0] * hole + list(self.suffix), [False] * len(prompt) + [True] * hole + [False] * after
+
+    def columns(self, row: int, padding: int) -> slice:
+        """Where a row's answer is in what a streamer gets: after the prompt of an answer, else in the padded canvas."""
+        if self.settings.task == "answer":
+            return slice(None)
+        if self.settings.task == "revision":
+            return slice(padding, None)
+        first = padding + len(self.prompts[row // self.n])
+        return slice(first, first + self.settings.max_new_tokens)
 
 
 def parse(
@@ -119,9 +155,7 @@ def parse(
         RequestError: If the request is invalid or beyond the limits, naming the field.
     """
     fields = read_fields(body, chat)
-    if fields.get("model") != model_name:
-        given = fields.get("model")
-        raise RequestError(f"model={given!r} is not served here; use {model_name!r}.", 404, "model", "model_not_found")
+    check_model(fields, model_name)
     length_field = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
     max_tokens = fields.get(length_field, min(defaults.max_tokens, limits.max_new_tokens))
     if max_tokens > limits.max_new_tokens:
@@ -134,6 +168,8 @@ def parse(
     room = length_limit(config) - max_tokens
     room = room if limits.max_prompt_tokens is None else min(room, limits.max_prompt_tokens)
     reader = PromptReader(tokenizer, output_rows(config), max_tokens, room, floor)
+    suffix = reader.suffix(fields)
+    reader = replace(reader, suffix_tokens=len(suffix), room=room - len(suffix))
     prompts = reader.conversation(fields) if chat else reader.prompts(fields, n, limits.max_rows)
     return GenerationRequest(
         chat,
@@ -143,13 +179,26 @@ def parse(
         fields.get("stream", False),
         fields.get("stream_options", {}).get("include_usage", False),
         settings,
+        fields.get("stream_drafts", False),
+        suffix,
     )
+
+
+def check_model(fields: Mapping[str, Any], model_name: str) -> None:
+    """Raise RequestError unless the request names this server's model."""
+    given = fields.get("model")
+    if given != model_name:
+        raise RequestError(f"model={given!r} is not served here; use {model_name!r}.", 404, "model", "model_not_found")
 
 
 def _settings(fields: Mapping[str, Any], max_tokens: int, limits: Limits, defaults: Defaults) -> Settings:
     """Options of `generate` for an answer of `max_tokens`; by default as many steps for each block."""
     ancestral = fields.get("sampler", defaults.stored.sampler) == "ancestral"
-    block = fields.get("block_length", None if ancestral else defaults.block_length)
+    task = "holes" if fields.get("suffix") else "answer"
+    if task == "holes" and "block_length" in fields:
+        message = "block_length does not go with suffix: what stands before it is filled as one block; leave it out."
+        raise RequestError(message, 400, "block_length")
+    block = fields.get("block_length", None if ancestral or task == "holes" else defaults.block_length)
     blocks = 1
     if block is not None and not ancestral:
         block = min(block, max_tokens)
@@ -168,7 +217,7 @@ def _settings(fields: Mapping[str, Any], max_tokens: int, limits: Limits, defaul
     seed = fields.get("seed") if defaults.draws(fields) else None
     try:
         engine = tuple(sorted(flatten({name: fields[name] for name in ENGINE if name in fields})[0].items()))
-        settings = Settings(max_tokens, steps, block, *own, temperature, top_p, seed, engine)
+        settings = Settings(max_tokens, steps, block, *own, temperature, top_p, seed, engine, task)
         XDLMGenerationConfig(**settings.options())
         if not ancestral:
             check_blocks(steps, max_tokens, block or max_tokens)
