@@ -59,7 +59,7 @@ def test_the_wheel_holds_the_package_alone_and_its_data(built):
     evaluation = {f"xdlm_hf/evaluation/{path.relative_to(ROOT / 'eval')}" for path in (ROOT / "eval").rglob("*.*")}
     evaluation = {name for name in evaluation if "__pycache__" not in name}
     pages = {path for path in (ROOT / "xdlm_hf").rglob("*.*") if path.suffix in (".html", ".css", ".js")}
-    assert {path.parent.name for path in pages} == {"watch"}
+    assert {path.parent.name for path in pages} == {"serving", "watch"}
     data = {path.relative_to(ROOT).as_posix() for path in pages} | {"xdlm_hf/py.typed"}
     assert {name for name in names if name.startswith("xdlm_hf/")} == library | evaluation | data
     assert metadata["Version"] == xdlm_hf.__version__ and metadata["License-Expression"] == "Apache-2.0"

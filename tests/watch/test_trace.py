@@ -7,13 +7,14 @@ import re
 import zlib
 
 import numpy as np
+import pages
 import pytest
 import torch
+from pages import check_accessible, spans
 from PIL import Image
 
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.watch.page import SCRIPT, STYLE
-from xdlm_hf.watch.tokens import HOLE
 from xdlm_hf.watch.trace import Trace, change_counts, plot_history, save_trace
 
 MASK = 5  # of the tokenizers that train_tokenizer makes
@@ -185,26 +186,7 @@ def test_images_in_a_browser(browser, tmp_path):
 
 
 def opened(browser, path, **options):
-    """A page of the browser with this file, and a list of what went wrong in it."""
-    page, problems = browser.new_page(**options), []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: problems.append(message.text))
-    page.on(
-        "request", lambda request: None if request.url.startswith(("file:", "data:")) else problems.append(request.url)
-    )
-    page.goto(path.as_uri())
-    page.wait_for_selector("body[data-ready]")
-    return page, problems
-
-
-def spans(page, number=0):
-    """Text and class of the tokens of one run."""
-    return (
-        page.locator(".text")
-        .nth(number)
-        .locator("span")
-        .evaluate_all("all => all.map(s => [s.textContent, s.className])")
-    )
+    return pages.opened(browser, path.as_uri(), ("file:", "data:"), **options)
 
 
 def test_the_page_in_a_browser(browser, tmp_path, tokenizer, history):
@@ -368,8 +350,6 @@ def test_a_notebook_shows_the_page_in_a_frame(browser, tmp_path, tokenizer, hist
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_violation(browser, tmp_path, scheme):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
-
     class Words:  # of more than one letter: axe does not judge single ones
         @staticmethod
         def decode(ids):
@@ -383,12 +363,7 @@ def test_axe_finds_no_violation(browser, tmp_path, scheme):
     for colour, step in (("change", 2), ("change", 3), ("order", 4), ("confidence", 4)):
         page.select_option("#colour", colour)
         page.fill("#slider", str(step))
-        found = axe.run(page)
-        assert not found.response["violations"], found.generate_report()
-        unsure = [node["html"] for rule in found.response["incomplete"] for node in rule["nodes"]]
-        # It cannot judge texts in a plot and single characters; test_colours_have_contrast does.
-        unsure = [text for text in unsure if not text.startswith("<text") and f">{HOLE}<" not in text]
-        assert not unsure and "color-contrast" in [rule["id"] for rule in found.response["passes"]]
+        check_accessible(page)
     assert not problems
     page.close()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -24,6 +24,7 @@ from ..watch.tokens import TokenPieces
 from .drafts import Draft, draft_body
 from .engine import Done, Engine, Job, Piece
 from .fields import RequestError
+from .playground import HEADERS, playground
 from .prompts import TokenFloor
 from .requests import Defaults, GenerationRequest, Limits, parse
 from .revisions import parse_revision
@@ -78,6 +79,7 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
             CORSMiddleware, allow_origins=settings.cors, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
     for path, handler, methods in (
+        ("/", service.playground, ["GET"]),
         ("/v1/completions", service.completions, ["POST"]),
         ("/v1/chat/completions", service.chat_completions, ["POST"]),
         ("/v1/revise", service.revise, ["POST"]),
@@ -104,6 +106,9 @@ class _Service:
     def close(self) -> None:
         for executor in (self.small, self.large):
             executor.shutdown(wait=False, cancel_futures=True)
+
+    async def playground(self, request: Request) -> Response:
+        return self._counted(request, HTMLResponse(playground(), headers=HEADERS))
 
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, functools.partial(parse, chat=False))

@@ -208,7 +208,8 @@ def _serve(model: Any, tokenizer: Any, options: argparse.Namespace, listening: s
         drain_timeout=options.drain_timeout,
     )
     host, port = listening.getsockname()[:2]
-    logger.info(f"serving {settings.name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    logger.info(f"serving {settings.name} on {url}/v1; playground: {url}/")
     # Uvicorn raises the signal again after its shutdown: exit with status 0.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with contextlib.suppress(KeyboardInterrupt):

@@ -1,9 +1,10 @@
 "use strict";
-// Runs shown step by step: one, or two side by side that share slider, row and colours. The page fills `runs`.
+// Runs shown step by step: one, or two side by side that share slider, row and colours. A page fills `runs`, then
+// calls `choose`. Its runs may grow: `data.total` is set while they do.
 const KINDS = ["filled", "refined", "remasked"], HOLE = "\u2581", PNG = "data:image/png;base64,";
 const LEFT = 34, BASE = 152, HEIGHT = 132; // of the plot, in pixels
 const get = id => document.getElementById(id);
-let runs, row = 0, step = 0, colour = "change", timer = null;
+let runs = [], row = 0, step = 0, colour = "change", timer = null;
 
 function tag(name, text) {
   const span = document.createElement("span");
@@ -35,14 +36,31 @@ class Run {
     [this.legend, this.text, this.svg] = [find(".legend"), find(".text"), find("svg")];
     find("h2").textContent = data.title;
     find("h2").hidden = only;
-    find(".note").textContent = data.note;
-    find(".note").hidden = only;
+    this.note = find(".note");
+    this.note.textContent = data.note;
     this.label = only ? "" : data.title + ": ";
     this.text.setAttribute("aria-label", this.label + (data.images ? "image" : "text") + " after this step");
     get("runs").append(root);
+    this.listen();
+  }
+
+  listen() {
+    this.svg.addEventListener("click", event => {
+      play(false);
+      show(Math.ceil((event.clientX - this.svg.getBoundingClientRect().left - LEFT) / this.slot));
+    });
+    this.text.addEventListener("keydown", event => {
+      if (!(event.key in KEYS) || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
+      if (event.key !== " ") play(false);
+      KEYS[event.key]();
+      event.preventDefault();
+    });
   }
 
   get steps() { return this.data.rows[row].steps.length; }
+
+  // Steps that there will be at most, while the run goes on (`data.total`).
+  get total() { return Math.max(this.steps, this.data.total ?? 0); }
 
   // The state after `to` steps, and what its last step did. Going forward goes on from the state at hand.
   go(to) {
@@ -69,7 +87,7 @@ class Run {
     return at;
   }
 
-  // As display.TokenPieces.units: tokens that hold parts of a character are shown together, four at most.
+  // As tokens.TokenPieces.units: tokens that hold parts of a character are shown together, four at most.
   unit(ids, first) {
     const pieces = this.data.pieces;
     if (typeof pieces[ids[first]] === "string") return [first + 1, pieces[ids[first]]];
@@ -141,7 +159,8 @@ class Run {
       since = Math.max(since, state.since[i]);
       sure = Math.min(sure, state.sure[i]);
     }
-    const open = state.ids[first] === this.data.hole, prompt = first < this.data.start;
+    const {start, end = Infinity, shift = 0} = this.data;
+    const open = state.ids[first] === this.data.hole, prompt = first < start || first >= end;
     const span = tag(kind || (prompt ? "prompt" : open ? "hole" : ""), text.replaceAll("\n", "\u21b5"));
     if (/^\n+$/.test(text) && !span.className) span.className = "hole";
     const share = open ? -1 : colour === "order" && since ? since / this.steps : colour === "confidence" ? sure / 100 : -1;
@@ -149,8 +168,9 @@ class Run {
       span.classList.add("shaded");
       span.style.background = shade(share);
     }
-    const ids = state.ids.slice(first, last).map(id => this.data.ids[id]).join(", ");
-    span.title = "position " + first + ", token " + ids + (since ? ", since step " + since : "")
+    const ids = state.ids.slice(first, last).map(id => this.data.ids[id]);
+    if (ids.includes(null)) return span; // given text that is not split into its tokens
+    span.title = "position " + (first - shift) + ", token " + ids.join(", ") + (since ? ", since step " + since : "")
       + (sure >= 0 && !open ? ", confidence " + sure + " %" : "");
     return span;
   }
@@ -162,7 +182,7 @@ class Run {
     const holes = state.ids.reduce((sum, id, i) => sum + (id === this.data.hole && i >= this.data.start), 0);
     const parts = KINDS.map((kind, i) => tag(kind, counts[i] + " " + this.data.kinds[i]));
     parts.push(tag("hole", holes + (this.data.images ? "" : " " + HOLE) + " open"));
-    if (step > this.steps) parts.push(tag("hole", "done after step " + this.steps));
+    if (step > this.steps) parts.push(tag("hole", (this.data.total ? "at step " : "done after step ") + this.steps));
     if (colour !== "change" && !this.data.images) parts.push(this.ramp());
     this.legend.replaceChildren(...parts);
     this.mark(state.step);
@@ -213,19 +233,20 @@ class Run {
   }
 }
 
-const length = () => Math.max(...runs.map(run => run.steps));
+const length = () => Math.max(...runs.map(run => run.steps)), total = () => Math.max(...runs.map(run => run.total));
 
 function show(to) {
   step = Math.max(0, Math.min(to, length()));
   const done = runs.map(run => run.draw());
+  get("slider").max = total();
   get("slider").value = step;
-  get("step").textContent = "step " + step + " of " + length();
-  get("slider").setAttribute("aria-valuetext", "step " + step + " of " + length() + ", " + done.join("; "));
+  get("step").textContent = "step " + step + " of " + total();
+  get("slider").setAttribute("aria-valuetext", "step " + step + " of " + total() + ", " + done.join("; "));
 }
 
 function plot() {
   const top = Math.max(1, ...runs.flatMap(run => run.data.counts[row].map(c => c[0] + c[1] + c[2])));
-  for (const run of runs) run.plot(length(), top);
+  for (const run of runs) run.plot(Math.max(1, total()), top);
 }
 
 function play(on) {
@@ -244,7 +265,6 @@ function play(on) {
 function choose(to) {
   row = to;
   for (const run of runs) if (!run.data.images) run.text.dir = run.direction();
-  get("slider").max = length();
   plot();
   show(step);
 }
@@ -260,17 +280,5 @@ function listen() {
   get("row").addEventListener("change", event => choose(Number(event.target.value)));
   get("colour").addEventListener("change", event => { colour = event.target.value; show(step); });
   get("play").addEventListener("click", () => play(timer === null));
-  window.addEventListener("resize", () => { plot(); show(step); });
-  for (const run of runs) {
-    run.svg.addEventListener("click", event => {
-      play(false);
-      show(Math.ceil((event.clientX - run.svg.getBoundingClientRect().left - LEFT) / run.slot));
-    });
-    run.text.addEventListener("keydown", event => {
-      if (!(event.key in KEYS) || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
-      if (event.key !== " ") play(false);
-      KEYS[event.key]();
-      event.preventDefault();
-    });
-  }
+  window.addEventListener("resize", () => { if (runs.length) { plot(); show(step); } });
 }
