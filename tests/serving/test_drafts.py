@@ -117,6 +117,15 @@ def test_parts_of_a_character_come_as_bytes(tokenizer):
     assert bytes(byte for cell in cells for byte in cell["bytes"]).decode() == "語"
 
 
+def test_without_a_mask_token_the_first_step_changes_nothing():
+    recorder = DraftRecorder(None)
+    recorder.add(torch.tensor([[3, 4]]))
+    assert recorder.draft(0, 0, slice(None)).before.tolist() == [3, 4]
+    recorder.add(torch.tensor([[3, 5]]))
+    assert recorder.draft(0, 0, slice(None)).before.tolist() == [3, 4]
+    assert recorder.draft(0, 0, slice(None)).after.tolist() == [3, 5]
+
+
 def test_nothing_is_recorded_where_nobody_asks(client, server, monkeypatch):
     def unwanted(*_):
         raise AssertionError("recorded")

@@ -217,7 +217,7 @@ def _settings(fields: Mapping[str, Any], max_tokens: int, limits: Limits, defaul
     seed = fields.get("seed") if defaults.draws(fields) else None
     try:
         engine = tuple(sorted(flatten({name: fields[name] for name in ENGINE if name in fields})[0].items()))
-        settings = Settings(max_tokens, steps, block, *own, temperature, top_p, seed, engine, task)
+        settings = Settings(max_tokens, steps, block, *own, temperature, top_p, seed, engine, task=task)
         XDLMGenerationConfig(**settings.options())
         if not ancestral:
             check_blocks(steps, max_tokens, block or max_tokens)

@@ -59,9 +59,8 @@ def _settings(fields: dict[str, Any], limits: Limits, defaults: Defaults) -> Set
     seed = fields.get("seed") if defaults.draws(fields) else None
     try:
         engine = tuple(sorted(flatten({name: fields[name] for name in ENGINE if name in fields})[0].items()))
-        settings = Settings(
-            0, steps, None, fields.get("mixing_ratio"), None, temperature, top_p, seed, engine, "revision"
-        )
+        k = fields.get("mixing_ratio")
+        settings = Settings(0, steps, None, k, None, temperature, top_p, seed, engine, task="revision")
         XDLMGenerationConfig(**settings.options())
     except ValueError as error:
         raise RequestError(str(error)) from error
