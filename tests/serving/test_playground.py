@@ -204,10 +204,12 @@ def test_the_key_is_asked_for_and_kept_in_memory(browser, model, tokenizer):
     try:
         page, problems = opened(browser, server.url, server.url)
         assert page.is_visible("#access") and page.is_disabled("#generate")
-        assert page.evaluate("document.activeElement.id") == "key" and page.inner_text("#problems") == ""
+        assert page.evaluate("document.activeElement.id") == "key" and page.inner_text("#refused") == ""
         page.fill("#key", "wrong")
         page.keyboard.press("Enter")
-        wait_until(lambda: "a valid API key is needed" in page.inner_text("#problems"))
+        wait_until(lambda: "a valid API key is needed" in page.inner_text("#refused"))
+        box = page.locator("#refused").bounding_box()
+        assert box["y"] + box["height"] < page.locator("#form").bounding_box()["y"]
         page.fill("#key", "secret")
         page.click("#access button")
         page.wait_for_selector("#access", state="hidden")

@@ -223,9 +223,10 @@ async function connect() {
   } catch (error) {
     get("note").textContent = "Not connected.";
     get("generate").disabled = true;
-    // The first time the request for a key says it.
-    get("problems").textContent = error.status === 401 && !key ? "" : error.message;
-    if (error.status === 401) askForKey();
+    if (error.status === 401) {
+      get("refused").textContent = key ? error.message : ""; // the first time the form itself says it
+      askForKey();
+    } else get("problems").textContent = error.message;
   }
   document.body.dataset.ready = "yes";
 }
