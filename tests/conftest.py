@@ -42,18 +42,6 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="opening the page needs playwright")
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("opening the page needs chromium or google-chrome on the path")
-    with playwright.sync_playwright() as session:
-        running = session.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield running
-        running.close()
-
-
 @pytest.fixture
 def one_thread():
     """For tests that count memory: on a CPU the scratch of losses and draws grows with the threads."""
@@ -63,9 +51,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """A real browser, without a window."""
+    """A real browser, without a window. Not for the session: while it is open, `asyncio.run` is refused."""
     playwright = pytest.importorskip("playwright.sync_api", reason="opening the page needs playwright")
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if program is None:

@@ -171,6 +171,31 @@ def test_a_head_that_does_not_end_is_given_up(model, tokenizer, before):
         server.stop()
 
 
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_a_name_that_points_here_is_refused_without_a_key(model, tokenizer, key):
+    """Its owner's web pages would be of the server's origin (DNS rebinding)."""
+    server = Server(model, tokenizer, ServerSettings(NAME, api_key=key, local_only=True))
+
+    def models(host):
+        request = urllib.request.Request(server.url + "/v1/models", headers={"Host": host})
+        request.add_header("Authorization", f"Bearer {key}")
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return answer.status, ""
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())["error"]["message"]
+
+    try:
+        for host in ("127.0.0.1:8000", "localhost", "localhost:8000", "[::1]:8000", "10.0.0.7"):
+            assert models(host) == (200, "")
+        for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example"):
+            status, message = models(host)
+            assert status == (403 if key is None else 200)
+            assert key or "answers only under localhost or an address. Use one of them, or start it with" in message
+    finally:
+        server.stop()
+
+
 def test_cors_lets_the_pages_named_in(model, tokenizer):
     mine, other = "http://localhost:3000", "http://example.org"
     server = Server(model, tokenizer, ServerSettings(NAME, cors=(mine,), api_key="secret"))

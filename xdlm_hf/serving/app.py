@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import hmac
+import ipaddress
 import json
 import time
 import uuid
@@ -40,6 +41,8 @@ class ServerSettings:
 
     Attributes:
         cors: Origins whose web pages may use the server, "*" for all.
+        local_only: Whether the server is for this machine. Without a key it then answers only under `localhost` or an
+            address: a web page that lets its own name point to this machine (DNS rebinding) is of the server's origin.
         header_timeout: For the head of a request, from the connection or the end of the previous request.
         drain_timeout: For requests in progress at shutdown.
         keep_alive: Between comments that keep a stream without text open.
@@ -50,6 +53,7 @@ class ServerSettings:
     defaults: Defaults = field(default_factory=Defaults)
     api_key: str | None = None
     cors: tuple[str, ...] = ()
+    local_only: bool = False
     max_body: int = 1 << 20
     header_timeout: float = 10
     body_timeout: float = 30
@@ -90,6 +94,14 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     ):
         app.add_api_route(path, handler, methods=methods, response_model=None)
     return app
+
+
+def _is_local_name(host: str) -> bool:
+    """Whether a host is `localhost` or an address, which no name server answers for."""
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(host)
+        return True
+    return host == "localhost"
 
 
 class _Service:
@@ -167,7 +179,14 @@ class _Service:
         return response
 
     def _authorize(self, request: Request) -> None:
-        key = self.settings.api_key
+        key, host = self.settings.api_key, request.url.hostname or ""
+        if key is None and self.settings.local_only and not _is_local_name(host):
+            raise RequestError(
+                f"the request names the host {host!r}; without an API key this server answers only under localhost or "
+                "an address. Use one of them, or start it with --api_key.",
+                403,
+                code="host_not_allowed",
+            )
         given = request.headers.get("authorization", "").encode()
         if key is not None and not hmac.compare_digest(given, f"Bearer {key}".encode()):
             raise RequestError(

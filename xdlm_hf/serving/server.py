@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import functools
+import ipaddress
 import logging
 import os
 import signal
@@ -197,6 +198,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _serve(model: Any, tokenizer: Any, options: argparse.Namespace, listening: socket.socket) -> None:
     engine = Engine(model, tokenizer, options.max_batch_size, options.max_queue)
+    host, port = listening.getsockname()[:2]
     settings = ServerSettings(
         name=options.served_name or Path(options.model).name,
         limits=Limits(options.max_new_tokens, options.max_prompt_tokens, options.max_batch_size),
@@ -205,9 +207,9 @@ def _serve(model: Any, tokenizer: Any, options: argparse.Namespace, listening: s
         ),
         api_key=options.api_key,
         cors=tuple(options.cors),
+        local_only=ipaddress.ip_address(host).is_loopback,
         drain_timeout=options.drain_timeout,
     )
-    host, port = listening.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     logger.info(f"serving {settings.name} on {url}/v1; playground: {url}/")
     # Uvicorn raises the signal again after its shutdown: exit with status 0.
