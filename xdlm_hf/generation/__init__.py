@@ -5,6 +5,11 @@ revise       `model.revise()`: edit a given text
 loop         the denoising steps, and which rows are done
 sampler      interface of samplers
 confidence   sampler of Algorithm 1: low-confidence remasking with refinement
+constrained  the same for answers of a language: JSON by a schema
+json_schema  JSON Schema as an expression, with the keywords that are supported
+pattern      the regular expressions of its `pattern`
+automaton    deterministic automata over bytes
+token_automaton  over the tokens of a tokenizer, and best paths
 refinement   policies that revise committed tokens: where tokens are refined
 ancestral    sampler by exact reverse diffusion (Eq. 11)
 released     the authors' released samplers, token for token

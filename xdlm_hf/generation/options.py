@@ -13,6 +13,7 @@ from typing import Any
 
 from .cache import CACHES
 from .confidence import REMASKING
+from .json_schema import expression
 from .refinement import REMASK_SCHEDULES
 
 SAMPLERS = ("confidence", "ancestral")
@@ -63,6 +64,13 @@ def _strings(label: str, value: Any) -> None:
     strings = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(string, str) and string for string in strings):
         raise ValueError(f"{label}={shown(value)} must be a string or a list of strings, none of them empty.")
+
+
+def _schema(label: str, value: Any) -> None:
+    try:
+        expression(value)
+    except ValueError as error:
+        raise ValueError(f"{label} {error}.") from error
 
 
 def _number(inside: Callable[[float], bool], range_: str) -> Check:
@@ -348,6 +356,17 @@ TABLE: dict[str, Option] = {
         released=(),
         given_for=("answer",),
         **_ANSWERS,
+    ),
+    "json_schema": Option(
+        _schema,
+        "dict, or str of JSON",
+        "The answer is JSON that is valid by this JSON Schema, see below; pass `tokenizer=` to `generate`. Not read from a "
+        "checkpoint.",
+        "output",
+        released=(),
+        samplers=("confidence",),
+        given_for=("answer",),
+        stored_for=(),
     ),
     "suppress_tokens": Option(_token_ids, "list of int", "Tokens that are never predicted.", "output", off=([], ())),
     "num_return_sequences": Option(_count, "int >= 1", "Answers per prompt.", "output", "1", 1),
