@@ -24,6 +24,7 @@ output       return value of `generate`, history and streaming
 protocol     interface of models
 ranks        the same draws in all processes of one model
 options      the table of options
+option_checks  checks of their values
 spelling     conversion between the user's options and rows of the table
 compatibility  Transformers' options and processors that assume decoding from left to right
 resolution   one set of options from call, config and checkpoint

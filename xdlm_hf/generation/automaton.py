@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 MAX_STATES = 8192
-_MAX_POSITIONS = 2**18  # states before determinization
+_MAX_POSITIONS = 2**16  # states before determinization
+_MAX_WORK = 2**24  # moves followed by determinization: some seconds
 _SURROGATES, _LAST = (0xD800, 0xDFFF), 0x10FFFF
 _TOO_LARGE = (
-    f"the answer's automaton would have more than {MAX_STATES} states; lower maxLength and maxItems, or leave them out: "
-    "max_new_tokens bounds the answer anyway."
+    f"the automaton of json_schema would have more than {MAX_STATES} states; lower maxLength and maxItems, or leave "
+    "them out: max_new_tokens bounds the answer anyway."
 )
 
 
@@ -113,6 +114,7 @@ class _Graph:
     def __init__(self) -> None:
         self.edges: list[list[tuple[int, int, int]]] = []
         self.free: list[list[int]] = []
+        self.parts = 0
 
     def state(self, *free: int) -> int:
         if len(self.edges) >= _MAX_POSITIONS:
@@ -128,6 +130,9 @@ class _Graph:
 
     def add(self, node: Node, end: int) -> int:
         """The start of a part that leads to the state `end`."""
+        self.parts += 1  # copies of an empty part add no state
+        if self.parts > _MAX_POSITIONS:
+            raise ValueError(_TOO_LARGE)
         match node:
             case Bytes(value):
                 for byte in reversed(value):
@@ -216,16 +221,19 @@ def _deterministic(graph: _Graph, start: int, end: int) -> tuple[list[list[int]]
     sets = [closure(start)]
     index = {sets[0]: 0}
     step: list[list[int]] = []
+    work = 0
     while len(step) < len(sets):
         targets: list[set[int]] = [set() for _ in borders[1:]]
         for state in sets[len(step)]:
             for first, last, target in graph.edges[state]:
+                reached = closure(target)
+                work += (class_of[last] - class_of[first] + 1) * len(reached)
                 for k in range(class_of[first], class_of[last] + 1):
-                    targets[k] |= closure(target)
+                    targets[k] |= reached
         row = []
         for target in map(frozenset, targets):
             if target and target not in index:
-                if len(sets) >= MAX_STATES:
+                if len(sets) >= MAX_STATES or work > _MAX_WORK:
                     raise ValueError(_TOO_LARGE)
                 index[target] = len(sets)
                 sets.append(target)

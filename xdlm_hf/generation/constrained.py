@@ -1,21 +1,21 @@
 """Confidence sampler whose answers are words of a language, such as JSON by a schema.
 
-The network predicts all positions at once, so the prediction of a step is the most probable whole answer of the language
-under the product of the distributions of the positions (Viterbi), not the most probable token of each position:
+The network predicts all positions at once, so the prediction of a step is the most probable whole answer of the
+language under the product of the distributions of the positions (Viterbi), not the most probable token of each:
 
     x_0 = argmax over x in the language, x agreeing with the tokens that stand, of sum_p log p_p(x_p)
 
-Above temperature 0 it is a draw from that product, tempered, given the language. The step then commits some of its tokens
-as `ConfidenceSampler` does.
+Above temperature 0 it is a draw from that product, tempered, given the language. The step then commits some of its
+tokens as `ConfidenceSampler` does.
 
 **Every answer is in the language.** After each step the tokens that stand agree with some word of the language, the
 witness. This holds before the first step, when no token stands and the canvas has room for a word. A step that edits
 nothing has one prediction, which agrees with the tokens that stand; it fills holes from it and may turn tokens into
 holes, so the prediction is the next witness. A step that may edit predicts twice. The first prediction also frees the
-tokens that may be edited; from it the policy chooses the edits. Not all of them need to fit the tokens that stay, so the
-second prediction is made with those fixed, holes free, and the chosen positions free to hold the current token or the
-edit. The last witness meets these conditions, so there is such a prediction. Fills and edits are taken from it, and it is
-the next witness. When no hole is left, the canvas is its witness.
+tokens that may be edited; from it the policy chooses the edits. Not all of them need to fit the tokens that stay, so
+the second prediction is made with those fixed, holes free, and the chosen positions free to hold the current token or
+the edit. The last witness meets these conditions, so there is such a prediction. Fills and edits are taken from it, and
+it is the next witness. When no hole is left, the canvas is its witness.
 
 Shapes: B batch, L columns of the answer, C classes of tokens, N vocabulary.
 """
@@ -111,7 +111,7 @@ class ConstrainedSampler(ConfidenceSampler):
         self.automaton = automaton
 
     def step(self, canvas: Canvas, logits: Tensor, request: Request) -> Canvas:
-        self._scores = _Scores(self, logits)
+        self._scores = StepScores(self, logits)
         try:
             return super().step(canvas, logits, request)
         finally:
@@ -138,7 +138,7 @@ class ConstrainedSampler(ConfidenceSampler):
         return view, most_confident(priority, view.holes, fill.sum(-1)), edit & (predicted != view.ids)
 
 
-class _Scores:
+class StepScores:
     """The distributions of one step, and predictions under them."""
 
     def __init__(self, sampler: ConstrainedSampler, logits: Tensor):
@@ -162,9 +162,7 @@ class _Scores:
     def _tempered(self, scores: Tensor) -> Tensor:
         return scores / self.temperature if self.temperature > 0 else scores
 
-    def prediction(
-        self, ids: Tensor, free: Tensor, edit: Tensor | None = None, wanted: Tensor | None = None
-    ) -> Tensor:
+    def prediction(self, ids: Tensor, free: Tensor, edit: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
         """The best or a drawn word of the language, (B, L).
 
         Args:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .automaton import Alt, Bytes, ByteAutomaton, Chars, Node, Repeat, Seq, compiled, literal, optional
+from .automaton import Alt, ByteAutomaton, Bytes, Chars, Node, Repeat, Seq, compiled, literal, optional
 from .pattern import json_characters, parsed
 
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
@@ -39,6 +39,7 @@ _FORMATS = {
     "date": f"\\d{{4}}-({_DAYS})|{_LEAP}",
     "uuid": "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
 }
+_MOST_PARTS, _MOST_DIGITS = 4096, 18
 FREE_DEPTH = 2  # arrays and objects inside of each other where the schema allows anything
 _DIGIT, _DIGIT_1 = Chars(((48, 57),)), Chars(((49, 57),))
 _CARDINAL = Alt((literal("0"), Seq((_DIGIT_1, Repeat(_DIGIT)))))
@@ -71,7 +72,10 @@ def expression(schema: Mapping[str, Any] | str) -> Node:
         ValueError: For what is not supported or cannot be satisfied; the message names the place and the keyword.
     """
     schema = parse_schema(schema)
-    return _Builder(schema).value(schema, "#", ())
+    try:
+        return _Builder(schema).value(schema, "#", ())
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
 
 
 @functools.lru_cache(maxsize=64)
@@ -88,9 +92,12 @@ class _Builder:
     """Expressions of the parts of a schema, whose `root` references are resolved in."""
 
     def __init__(self, root: dict[str, Any]):
-        self.root = root
+        self.root, self.parts = root, 0
 
     def value(self, schema: Any, place: str, refs: tuple[str, ...]) -> Node:
+        self.parts += 1  # references may double it again and again
+        if self.parts > _MOST_PARTS:
+            raise ValueError(f"has more than {_MOST_PARTS} parts, references resolved")
         if schema is True:
             return _anything(FREE_DEPTH)
         if not isinstance(schema, Mapping):
@@ -237,6 +244,8 @@ def _integer(schema: Mapping[str, Any], place: str, refs: tuple[str, ...]) -> No
             value = schema[name]
             if not _TYPES["integer"](value):
                 raise ValueError(f"at {place}: {name}={value!r} must be an integer")
+            if abs(value) >= 10**_MOST_DIGITS:
+                raise ValueError(f"at {place}: {name} has more than {_MOST_DIGITS} digits")
             bounds[side].append(value + shift)
     least, most = max(bounds["min"], default=None), min(bounds["max"], default=None)
     if least is not None and most is not None and least > most:

@@ -84,8 +84,9 @@ class _Reader:
                     raise ValueError("holds a look-around, a named group or a flag")
                 self.at += 2
             node = self._alternatives()
-            if self._next() != ")":
+            if self._peek() != ")":
                 raise ValueError("holds a ( without )")
+            self.at += 1
             return node
         if c == "[":
             return json_characters(self._class())

@@ -16,7 +16,8 @@ from transformers.generation import GenerationConfig
 from ..diffusion.checks import validate_ids
 from .cache import check_cache_attention
 from .graphs import check_capture
-from .options import REMDM_POLICIES, TABLE, Options, draws, policy, shown
+from .option_checks import shown
+from .options import REMDM_POLICIES, TABLE, Options, draws, policy
 from .protocol import check_cache, check_conditioning, default_mixing_ratio, output_rows
 from .spelling import canonical, check_values, flatten
 

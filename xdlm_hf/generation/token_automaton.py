@@ -32,7 +32,9 @@ class Vocabulary:
 
     def __init__(self, tokens: Sequence[bytes | None]):
         self.tokens = tokens
-        text = torch.frombuffer(bytearray(b"".join(token or b"" for token in tokens) or b"\0"), dtype=torch.uint8).long()
+        text = torch.frombuffer(
+            bytearray(b"".join(token or b"" for token in tokens) or b"\0"), dtype=torch.uint8
+        ).long()
         lengths = torch.tensor([len(token or b"") for token in tokens])
         offsets = lengths.cumsum(0) - lengths
         self.nodes = torch.zeros_like(lengths)  # node of each token; 0 is the empty prefix
@@ -162,7 +164,7 @@ class TokenAutomaton:
         number = kept.cumsum(0) - 1
         self.source, self.target = source[kept], target[kept]
         c, inverse = c[kept[inverse]], number[inverse[kept[inverse]]]
-        # Sets of classes are compared by a sum of random 64-bit numbers; two sets agree by chance with probability 5e-20.
+        # Sets of classes are compared by a sum of random numbers; two agree by chance with a probability below 1e-17.
         generator = torch.Generator().manual_seed(0)
         key = torch.randint(-(2**62), 2**62, (self.num_classes,), generator=generator)
         sums = torch.zeros(len(self.source), dtype=torch.long).index_add_(0, inverse, key[c])
@@ -192,7 +194,7 @@ class TokenAutomaton:
         return self
 
     def class_scores(self, scores: Tensor, draws: bool = False) -> Tensor:
-        """(M, C) maxima of token scores (M, N) over each class; with `draws` the log of the sum of their exponentials."""
+        """(M, C): maxima of token scores (M, N) over each class, or with `draws` the log of the sum of exponentials."""
         sorted_ = scores.index_select(-1, self.order).nan_to_num_(nan=_WORST).clamp_min_(_WORST)
         parts = [sorted_[:, : self.singles]]
         for part in sorted_[:, self.singles :].split(self.sizes, -1) if self.sizes else ():
@@ -214,20 +216,18 @@ class TokenAutomaton:
             (B, L) int64. Arbitrary if no path is possible.
         """
         scores = scores.double()
-        sets = self._reduce_sets(scores, u is not None)  # (B, L, W)
         batch, length = scores.shape[:2]
+        moves = self._reduce_sets(scores, u is not None)[..., self.set_of]  # (B, L, E), with the best that can follow
         message = torch.where(self.final, 0.0, -torch.inf).double().expand(batch, -1)
-        messages = [message]
-        for p in range(length - 1, 0, -1):
-            message = _reduce(
-                sets[:, p][:, self.set_of] + message[:, self.target], self.source, self.num_states, u is not None
-            )
-            messages.append(message)
+        for p in range(length - 1, -1, -1):
+            ahead = moves[:, p].add_(message[:, self.target])
+            if p:
+                message = _reduce(ahead, self.source, self.num_states, u is not None)
         state = torch.zeros(batch, 1, dtype=torch.long, device=scores.device)
         chosen = []
         for p in range(length):
-            ahead = sets[:, p][:, self.set_of] + messages[length - 1 - p][:, self.target]
-            move = _choose(ahead.masked_fill(self.source != state, -torch.inf), None if u is None else u[:, p, :1])
+            possible = moves[:, p].masked_fill(self.source != state, -torch.inf)
+            move = _choose(possible, None if u is None else u[:, p, :1])
             chosen.append(self.set_of[move])
             state = self.target[move]
         inside = scores.masked_fill(~self.members[torch.cat(chosen, 1)], -torch.inf)
@@ -240,9 +240,7 @@ class TokenAutomaton:
         return flat.unflatten(0, scores.shape[:2])
 
 
-def _classes(
-    step: Tensor, vocabulary: Vocabulary, nodes: Tensor, ids: Tensor, size: int
-) -> tuple[Tensor, Tensor]:
+def _classes(step: Tensor, vocabulary: Vocabulary, nodes: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Class of each token (N,), -1 without any move, and one token of each class.
 
     Tokens are compared by a random linear function of their moves modulo 2^64; two classes agree by chance with a
@@ -313,7 +311,7 @@ def _choose(scores: Tensor, u: Tensor | None) -> Tensor:
     """Index of the largest score, the first of equals, or at quantile `u` (..., 1) of softmax(scores); (..., 1)."""
     top = scores.amax(-1, keepdim=True)
     if u is None:
-        return (scores == top).long().argmax(-1, keepdim=True)
+        return (scores == top).to(torch.uint8).argmax(-1, keepdim=True)
     cumulative = (scores - top.nan_to_num(neginf=0.0)).exp().cumsum(-1)
     target = torch.minimum(u * cumulative[..., -1:], torch.nextafter(cumulative[..., -1:], torch.zeros_like(u)))
     return torch.searchsorted(cumulative, target, right=True).clamp_max(scores.shape[-1] - 1)

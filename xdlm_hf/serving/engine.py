@@ -248,13 +248,18 @@ class Engine:
         rows = [(job, index) for job in batch for index in range(job.request.rows)]
         prompts = [job.request.prompts[index // job.request.n] for job, index in rows]
         input_ids, attention_mask = padded(prompts, self._pad_token_id)
+        settings = batch[0].request.settings
+        # A model of conversations may end its JSON with either token; Answer finds both.
+        ends = {} if settings.json_schema is None else {"eos_token_id": sorted(self.turn_ends)}
         self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             streamer=_JobStreamer(rows, self.metrics, lambda: self._stopping),
             num_return_sequences=1,
             reference_compat=False,
-            **batch[0].request.settings.options(),
+            tokenizer=self.tokenizer,
+            **settings.options(),
+            **ends,
         )
 
 

@@ -63,6 +63,7 @@ class Settings:
     top_p: float | None
     seed: int | None  # None where nothing is drawn
     engine: tuple[tuple[str, Any], ...] = ()  # of `ENGINE`, as rows of the table of options
+    json_schema: str | None = None  # in JSON, because the order of its properties counts
 
     def options(self) -> dict[str, Any]:
         own = {name: value for name, value in asdict(self).items() if value is not None and name != "engine"}
@@ -149,7 +150,9 @@ def parse(
 def _settings(fields: Mapping[str, Any], max_tokens: int, limits: Limits, defaults: Defaults) -> Settings:
     """Options of `generate` for an answer of `max_tokens`; by default as many steps for each block."""
     ancestral = fields.get("sampler", defaults.stored.sampler) == "ancestral"
-    block = fields.get("block_length", None if ancestral else defaults.block_length)
+    schema = fields.get("response_format")
+    whole = ancestral or schema is not None  # one block; a block_length of the request itself is refused below
+    block = fields.get("block_length", None if whole else defaults.block_length)
     blocks = 1
     if block is not None and not ancestral:
         block = min(block, max_tokens)
@@ -162,13 +165,15 @@ def _settings(fields: Mapping[str, Any], max_tokens: int, limits: Limits, defaul
         top_p = None  # keeps every token
     if top_p is not None and not ancestral and not fields.get("temperature", defaults.stored.temperature):
         raise RequestError(f"top_p={top_p} filters a draw and needs a temperature above 0.", 400, "top_p")
+    if schema is not None and "stop" in fields:
+        raise RequestError("stop may cut the JSON that response_format asks for; leave out one of them.", 400, "stop")
     if steps > limits.max_new_tokens:
         raise RequestError(f"steps={steps} is above this server's {limits.max_new_tokens}.", 400, "steps")
     own = [fields.get(name) for name in ("mixing_ratio", "sampler")]
     seed = fields.get("seed") if defaults.draws(fields) else None
     try:
         engine = tuple(sorted(flatten({name: fields[name] for name in ENGINE if name in fields})[0].items()))
-        settings = Settings(max_tokens, steps, block, *own, temperature, top_p, seed, engine)
+        settings = Settings(max_tokens, steps, block, *own, temperature, top_p, seed, engine, schema)
         XDLMGenerationConfig(**settings.options())
         if not ancestral:
             check_blocks(steps, max_tokens, block or max_tokens)
