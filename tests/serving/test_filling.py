@@ -69,6 +69,11 @@ def test_an_empty_suffix_is_none(client):
     "change, message, param",
     [
         ({"block_length": 8}, "block_length does not go with suffix", "block_length"),
+        (
+            {"response_format": {"type": "json_object"}},
+            "response_format does not go with suffix: JSON is a whole answer; leave it out",
+            "response_format",
+        ),
         ({"suffix": 3}, "suffix=3 must be a string", "suffix"),
         ({"suffix": [" dog"]}, "suffix=[' dog'] must be a string", "suffix"),
         ({"steps": 17}, "steps=17 is more than max_new_tokens=16", None),

@@ -18,15 +18,36 @@ from xdlm_hf.serving.requests import Defaults, Limits, parse
 # Refusals
 
 
+def schema_format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+
+
+NESTED = {"type": "null"}
+for _ in range(400):
+    NESTED = {"type": "array", "items": NESTED}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"temprature": 1}, "'temprature' is not known; known are block_length"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {}}},
-            "response_format is not supported: constrained",
+            'response_format must be {"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_',
         ),
-        ({"guided_grammar": "root ::= x"}, "guided_grammar is not supported: constrained decoding"),
+        ({"response_format": "json"}, "response_format must be"),
+        (
+            {"response_format": schema_format({"type": "number", "multipleOf": 2})},
+            "at #: 'multipleOf' is not supported",
+        ),
+        ({"response_format": schema_format(NESTED)}, "response_format: json_schema is nested too deeply"),
+        ({"response_format": {"type": "json_object"}, "stop": "}"}, "stop may cut the JSON that response_format asks"),
+        ({"response_format": {"type": "json_object"}, "block_length": 8}, "so it does not go with json_schema"),
+        (
+            {"response_format": {"type": "json_object"}, "max_tokens": 1},
+            "max_new_tokens=1 is too short for json_schema",
+        ),
+        ({"guided_grammar": "root ::= x"}, "guided_grammar is not supported: answers are constrained by response_f"),
         ({"logprobs": 3}, "logprobs is not supported: log-prob"),
         ({"echo": True}, "echo is not supported"),
         ({"frequency_penalty": 0.5}, "frequency_penalty is not supported: tokens are filled in no fixed order"),

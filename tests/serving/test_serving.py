@@ -48,6 +48,25 @@ def test_chat_uses_the_template(client, server, model, tokenizer):
     assert client.chat.completions.create(model=NAME, messages=parts).choices[0].message.content == text
 
 
+def test_response_format_gives_json_by_the_schema(client, server):
+    schema = {"type": "object", "properties": {"b": {"enum": ["x", 1]}, "a": {"type": "boolean"}}, "required": ["a"]}
+    format_ = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    common = dict(model=NAME, max_tokens=40, response_format=format_, extra_body={"mixing_ratio": 0.1, "steps": 8})
+    messages = [{"role": "user", "content": "Who jumps?"}]
+    answer = client.chat.completions.create(messages=messages, n=2, **common).choices[1]
+    value = json.loads(answer.message.content)
+    assert isinstance(value.pop("a"), bool) and value in ({}, {"b": "x"}, {"b": 1}) and answer.finish_reason == "stop"
+    stream = client.chat.completions.create(messages=messages, stream=True, **common)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == answer.message.content
+    request = {"model": NAME, "prompt": "The", "max_tokens": 40, "steps": 8}
+    status, body = server.raw({**request, "response_format": {"type": "json_object"}})
+    assert status == 200, body
+    assert isinstance(json.loads(body["choices"][0]["text"]), dict)
+    plain, named = server.raw(request), server.raw({**request, "response_format": {"type": "text"}})
+    assert plain[1]["choices"] == named[1]["choices"]
+
+
 def test_token_ids_several_prompts_and_n(client, model, tokenizer):
     prompts = ["The", "The quick brown fox jumps"]
     texts = [reference(model, tokenizer, prompt)[1] for prompt in prompts]

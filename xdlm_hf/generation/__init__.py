@@ -5,6 +5,11 @@ revise       `model.revise()`: edit a given text
 loop         the denoising steps, and which rows are done
 sampler      interface of samplers
 confidence   sampler of Algorithm 1: low-confidence remasking with refinement
+constrained  the same for answers of a language: JSON by a schema
+json_schema  JSON Schema as an expression, with the keywords that are supported
+pattern      the regular expressions of its `pattern`
+automaton    deterministic automata over bytes
+token_automaton  over the tokens of a tokenizer, and best paths
 refinement   policies that revise committed tokens: where tokens are refined
 ancestral    sampler by exact reverse diffusion (Eq. 11)
 released     the authors' released samplers, token for token
@@ -19,6 +24,7 @@ output       return value of `generate`, history and streaming
 protocol     interface of models
 ranks        the same draws in all processes of one model
 options      the table of options
+option_checks  checks of their values
 spelling     conversion between the user's options and rows of the table
 compatibility  Transformers' options and processors that assume decoding from left to right
 resolution   one set of options from call, config and checkpoint

@@ -126,6 +126,7 @@ class ConfidenceSampler(Sampler):
         fill = most_confident(priority, view.holes, self._fill_count(view) + remasked.sum(-1))
         # 4.
         edit = self.refinement.edit(view, fill)
+        view, fill, edit = self._agreeing(view, fill, edit, remasked)
         tokens = torch.where(fill | edit, view.predicted, torch.where(remasked, self.settings.mask_token_id, view.ids))
         # 5.
         holes = canvas.holes.gather(1, view.columns)
@@ -148,8 +149,8 @@ class ConfidenceSampler(Sampler):
         i, columns = request.i, request.columns.expand(canvas.ids.shape[0], -1)
         done, steps_per_block = self.blocks.step_in_block(0 if self.polishing(i) else i)
         ids, holes, generated = (x.gather(1, columns) for x in (canvas.ids, canvas.holes, canvas.generated))
-        predicted, conf_predicted, conf_current = self.predict(logits, ids)
         editable = generated & ~holes & self.active_rows(canvas, i)[:, None]
+        predicted, conf_predicted, conf_current = self._predictions(logits, ids, holes, editable)
         if request.valid is not None:
             holes, editable = holes & request.valid, editable & request.valid
         return StepView(
@@ -170,6 +171,18 @@ class ConfidenceSampler(Sampler):
             polish_steps_left=self.steps - i if self.polishing(i) else 0,
             generator=self.generator,
         )
+
+    def _predictions(
+        self, logits: Tensor, ids: Tensor, holes: Tensor, editable: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `predict`; also gets which columns are holes and which are editable, (B, C) bool each."""
+        return self.predict(logits, ids)
+
+    def _agreeing(
+        self, view: StepView, fill: Tensor, edit: Tensor, remasked: Tensor
+    ) -> tuple[StepView, Tensor, Tensor]:
+        """The predictions, fills and edits to commit, if not all of them can be committed together."""
+        return view, fill, edit
 
     def predict(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Predicted ids, and the confidence of predicted and of current ids under the untempered float32 softmax.

@@ -28,6 +28,7 @@ from .blocks import check_blocks
 from .compatibility import StopStrings, check_processors, stop_strings, with_answer_length
 from .confidence import ConfidenceSampler, ConfidenceSettings
 from .config import XDLMGenerationConfig
+from .constrained import ConstrainedSampler, answer_automaton
 from .graphs import GraphedNetwork
 from .layout import Layout, check_guidance, continuation, default_steps, label_tensor
 from .loop import StoppingRules, denoise
@@ -41,6 +42,7 @@ from .resolution import resolve
 from .revise import RevisionMixin, make_generator
 from .sampler import Sampler
 from .spans import Spans, position_mask
+from .token_automaton import TokenAutomaton
 
 logger = logging.get_logger(__name__)
 
@@ -103,7 +105,8 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
             class_labels (`torch.LongTensor` of shape `(B,)` or list of `int`, *optional*):
                 For a model with classes; `num_classes` is the null class, which is also the default. Without
                 `input_ids` they determine B. `cfg_scale` then guides against the null class with the same text.
-            tokenizer ([`PreTrainedTokenizerBase`], *optional*): The model's; needed for `stop_strings`.
+            tokenizer ([`PreTrainedTokenizerBase`], *optional*):
+                The model's; needed for `stop_strings` and `json_schema`.
             kwargs: Any option of [`XDLMGenerationConfig`].
 
         Returns:
@@ -140,7 +143,8 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
             options = replace(options, steps=default_steps(layout, options.block_length))
         if holes is not None and options.sampler == "confidence":
             check_blocks(options.steps, layout.length, options.block_length or layout.length, "text length")
-        sampler = self._make_sampler(options, layout, generator)
+        automaton = answer_automaton(options, tokenizer, output_rows(self.config), input_ids.device)
+        sampler = self._make_sampler(options, layout, generator, automaton)
         # 3. and 4.
         return self._run(layout, sampler, options, logits_processor, stopping_criteria, streamer, stops)
 
@@ -235,7 +239,13 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
             )
         return input_ids.to(device).long(), attention_mask.to(device).long()
 
-    def _make_sampler(self, options: Options, layout: Layout, generator: torch.Generator | None) -> Sampler:
+    def _make_sampler(
+        self,
+        options: Options,
+        layout: Layout,
+        generator: torch.Generator | None,
+        automaton: TokenAutomaton | None = None,
+    ) -> Sampler:
         common = {"start": layout.start, "length": layout.length, "generator": generator}
         process = None
         if options.sampler == "ancestral":
@@ -259,6 +269,8 @@ class XDLMGenerationMixin(RevisionMixin, DiffusionModel):
             confidence_factor=options.confidence_factor,
             ends_early=not layout.open_ended,
         )
+        if automaton is not None:
+            return ConstrainedSampler(automaton, settings, **common)
         return ConfidenceSampler(settings, **common)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..diffusion.checks import validate_ids
 from .blocks import num_blocks
-from .options import shown
+from .option_checks import shown
 
 
 @dataclass

@@ -5,92 +5,31 @@
 setting is a row of the table; `spelling` converts between groups and rows.
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
-from numbers import Integral, Real
 from typing import Any
 
 from .cache import CACHES
 from .confidence import REMASKING
+from .option_checks import (
+    Check,
+    check_boolean,
+    check_count,
+    check_integer,
+    check_schema,
+    check_strings,
+    check_token_ids,
+    choice_check,
+    number_check,
+)
 from .refinement import REMASK_SCHEDULES
 
 SAMPLERS = ("confidence", "ancestral")
 REMDM_POLICIES = tuple(f"remdm_{schedule}" for schedule in REMASK_SCHEDULES)
 REFINEMENTS = ("budget", "threshold", *REMDM_POLICIES, "none")
 TASKS = ("answer", "holes", "revision")
-_LARGEST = 2**31 - 1
-Check = Callable[[str, Any], None]
 
 
-def shown(value: Any) -> str:
-    """A value for an error message: its repr, shortened if it is long, as that of a tokenizer or a tensor is."""
-    text = repr(value)
-    if len(text) <= 120 and "\n" not in text:
-        return text
-    return f"<{type(value).__name__} of {len(text)} characters>" if isinstance(value, str) else f"<{_kind(value)}>"
-
-
-def _kind(value: Any) -> str:
-    sized = isinstance(value, list | tuple | dict | set)
-    return type(value).__name__ + (f" of {len(value)} elements" if sized else "")
-
-
-def _count(label: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{label}={shown(value)} must be a positive integer.")
-    if value > _LARGEST:
-        raise ValueError(f"{label}={value!r} must be at most {_LARGEST}.")
-
-
-def _integer(label: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{label}={shown(value)} must be an integer.")
-
-
-def _boolean(label: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{label}={shown(value)} must be True or False.")
-
-
-def _token_ids(label: str, value: Any) -> None:
-    ids = value if isinstance(value, list | tuple) else [value]
-    if not all(isinstance(token_id, Integral) and not isinstance(token_id, bool) for token_id in ids):
-        raise ValueError(f"{label}={shown(value)} must be an integer or a list of integers.")
-
-
-def _strings(label: str, value: Any) -> None:
-    strings = value if isinstance(value, list | tuple) else [value]
-    if not all(isinstance(string, str) and string for string in strings):
-        raise ValueError(f"{label}={shown(value)} must be a string or a list of strings, none of them empty.")
-
-
-def _number(inside: Callable[[float], bool], range_: str) -> Check:
-    def check(label: str, value: Any) -> None:
-        if isinstance(value, bool) or not (isinstance(value, Real) and _is_finite(value)):
-            raise ValueError(f"{label}={shown(value)} must be a finite number.")
-        if not inside(value):
-            raise ValueError(f"{label}={value} must {range_}.")
-
-    return check
-
-
-def _is_finite(value: Real) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond float64
-        return False
-
-
-def _choice(*choices: Any) -> Check:
-    def check(label: str, value: Any) -> None:
-        if value not in choices:
-            raise ValueError(f"{label}={shown(value)} is not known; choose one of {list(choices)}.")
-
-    return check
-
-
-_FRACTION = _number(lambda x: 0 < x <= 1, "lie in (0, 1]")
+_FRACTION = number_check(lambda x: 0 < x <= 1, "lie in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -136,10 +75,17 @@ _ANSWERS: dict[str, Any] = {"stored_for": ("answer",)}
 
 TABLE: dict[str, Option] = {
     "max_new_tokens": Option(
-        _count, "int >= 1", "Length of the answer in tokens.", "length", "128", 128, given_for=("answer",), **_ANSWERS
+        check_count,
+        "int >= 1",
+        "Length of the answer in tokens.",
+        "length",
+        "128",
+        128,
+        given_for=("answer",),
+        **_ANSWERS,
     ),
     "steps": Option(
-        _count,
+        check_count,
         "int >= 1",
         "Denoising steps, one forward pass each (two with `cfg_scale`), at least one for each block. They are spread "
         "evenly over the blocks; earlier blocks take the remainder.",
@@ -148,7 +94,7 @@ TABLE: dict[str, Option] = {
         **_ANSWERS,
     ),
     "block_length": Option(
-        _count,
+        check_count,
         "int >= 1",
         "Tokens that are filled together; blocks follow each other from left to right, the last may be shorter.",
         "length",
@@ -158,7 +104,7 @@ TABLE: dict[str, Option] = {
         **_ANSWERS,
     ),
     "mixing_ratio": Option(
-        _number(lambda x: 0 <= x <= 1, "lie in [0, 1]: 0 is MDLM, 1 is UDLM"),
+        number_check(lambda x: 0 <= x <= 1, "lie in [0, 1]: 0 is MDLM, 1 is UDLM"),
         "number in [0, 1]",
         "k in Eq. 7: 0 is MDLM, 1 is UDLM. In the confidence sampler it sets the refinement budget, k / (1 - k) edits "
         "per filled token.",
@@ -166,7 +112,7 @@ TABLE: dict[str, Option] = {
         "the model's",
     ),
     "sampler": Option(
-        _choice(*SAMPLERS),
+        choice_check(*SAMPLERS),
         " or ".join(f'`"{name}"`' for name in SAMPLERS),
         "Algorithm 1, or exact reverse diffusion (Eq. 11).",
         "sampling",
@@ -175,7 +121,7 @@ TABLE: dict[str, Option] = {
         stored_for=("answer", "holes"),
     ),
     "remasking": Option(
-        _choice(*REMASKING),
+        choice_check(*REMASKING),
         " or ".join(f'`"{name}"`' for name in REMASKING),
         "Holes to fill first: those predicted with the highest confidence, or random ones.",
         "sampling",
@@ -183,16 +129,18 @@ TABLE: dict[str, Option] = {
         **_CONFIDENCE,
     ),
     "temperature": Option(
-        _number(lambda x: x >= 0, "be 0 or above"),
+        number_check(lambda x: x >= 0, "be 0 or above"),
         "number >= 0",
         "Above 0, tokens are drawn from softmax(logits / temperature); 0 takes the most likely one.",
         "sampling",
         "0; 1 for the ancestral sampler, which always draws",
         released=("confidence",),
     ),
-    "top_k": Option(_count, "int >= 1", "Draw from this many most likely tokens.", "sampling", off=(0,), released=()),
+    "top_k": Option(
+        check_count, "int >= 1", "Draw from this many most likely tokens.", "sampling", off=(0,), released=()
+    ),
     "top_p": Option(
-        _number(lambda x: 0 < x <= 1, "lie in (0, 1]; 1 keeps every token"),
+        number_check(lambda x: 0 < x <= 1, "lie in (0, 1]; 1 keeps every token"),
         "number in (0, 1]",
         "Draw from the most likely tokens that together have this probability.",
         "sampling",
@@ -200,7 +148,7 @@ TABLE: dict[str, Option] = {
         released=(),
     ),
     "cfg_scale": Option(
-        _number(lambda x: x >= 0, "be 0 (no guidance) or above"),
+        number_check(lambda x: x >= 0, "be 0 (no guidance) or above"),
         "number >= 0",
         "Classifier-free guidance, uncond + (cfg_scale + 1) (cond - uncond); the prompt of uncond is masked. With "
         "`class_labels`, uncond is the same text with the null class.",
@@ -220,7 +168,7 @@ TABLE: dict[str, Option] = {
         **_FILLING,
     ),
     "confidence_factor": Option(
-        _number(lambda x: x > 0, "be above 0"),
+        number_check(lambda x: x > 0, "be above 0"),
         "number > 0",
         "A step also fills the n most confident holes, n the largest with (n + 1) (1 - n-th confidence) < factor.",
         "speed",
@@ -229,7 +177,7 @@ TABLE: dict[str, Option] = {
         **_FILLING,
     ),
     "early_stop": Option(
-        _boolean,
+        check_boolean,
         "bool",
         "Whether a row is done at its first end-of-text token, once no hole is left before it and a step changed no "
         "token before it.",
@@ -238,7 +186,7 @@ TABLE: dict[str, Option] = {
         **_UNRELEASED,
     ),
     "use_cache": Option(
-        _choice(*CACHES, False),
+        choice_check(*CACHES, False),
         " or ".join(f'`"{name}"`' for name in CACHES),
         '`"prefix"` computes the current block and what follows it, `"dual"` only the block; other keys and values are '
         "those of the last full pass. Faster, and an approximation.",
@@ -248,7 +196,7 @@ TABLE: dict[str, Option] = {
         **_UNRELEASED,
     ),
     "cache_refresh": Option(
-        _count,
+        check_count,
         "int >= 1",
         "Steps from one full pass to the next; 1 is exact.",
         "speed",
@@ -257,7 +205,7 @@ TABLE: dict[str, Option] = {
         **_UNRELEASED,
     ),
     "compile": Option(
-        _choice("graphs", False),
+        choice_check("graphs", False),
         '`"graphs"`',
         "Run the forward passes at fixed shapes and, on a GPU, as CUDA graphs, captured at the first call of a batch "
         "size and length. The tokens are the same; nothing may be drawn at random.",
@@ -266,7 +214,7 @@ TABLE: dict[str, Option] = {
         **_UNRELEASED,
     ),
     "refinement": Option(
-        _choice(*REFINEMENTS),
+        choice_check(*REFINEMENTS),
         ", ".join(f'`"{name}"`' for name in REFINEMENTS),
         "Policy that revises filled tokens, see below.",
         "refinement",
@@ -291,7 +239,7 @@ TABLE: dict[str, Option] = {
         **_UNRELEASED,
     ),
     "max_edits_per_token": Option(
-        _count,
+        check_count,
         "int >= 1",
         "Maximum number of edits of a position, which also never returns to the token just replaced.",
         "refinement",
@@ -299,7 +247,7 @@ TABLE: dict[str, Option] = {
         **_UNRELEASED,
     ),
     "refinement_off_steps": Option(
-        _count,
+        check_count,
         "int >= 1",
         "Number of last filling steps in which nothing is revised.",
         "refinement",
@@ -308,10 +256,10 @@ TABLE: dict[str, Option] = {
         **_FILLING,
     ),
     "polish_steps": Option(
-        _count, "int >= 1", "Steps after filling that only edit.", "refinement", off=(0,), **_FILLING
+        check_count, "int >= 1", "Steps after filling that only edit.", "refinement", off=(0,), **_FILLING
     ),
     "reference_compat": Option(
-        _boolean,
+        check_boolean,
         "bool",
         "Run the authors' released sampler, to audit published numbers.",
         "audit",
@@ -322,7 +270,7 @@ TABLE: dict[str, Option] = {
         **_ANSWERS,
     ),
     "do_sample": Option(
-        _boolean,
+        check_boolean,
         "bool",
         "True draws tokens, at temperature 1 if no other is given; False takes the most likely ones, as temperature 0 "
         "does.",
@@ -330,7 +278,7 @@ TABLE: dict[str, Option] = {
         "as `temperature` says",
     ),
     "max_length": Option(
-        _count,
+        check_count,
         "int >= 1",
         "Length of prompt, with its padding, and answer together; instead of `max_new_tokens`. Not read from a "
         "checkpoint, where it is the limit of an autoregressive model.",
@@ -339,7 +287,7 @@ TABLE: dict[str, Option] = {
         stored_for=(),
     ),
     "stop_strings": Option(
-        _strings,
+        check_strings,
         "str or list of str",
         "An answer ends after the token that completes one of them, as it does after an end-of-text token; pass "
         "`tokenizer=` to `generate`.",
@@ -349,31 +297,45 @@ TABLE: dict[str, Option] = {
         given_for=("answer",),
         **_ANSWERS,
     ),
-    "suppress_tokens": Option(_token_ids, "list of int", "Tokens that are never predicted.", "output", off=([], ())),
-    "num_return_sequences": Option(_count, "int >= 1", "Answers per prompt.", "output", "1", 1),
+    "json_schema": Option(
+        check_schema,
+        "dict, or str of JSON",
+        "The answer is JSON that is valid by this schema, see below; pass `tokenizer=`. Not read from a checkpoint.",
+        "output",
+        released=(),
+        samplers=("confidence",),
+        given_for=("answer",),
+        stored_for=(),
+    ),
+    "suppress_tokens": Option(
+        check_token_ids, "list of int", "Tokens that are never predicted.", "output", off=([], ())
+    ),
+    "num_return_sequences": Option(check_count, "int >= 1", "Answers per prompt.", "output", "1", 1),
     "seed": Option(
-        _integer,
+        check_integer,
         "int",
         "Seed of the draws, the same on every device.",
         "output",
         "PyTorch's global generator",
     ),
     "return_dict_in_generate": Option(
-        _boolean, "bool", "Return a `DiffusionGenerateOutput`.", "output", "False", False
+        check_boolean, "bool", "Return a `DiffusionGenerateOutput`.", "output", "False", False
     ),
     "output_history": Option(
-        _boolean,
+        check_boolean,
         "bool",
         "Keep the sequences of every step, and the confidences of their tokens.",
         "output",
         "False",
         False,
     ),
-    "mask_token_id": Option(_integer, "int", "The mask token.", "tokens", "the model config's"),
-    "pad_token_id": Option(_integer, "int", "The padding token.", "tokens", "the model config's, else end-of-text"),
-    "bos_token_id": Option(_integer, "int", "The token that begins a text.", "tokens", "the model config's"),
+    "mask_token_id": Option(check_integer, "int", "The mask token.", "tokens", "the model config's"),
+    "pad_token_id": Option(
+        check_integer, "int", "The padding token.", "tokens", "the model config's, else end-of-text"
+    ),
+    "bos_token_id": Option(check_integer, "int", "The token that begins a text.", "tokens", "the model config's"),
     "eos_token_id": Option(
-        _token_ids,
+        check_token_ids,
         "int or list of int",
         "End-of-text tokens: what follows the first in an answer becomes padding; `[]` keeps everything.",
         "tokens",

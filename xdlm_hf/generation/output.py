@@ -13,7 +13,8 @@ from transformers.utils import ModelOutput
 
 from .canvas import Canvas
 from .loop import StoppingRules
-from .options import Options, shown
+from .option_checks import shown
+from .options import Options
 from .sampler import Sampler
 
 

@@ -16,7 +16,8 @@ from transformers.generation import GenerationConfig
 from ..diffusion.checks import validate_ids
 from .cache import check_cache_attention
 from .graphs import check_capture
-from .options import REMDM_POLICIES, TABLE, Options, draws, policy, shown
+from .option_checks import shown
+from .options import REMDM_POLICIES, TABLE, Options, draws, policy
 from .protocol import check_cache, check_conditioning, default_mixing_ratio, output_rows
 from .spelling import canonical, check_values, flatten
 
@@ -135,6 +136,14 @@ def _needs_refinement(name: str, without: tuple[str, ...]) -> Rule:
     )
 
 
+def _not_with_schema(name: str, reason: str) -> Rule:
+    return Rule(
+        name,
+        lambda o: o.json_schema is not None,
+        lambda o: f"{o.assignment(name)} {reason}, so it does not go with json_schema; leave out one of them.",
+    )
+
+
 def _drawing(rows: DraftOptions) -> str:
     """The row because of which the confidence sampler draws random numbers."""
     return "temperature" if rows.temperature else "remasking" if rows.remasking == "random" else "refinement"
@@ -192,6 +201,12 @@ RULES: tuple[Rule, ...] = (
             f"{o.assignment(_drawing(o))} draws; leave out one of them."
         ),
     ),
+    _not_with_schema("block_length", "does not predict the whole answer in each step"),
+    _not_with_schema("use_cache", "does not recompute the whole answer in each step"),
+    _not_with_schema("compile", "pads the positions of a step"),
+    _not_with_schema("top_k", "may exclude all tokens that continue the answer's JSON"),
+    _not_with_schema("top_p", "may exclude all tokens that continue the answer's JSON"),
+    _not_with_schema("stop_strings", "may cut the answer"),
     Rule(
         "cache_refresh",
         lambda o: o.use_cache is None,
@@ -379,6 +394,11 @@ def _check_against_model(model: Any, options: Options) -> None:
         raise ValueError(
             f"sampler='ancestral' denoises all positions at once, and {type(model).__name__} has "
             f"attention={model.attention!r}; use sampler='confidence' with the block_length of its training."
+        )
+    if options.json_schema is not None and model.attention != "full":
+        raise ValueError(
+            f"json_schema decodes the whole answer at once, and {type(model).__name__} has "
+            f"attention={model.attention!r}; leave it out."
         )
     if options.compile:
         check_capture(model)

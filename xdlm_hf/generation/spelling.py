@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .options import ACCEPTED, GROUPS, MAIN_KEYS, OPTIONS, TABLE, shown
+from .option_checks import shown
+from .options import ACCEPTED, GROUPS, MAIN_KEYS, OPTIONS, TABLE
 from .refinement import REMASK_SCHEDULES
 
 # Former names of ReMDM's policies, which are still read.

@@ -286,7 +286,10 @@ class Engine:
         elif settings.task == "holes":
             self.model.generate(input_ids=input_ids, holes=positions, **options)
         else:
-            self.model.generate(input_ids=input_ids, reference_compat=False, **options)
+            if settings.json_schema is not None:
+                # A model of conversations may end its JSON with either token; Answer finds both.
+                options["eos_token_id"] = sorted(self.turn_ends)
+            self.model.generate(input_ids=input_ids, reference_compat=False, tokenizer=self.tokenizer, **options)
 
     def _streamer(self, rows: list["_Row"]) -> "_JobStreamer":
         """One that records no drafts where nobody asked for them."""

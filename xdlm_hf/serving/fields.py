@@ -32,7 +32,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "presence_penalty": (0,),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
@@ -68,9 +67,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "typical_p": (1,),
     "use_beam_search": (False,),
 }
-_NO_CONSTRAINTS = (
-    "constrained decoding (JSON schema, grammar) generates from left to right, which a diffusion model does not"
-)
+_NO_GRAMMARS = "answers are constrained by response_format, to JSON by a schema"
 _NO_LOGPROBS = "log-probabilities need a left-to-right factorization, which a diffusion model does not have"
 _NO_PENALTIES = "tokens are filled in no fixed order, so that none counts as a repetition; use temperature and top_p"
 REASONS = {
@@ -81,7 +78,6 @@ REASONS = {
     "presence_penalty": _NO_PENALTIES,
     "prompt_logprobs": _NO_LOGPROBS,
     "repetition_penalty": _NO_PENALTIES,
-    "response_format": _NO_CONSTRAINTS,
     "stop_token_ids": "use stop, which takes special tokens too",
     "tools": "the model's output is plain text",
     "top_k": "use top_p and a temperature above 0",
@@ -106,7 +102,7 @@ for _name in (
     "regex",
     "structured_outputs",
 ):
-    NEUTRAL[_name], REASONS[_name] = (), _NO_CONSTRAINTS
+    NEUTRAL[_name], REASONS[_name] = (), _NO_GRAMMARS
 
 
 class RequestError(Exception):
@@ -265,6 +261,32 @@ def _stream_options(name: str, value: Any) -> dict[str, bool]:
     return options
 
 
+def _response_format(name: str, value: Any) -> str | None:
+    """The schema of the answer in JSON; None for plain text."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    inner = value.get("json_schema") if kind == "json_schema" else {}
+    if (
+        kind not in ("text", "json_object", "json_schema")
+        or set(value) - {"type", kind}
+        or not isinstance(inner, dict)
+        or set(inner) - {"name", "description", "schema", "strict"}
+        or (kind == "json_schema" and not isinstance(inner.get("schema"), dict))
+    ):
+        raise RequestError(
+            f'{name} must be {{"type": "text"}}, {{"type": "json_object"}} or {{"type": "json_schema", "json_schema": '
+            '{"name": ..., "schema": {...}, "strict": true}}.',
+            400,
+            name,
+        )
+    if kind == "text":
+        return None
+    schema = json.dumps({"type": "object"} if kind == "json_object" else inner["schema"])
+    try:
+        return _option("json_schema", schema)
+    except RequestError as error:
+        raise RequestError(f"{name}: {error.message}", 400, name) from error
+
+
 def _prompt(name: str, value: Any) -> str | list[Any]:
     if not isinstance(value, str | list):
         raise RequestError(f"{name} must be a string, token ids, or a list of either.", 400, name)
@@ -339,6 +361,7 @@ COMMON: dict[str, Callable[[str, Any], Any]] = {
     "max_tokens": _integer(1),
     "n": _integer(1, 128),
     "seed": _integer(-(2**63), 2**63 - 1),
+    "response_format": _response_format,
     "stop": _stops,
     "stream": _boolean,
     "stream_drafts": _boolean,

@@ -64,6 +64,7 @@ class Settings:
     seed: int | None  # None where nothing is drawn
     engine: tuple[tuple[str, Any], ...] = ()  # of `ENGINE`, as rows of the table of options
     task: str = "answer"  # or "holes", between prompt and suffix, or "revision"
+    json_schema: str | None = None  # in JSON, because the order of its properties counts
 
     def options(self) -> dict[str, Any]:
         left_out = {"engine", "task"} if self.task == "answer" else {"engine", "task", "max_new_tokens"}
@@ -195,10 +196,16 @@ def _settings(fields: Mapping[str, Any], max_tokens: int, limits: Limits, defaul
     """Options of `generate` for an answer of `max_tokens`; by default as many steps for each block."""
     ancestral = fields.get("sampler", defaults.stored.sampler) == "ancestral"
     task = "holes" if fields.get("suffix") else "answer"
-    if task == "holes" and "block_length" in fields:
-        message = "block_length does not go with suffix: what stands before it is filled as one block; leave it out."
-        raise RequestError(message, 400, "block_length")
-    block = fields.get("block_length", None if ancestral or task == "holes" else defaults.block_length)
+    schema = fields.get("response_format")
+    if task == "holes":
+        for name, why in (
+            ("block_length", "what stands before it is filled as one block"),
+            ("response_format", "JSON is a whole answer"),
+        ):
+            if fields.get(name) is not None:
+                raise RequestError(f"{name} does not go with suffix: {why}; leave it out.", 400, name)
+    whole = ancestral or task == "holes" or schema is not None  # one block; a request's own is refused below
+    block = fields.get("block_length", None if whole else defaults.block_length)
     blocks = 1
     if block is not None and not ancestral:
         block = min(block, max_tokens)
@@ -211,13 +218,17 @@ def _settings(fields: Mapping[str, Any], max_tokens: int, limits: Limits, defaul
         top_p = None  # keeps every token
     if top_p is not None and not ancestral and not fields.get("temperature", defaults.stored.temperature):
         raise RequestError(f"top_p={top_p} filters a draw and needs a temperature above 0.", 400, "top_p")
+    if schema is not None and "stop" in fields:
+        raise RequestError("stop may cut the JSON that response_format asks for; leave out one of them.", 400, "stop")
     if steps > limits.max_new_tokens:
         raise RequestError(f"steps={steps} is above this server's {limits.max_new_tokens}.", 400, "steps")
     own = [fields.get(name) for name in ("mixing_ratio", "sampler")]
     seed = fields.get("seed") if defaults.draws(fields) else None
     try:
         engine = tuple(sorted(flatten({name: fields[name] for name in ENGINE if name in fields})[0].items()))
-        settings = Settings(max_tokens, steps, block, *own, temperature, top_p, seed, engine, task=task)
+        settings = Settings(
+            max_tokens, steps, block, *own, temperature, top_p, seed, engine, task=task, json_schema=schema
+        )
         XDLMGenerationConfig(**settings.options())
         if not ancestral:
             check_blocks(steps, max_tokens, block or max_tokens)

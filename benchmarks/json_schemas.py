@@ -1,0 +1,358 @@
+"""JSON by a schema: are all answers valid, what does it cost in quality, and in time?
+
+    python benchmarks/json_schemas.py             # all three, or one:
+    python benchmarks/json_schemas.py validity    # 200 random schemas, random weights; about 10 minutes on one core
+    python benchmarks/json_schemas.py quality     # trains a small model on records; about 10 minutes on one core
+    python benchmarks/json_schemas.py cost        # a vocabulary of 126,464 random tokens; about 5 minutes
+
+Validity is judged by the package jsonschema. Random weights are the worst case: nothing in the distributions prefers
+JSON. The records of `quality` are described by the prompt, so that their values can be checked; half of the training
+answers are written with spaces and half without, a free choice that all tokens of an answer must share.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import torch
+from measure import interleaved_seconds, machine
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, XDLMTrainer, XDLMTrainingArguments
+from xdlm_hf.data.tokenizer import train_tokenizer
+from xdlm_hf.generation.json_schema import schema_automaton
+from xdlm_hf.generation.token_automaton import TokenAutomaton, Vocabulary
+
+WORDS = "alpha beta gamma delta name size color count total price city street user id état größe naïve 東京 q1".split()
+PATTERNS = ("^[A-Z]{2}-\\d{3}$", "^(red|green)+$", "\\w+@\\w+\\.org", "[^ ]{1,6}", "^\\+?\\d{4,8}$", '^"?x?"?$')
+PROMPT, ANSWER, K = 12, 44, 0.1
+CONSOLE = Console(width=120)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validity
+
+
+def random_schema(rng: random.Random, depth: int = 2) -> dict[str, Any]:
+    """A schema of all supported features; objects and arrays nest up to `depth`."""
+    kinds = ["string", "integer", "number", "boolean", "enum", "null", "any of", "types"]
+    kind = rng.choice(kinds + ["object", "array", "tuple"] * 3 if depth else kinds)
+    below = partial(random_schema, rng, depth - 1)
+    if kind == "object":
+        names = rng.sample(WORDS, rng.randint(1, 3))
+        required = rng.sample(names, rng.randint(0, len(names)))
+        return {"type": "object", "properties": {n: below() for n in names}, "required": required}
+    if kind == "array":
+        least = rng.randint(0, 2)
+        return {"type": "array", "items": below(), "minItems": least, "maxItems": least + rng.randint(0, 2)}
+    if kind == "tuple":
+        return {"type": "array", "prefixItems": [below() for _ in range(rng.randint(1, 2))], "items": False}
+    if kind == "enum":
+        return {"enum": rng.sample([*WORDS, 0, -1.5, True, None, [1, "a"], {'a"b': 2}, "x\ny"], rng.randint(1, 4))}
+    if kind == "any of":
+        return {"anyOf": [random_schema(rng, 0) for _ in range(2)]}
+    if kind == "types":
+        return {"type": ["string", rng.choice(["integer", "boolean", "null"])], "maxLength": 4}
+    if kind == "string":
+        least = rng.randint(0, 4)
+        bounds = {"minLength": least, "maxLength": least + rng.randint(0, 8)}
+        options = ({}, bounds, {"pattern": rng.choice(PATTERNS)}, {"format": rng.choice(["date", "uuid"])})
+        return {"type": "string", **rng.choice(options)}
+    if kind == "integer":
+        least = rng.randint(-200, 200)
+        bounds = {"minimum": least, "exclusiveMaximum": least + rng.randint(1, 500)}
+        return {"type": "integer", **rng.choice(({}, bounds, {"minimum": least}, {"maximum": least}))}
+    return {"type": kind}
+
+
+def is_valid(text: str, schema: dict[str, Any]) -> bool:
+    try:
+        jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator)
+    except (ValueError, RecursionError, jsonschema.ValidationError):
+        return False
+    return True
+
+
+def model_of(tokenizer: PreTrainedTokenizerBase, width: int, layers: int, length: int, **options: Any) -> Any:
+    torch.manual_seed(0)
+    rows = options.pop("rows", len(tokenizer))
+    ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
+    sizes = dict(d_model=width, n_heads=4, n_kv_heads=4, n_layers=layers, mlp_hidden_size=2 * width)
+    shape = dict(vocab_size=rows, embedding_size=rows, max_sequence_length=length)
+    return LLaDAForDiffusionLM(LLaDAConfig(**sizes, **shape, **ids, **options))
+
+
+def validity(number: int, length: int = 96) -> None:
+    rng = random.Random(0)
+    drafts = [random_schema(rng) for _ in range(20 * number)]
+    tokenizer = train_tokenizer([json.dumps(schema, ensure_ascii=False) for schema in drafts], vocab_size=600)
+    vocabulary, end = Vocabulary.of(tokenizer), tokenizer.eos_token_id
+    schemas: list[dict[str, Any]] = []
+    for schema in drafts:
+        if schema in schemas or not {"properties", "items"} & set(schema) or len(schemas) == number:
+            continue
+        language = schema_automaton(json.dumps(schema))
+        if TokenAutomaton(language, vocabulary, len(tokenizer), [end]).shortest <= length:
+            schemas.append(schema)
+    model = model_of(tokenizer, 32, 1, 512, init_std=0.3).eval()
+    settings: dict[str, dict[str, Any]] = {
+        "k = 0": {"mixing_ratio": 0.0},
+        "k = 0.1": {"mixing_ratio": 0.1},
+        "k = 0.5, 4 polishing steps": {"mixing_ratio": 0.5, "polish_steps": 4},
+        "k = 0.1, temperature 1": {"mixing_ratio": 0.1, "temperature": 1.0},
+    }
+    runs = {(name, True): options for name, options in settings.items()}
+    runs |= {(name, False): settings[name] for name in ("k = 0", "k = 0.1")}
+    valid, edits = Counter(), Counter()
+    for i, schema in enumerate(tqdm(schemas, desc="schemas")):
+        prompt = tokenizer(f"{i}: {json.dumps(schema, ensure_ascii=False)}", return_tensors="pt").input_ids[:, :64]
+        common = dict(max_new_tokens=length, steps=8, seed=i, tokenizer=tokenizer, return_dict_in_generate=True)
+        for (name, constrained), options in runs.items():
+            given = {"json_schema": schema} if constrained else {}
+            output = model.generate(prompt, **common, **options, **given)
+            text = tokenizer.decode(output.sequences[0, prompt.shape[1] :], skip_special_tokens=True)
+            valid[name, constrained] += is_valid(text, schema)
+            edits[name, constrained] += int(output.num_edits)
+    rows = [
+        [name, "yes" if constrained else "no", f"{valid[key]} of {len(schemas)}", f"{edits[key] / len(schemas):.1f}"]
+        for key in runs
+        for name, constrained in [key]
+    ]
+    show("schemas, random weights", ["decoding", "json_schema", "valid", "edits per answer"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quality
+
+ITEMS, COLORS = ["lamp", "chair", "table", "clock", "spoon", "vase"], ["red", "green", "blue", "black"]
+TAGS = ["new", "gift", "heavy"]
+NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gil", "Hal", "Ida", "Jon"]
+RECORD = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 12},
+        "item": {"enum": ITEMS},
+        "count": {"type": "integer", "minimum": 1, "maximum": 99},
+        "color": {"enum": COLORS},
+        "tags": {"type": "array", "items": {"enum": TAGS}, "maxItems": 3},
+        "paid": {"type": "boolean"},
+    },
+    "required": ["name", "item", "count", "tags", "paid"],
+}
+
+
+def record(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """A prompt and the record that it describes."""
+    name, item, count, paid = rng.choice(NAMES), rng.choice(ITEMS), rng.randint(1, 20), rng.random() < 0.5
+    color = {"color": rng.choice(COLORS)} if rng.random() < 0.5 else {}
+    tags = [tag for tag in TAGS if rng.random() < 0.4]
+    words = [str(count), *color.values(), item, name, "paid" if paid else "open", *tags]
+    return " " + " ".join(words), {"name": name, "item": item, "count": count, **color, "tags": tags, "paid": paid}
+
+
+def written(value: dict[str, Any], spaces: bool) -> str:
+    return json.dumps(value, separators=(", ", ": ") if spaces else (",", ":"))
+
+
+class Records(Dataset):
+    """Training rows; row i is drawn from the seed i + 1000, so none is one of the problems."""
+
+    prompt_mask = torch.arange(PROMPT + ANSWER) < PROMPT
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, number: int):
+        self.tokenizer, self.number = tokenizer, number
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rng = random.Random(index + 1000)
+        prompt, value = record(rng)
+        answer = self.tokenizer(written(value, rng.random() < 0.5)).input_ids
+        answer += [self.tokenizer.eos_token_id] * (ANSWER - len(answer))
+        return {"input_ids": torch.tensor(prompt_ids(self.tokenizer, prompt) + answer), "prompt_mask": self.prompt_mask}
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    ids = tokenizer(prompt).input_ids
+    return [tokenizer.eos_token_id] * (PROMPT - len(ids)) + ids
+
+
+def record_tokenizer() -> PreTrainedTokenizerBase:
+    rng = random.Random(1)
+    texts = [text for _ in range(2000) for p, v in [record(rng)] for text in (p, written(v, True), written(v, False))]
+    return train_tokenizer(texts, vocab_size=440)
+
+
+def trained(folder: Path, tokenizer: PreTrainedTokenizerBase, steps: int) -> Any:
+    if not (folder / "model.safetensors").exists():
+        rows = 32
+        arguments = XDLMTrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=rows,
+            learning_rate=4e-3,
+            adam_beta2=0.98,
+            lr_scheduler_type="cosine",
+            warmup_steps=steps // 20,
+            mixing_ratio=K,
+            logging_steps=50,
+            save_strategy="no",
+            report_to="none",
+        )
+        model = model_of(tokenizer, 64, 3, PROMPT + ANSWER, mixing_ratio=K, rope_theta=1e3)
+        trainer = XDLMTrainer(model=model, args=arguments, train_dataset=Records(tokenizer, steps * rows))
+        trainer.train()
+        trainer.save_model()
+    return LLaDAForDiffusionLM.from_pretrained(folder).eval()
+
+
+def quality(folder: Path, steps: int, problems: int, repeats: int, clock: Callable[[], float]) -> None:
+    tokenizer = record_tokenizer()
+    model = trained(folder, tokenizer, steps)
+    rng = random.Random(0)
+    prompts, values = zip(*(record(rng) for _ in range(problems)), strict=True)
+    ids = torch.tensor([prompt_ids(tokenizer, prompt) for prompt in prompts])
+    rows = []
+    policies: dict[str, dict[str, Any]] = {
+        "k = 0": {"mixing_ratio": 0.0},
+        "k = 0.1": {"mixing_ratio": 0.1},
+        "edits above 0.5": {"refinement": {"policy": "threshold", "threshold": 0.5}},
+    }
+    for name, options in policies.items():
+        for n in (4, 8, 16, 32):
+            common = dict(max_new_tokens=ANSWER, steps=n, tokenizer=tokenizer, **options)
+            texts = {}
+
+            def run(which: str, common: dict[str, Any] = common, texts: dict[str, Any] = texts, **given: Any) -> None:
+                answers = model.generate(ids, **common, **given)[:, PROMPT:]
+                texts[which] = tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+            work = {"with": partial(run, "with", json_schema=RECORD), "without": partial(run, "without")}
+            seconds = interleaved_seconds(work, repeats, clock)
+            rows.append([name, str(n), *compared(texts["with"], texts["without"], values)])
+            rows[-1].append(f"{seconds['with'] / seconds['without']:.2f}")
+            print(rows[-1], flush=True)
+    columns = ["decoding", "steps", "valid, %", "without", "right, %", "without", "difference", "time ratio"]
+    show(f"records: {problems} problems, {sum(p.numel() for p in model.parameters())} parameters", columns, rows)
+
+
+def compared(with_: list[str], without: list[str], values: tuple[dict[str, Any], ...]) -> list[str]:
+    """Shares of valid and right answers with and without the schema, and the paired difference of the latter."""
+    shares = []
+    right = {}
+    for i, texts in enumerate((with_, without)):
+        valid = torch.tensor([is_valid(text, RECORD) for text in texts]).double()
+        right[i] = torch.tensor([is_right(t, v) for t, v in zip(texts, values, strict=True)]).double()
+        shares.append((valid, right[i]))
+    difference = right[0] - right[1]
+    error = 100 * difference.std() / len(values) ** 0.5
+    cells = [f"{100 * shares[i][j].mean():.1f}" for j in (0, 1) for i in (0, 1)]
+    return [*cells, f"{100 * difference.mean():+.1f} ± {error:.1f}"]
+
+
+def is_right(text: str, value: dict[str, Any]) -> bool:
+    return is_valid(text, RECORD) and json.loads(text) == value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cost
+
+
+def random_vocabulary(number: int) -> list[bytes | None]:
+    """The 256 bytes, then random words, some of them after a space or punctuation; special tokens at the end."""
+    rng = random.Random(0)
+    tokens = {bytes([i]): None for i in range(256)}
+    while len(tokens) < number - 100:
+        start = rng.choice(["", " ", " ", " ", '"', ': "', '{"', '", "', "é", "1"])
+        word = "".join(rng.choice("etaoinshrdlucmfwypvbgkjqxz0123456789") for _ in range(rng.randint(1, 9)))
+        tokens[(start + word).encode()] = None
+    return [*tokens, *[None] * 100]
+
+
+def cost(repeats: int, clock: Callable[[], float]) -> None:
+    size, rows = 126464, []
+    start = time.perf_counter()
+    vocabulary = Vocabulary(random_vocabulary(size))
+    print(f"trie of {size} tokens: {time.perf_counter() - start:.1f} s, {vocabulary.num_nodes} prefixes", flush=True)
+    model = small_model(size)
+    for name, schema in {"record": RECORD, "string up to 100": {"type": "string", "maxLength": 100},
+                         "any object": {"type": "object"}}.items():  # fmt: skip
+        start = time.perf_counter()
+        language = schema_automaton(json.dumps(schema))
+        automaton = TokenAutomaton(language, vocabulary, size, [size - 1], [], [size - 2])
+        seconds = time.perf_counter() - start
+        counts = [automaton.num_states, automaton.num_classes, len(automaton.source), len(automaton.members)]
+        for length in (64, 256):
+            logits = torch.randn(length, size, generator=torch.Generator().manual_seed(0))
+            ids = torch.full((1, length), size - 2)
+            scores = automaton.class_scores(logits)
+            work = {
+                "classes": partial(automaton.class_scores, logits),
+                "path": partial(automaton.path, scores[None]),
+                "softmax": partial(torch.softmax, logits, -1),
+                "forward": lambda ids=ids: forward(model, ids),
+            }
+            took = interleaved_seconds(work, repeats, clock)
+            both = took["classes"] + took["path"]
+            cells = [f"{took[part]:.3f}" for part in work]
+            ratios = [f"{both / took['softmax']:.1f}", f"{both / took['forward']:.2f}"]
+            rows.append([name, str(length), f"{seconds:.1f}", *map(str, counts), *cells, *ratios])
+    columns = ["schema", "L", "build, s", "S", "C", "E", "W", "classes, s", "path, s", "softmax, s", "forward, s"]
+    show(f"one step, {size} random tokens", [*columns, "/ softmax", "/ forward"], rows)
+
+
+def small_model(size: int) -> Any:
+    torch.manual_seed(0)
+    shape = dict(vocab_size=size, embedding_size=size, d_model=256, n_heads=4, n_kv_heads=4, n_layers=4)
+    ids = dict(mask_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1)
+    return LLaDAForDiffusionLM(LLaDAConfig(**shape, mlp_hidden_size=512, max_sequence_length=512, **ids)).eval()
+
+
+@torch.no_grad()
+def forward(model: Any, ids: Tensor) -> Tensor:
+    return model(input_ids=ids).logits
+
+
+def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=f"{title}, {machine()}")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    CONSOLE.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=["all", "validity", "quality", "cost"], default="all")
+    parser.add_argument("--schemas", type=int, default=200)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/records"))
+    parser.add_argument("--steps", type=int, default=700, help="optimizer steps of the training")
+    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of timing after a warm-up")
+    parser.add_argument("--cpu-time", action="store_true", help="measure this process's CPU time, not wall time")
+    options = parser.parse_args()
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    if options.part in ("all", "validity"):
+        validity(options.schemas)
+    if options.part in ("all", "quality"):
+        quality(options.output_dir, options.steps, options.problems, options.repeats, clock)
+    if options.part in ("all", "cost"):
+        cost(options.repeats, clock)
+
+
+if __name__ == "__main__":
+    main()
