@@ -2,12 +2,12 @@
 
     python benchmarks/json_schemas.py             # all three, or one:
     python benchmarks/json_schemas.py validity    # 200 random schemas, random weights; about 10 minutes on one core
-    python benchmarks/json_schemas.py quality     # trains a small model on records; about 10 minutes on one core
+    python benchmarks/json_schemas.py quality     # trains a small model; about 10 minutes on one core
     python benchmarks/json_schemas.py cost        # a vocabulary of 126,464 random tokens; about 5 minutes
 
 Validity is judged by the package jsonschema. Random weights are the worst case: nothing in the distributions prefers
-JSON. The records of `quality` are described by the prompt, so that their values can be checked; half of the training
-answers are written with spaces and half without, a free choice that all tokens of an answer must share.
+JSON. An answer of `quality` is an object with the direction that the prompt names and 4 to 8 letters that follow each
+other; its first letter and its length are free choices, which all tokens of an answer must share.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import jsonschema
@@ -37,7 +38,7 @@ from xdlm_hf.generation.token_automaton import TokenAutomaton, Vocabulary
 
 WORDS = "alpha beta gamma delta name size color count total price city street user id état größe naïve 東京 q1".split()
 PATTERNS = ("^[A-Z]{2}-\\d{3}$", "^(red|green)+$", "\\w+@\\w+\\.org", "[^ ]{1,6}", "^\\+?\\d{4,8}$", '^"?x?"?$')
-PROMPT, ANSWER, K = 12, 44, 0.1
+PROMPT, ANSWER, K = 13, 57, 0.1
 CONSOLE = Console(width=120)
 
 
@@ -136,34 +137,32 @@ def validity(number: int, length: int = 96) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Quality
 
-ITEMS, COLORS = ["lamp", "chair", "table", "clock", "spoon", "vase"], ["red", "green", "blue", "black"]
-TAGS = ["new", "gift", "heavy"]
-NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gil", "Hal", "Ida", "Jon"]
 RECORD = {
     "type": "object",
     "properties": {
-        "name": {"type": "string", "minLength": 1, "maxLength": 12},
-        "item": {"enum": ITEMS},
-        "count": {"type": "integer", "minimum": 1, "maximum": 99},
-        "color": {"enum": COLORS},
-        "tags": {"type": "array", "items": {"enum": TAGS}, "maxItems": 3},
-        "paid": {"type": "boolean"},
+        "up": {"type": "boolean"},
+        "letters": {"type": "array", "items": {"type": "string", "pattern": "[a-z]"}, "minItems": 4, "maxItems": 8},
     },
-    "required": ["name", "item", "count", "tags", "paid"],
+    "required": ["up", "letters"],
 }
 
 
-def record(rng: random.Random) -> tuple[str, dict[str, Any]]:
-    """A prompt and the record that it describes."""
-    name, item, count, paid = rng.choice(NAMES), rng.choice(ITEMS), rng.randint(1, 20), rng.random() < 0.5
-    color = {"color": rng.choice(COLORS)} if rng.random() < 0.5 else {}
-    tags = [tag for tag in TAGS if rng.random() < 0.4]
-    words = [str(count), *color.values(), item, name, "paid" if paid else "open", *tags]
-    return " " + " ".join(words), {"name": name, "item": item, "count": count, **color, "tags": tags, "paid": paid}
+def record(rng: random.Random) -> tuple[str, str]:
+    """A prompt and one of its right answers: six letters with signs, then letters of the alphabet in that direction."""
+    sign, first = rng.choice("<>"), rng.randrange(26)
+    prompt = "".join(letter + sign for letter in rng.choices(ascii_lowercase, k=6)) + ":"
+    letters = [ascii_lowercase[(first + (n if sign == ">" else -n)) % 26] for n in range(rng.randint(4, 8))]
+    return prompt, json.dumps({"up": sign == ">", "letters": letters}, separators=(",", ":"))
 
 
-def written(value: dict[str, Any], spaces: bool) -> str:
-    return json.dumps(value, separators=(", ", ": ") if spaces else (",", ":"))
+def is_right(prompt: str, text: str) -> bool:
+    """Whether an answer is valid, says the direction of the prompt, and has letters that follow each other in it."""
+    if not is_valid(text, RECORD):
+        return False
+    value, step = json.loads(text), 1 if ">" in prompt else -1
+    places = [ascii_lowercase.index(letter) for letter in value["letters"]]
+    follows = all((after - before) % 26 == step % 26 for before, after in zip(places, places[1:], strict=False))
+    return follows and value["up"] == (step == 1)
 
 
 class Records(Dataset):
@@ -178,27 +177,14 @@ class Records(Dataset):
         return self.number
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        rng = random.Random(index + 1000)
-        prompt, value = record(rng)
-        answer = self.tokenizer(written(value, rng.random() < 0.5)).input_ids
-        answer += [self.tokenizer.eos_token_id] * (ANSWER - len(answer))
-        return {"input_ids": torch.tensor(prompt_ids(self.tokenizer, prompt) + answer), "prompt_mask": self.prompt_mask}
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    ids = tokenizer(prompt).input_ids
-    return [tokenizer.eos_token_id] * (PROMPT - len(ids)) + ids
-
-
-def record_tokenizer() -> PreTrainedTokenizerBase:
-    rng = random.Random(1)
-    texts = [text for _ in range(2000) for p, v in [record(rng)] for text in (p, written(v, True), written(v, False))]
-    return train_tokenizer(texts, vocab_size=440)
+        prompt, answer = (self.tokenizer(text).input_ids for text in record(random.Random(index + 1000)))
+        ends = [self.tokenizer.eos_token_id] * (ANSWER - len(answer))
+        return {"input_ids": torch.tensor([*prompt, *answer, *ends]), "prompt_mask": self.prompt_mask}
 
 
 def trained(folder: Path, tokenizer: PreTrainedTokenizerBase, steps: int) -> Any:
     if not (folder / "model.safetensors").exists():
-        rows = 32
+        rows = 64
         arguments = XDLMTrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
@@ -212,7 +198,7 @@ def trained(folder: Path, tokenizer: PreTrainedTokenizerBase, steps: int) -> Any
             save_strategy="no",
             report_to="none",
         )
-        model = model_of(tokenizer, 64, 3, PROMPT + ANSWER, mixing_ratio=K, rope_theta=1e3)
+        model = model_of(tokenizer, 64, 3, PROMPT + ANSWER, mixing_ratio=K, rope_theta=1e3, init_std=0.05)
         trainer = XDLMTrainer(model=model, args=arguments, train_dataset=Records(tokenizer, steps * rows))
         trainer.train()
         trainer.save_model()
@@ -220,11 +206,11 @@ def trained(folder: Path, tokenizer: PreTrainedTokenizerBase, steps: int) -> Any
 
 
 def quality(folder: Path, steps: int, problems: int, repeats: int, clock: Callable[[], float]) -> None:
-    tokenizer = record_tokenizer()
+    tokenizer = train_tokenizer(["every byte is a token"], vocab_size=262)
     model = trained(folder, tokenizer, steps)
     rng = random.Random(0)
-    prompts, values = zip(*(record(rng) for _ in range(problems)), strict=True)
-    ids = torch.tensor([prompt_ids(tokenizer, prompt) for prompt in prompts])
+    prompts = [record(rng)[0] for _ in range(problems)]
+    ids = tokenizer(prompts, return_tensors="pt").input_ids
     rows = []
     policies: dict[str, dict[str, Any]] = {
         "k = 0": {"mixing_ratio": 0.0},
@@ -242,29 +228,26 @@ def quality(folder: Path, steps: int, problems: int, repeats: int, clock: Callab
 
             work = {"with": partial(run, "with", json_schema=RECORD), "without": partial(run, "without")}
             seconds = interleaved_seconds(work, repeats, clock)
-            rows.append([name, str(n), *compared(texts["with"], texts["without"], values)])
+            rows.append([name, str(n), *compared(prompts, texts["with"], texts["without"])])
             rows[-1].append(f"{seconds['with'] / seconds['without']:.2f}")
             print(rows[-1], flush=True)
     columns = ["decoding", "steps", "valid, %", "without", "right, %", "without", "difference", "time ratio"]
     show(f"records: {problems} problems, {sum(p.numel() for p in model.parameters())} parameters", columns, rows)
 
 
-def compared(with_: list[str], without: list[str], values: tuple[dict[str, Any], ...]) -> list[str]:
+def compared(prompts: list[str], with_: list[str], without: list[str]) -> list[str]:
     """Shares of valid and right answers with and without the schema, and the paired difference of the latter."""
-    shares = []
-    right = {}
-    for i, texts in enumerate((with_, without)):
-        valid = torch.tensor([is_valid(text, RECORD) for text in texts]).double()
-        right[i] = torch.tensor([is_right(t, v) for t, v in zip(texts, values, strict=True)]).double()
-        shares.append((valid, right[i]))
+    valid, right = (
+        [
+            torch.tensor([judge(*pair) for pair in zip(prompts, texts, strict=True)]).double()
+            for texts in (with_, without)
+        ]
+        for judge in (lambda _, text: is_valid(text, RECORD), is_right)
+    )
     difference = right[0] - right[1]
-    error = 100 * difference.std() / len(values) ** 0.5
-    cells = [f"{100 * shares[i][j].mean():.1f}" for j in (0, 1) for i in (0, 1)]
-    return [*cells, f"{100 * difference.mean():+.1f} ± {error:.1f}"]
-
-
-def is_right(text: str, value: dict[str, Any]) -> bool:
-    return is_valid(text, RECORD) and json.loads(text) == value
+    error = 100 * difference.std() / len(prompts) ** 0.5
+    shares = [f"{100 * share.mean():.1f}" for share in (*valid, *right)]
+    return [*shares, f"{100 * difference.mean():+.1f} ± {error:.1f}"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,7 +323,7 @@ def main() -> None:
     parser.add_argument("part", nargs="?", choices=["all", "validity", "quality", "cost"], default="all")
     parser.add_argument("--schemas", type=int, default=200)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/records"))
-    parser.add_argument("--steps", type=int, default=700, help="optimizer steps of the training")
+    parser.add_argument("--steps", type=int, default=900, help="optimizer steps of the training")
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3, help="rounds of timing after a warm-up")
     parser.add_argument("--cpu-time", action="store_true", help="measure this process's CPU time, not wall time")
