@@ -53,8 +53,8 @@ STEPS = (32, 16, 8, 4, 2)
 EDITS = {"refinement": {"policy": "threshold", "threshold": 0.5}}
 TRAINING, PROBLEMS = 45_000, 200
 EXAMPLES = 8
-PROMPT, TEXTS = "return true if the ", 4
-TEXT = {"sampler": "ancestral", "steps": 32, "max_new_tokens": 44, "temperature": 0.7, "seed": 0}
+PROMPT, TEXTS, SHOWN_TEXTS = "return true if the ", 32, 4
+TEXT = {"sampler": "ancestral", "steps": 32, "max_new_tokens": 44, "temperature": 0.4, "seed": 0}
 LAUNCH = "-m accelerate.commands.accelerate_cli launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no"
 console = Console()
 
@@ -98,7 +98,7 @@ def main() -> None:
     console.print("\n[bold]3. The same through lm-eval[/]")
     report["lm_eval"] = lm_eval(folder)
     console.print("\n[bold]4. Samples and pictures[/]")
-    report["samples"] = {"texts": sample_texts(folder), "problem": sample_answers(folder)}
+    report["samples"] = {**sample_texts(folder), "problem": sample_answers(folder)}
     report["seconds"] = time.perf_counter() - start
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     write_page(folder, report)
@@ -278,13 +278,17 @@ def shortcomings(report: dict) -> list[str]:
 # What is shown
 
 
-def sample_texts(folder: Path) -> list[str]:
-    """Texts of the k = 0.1 model; writes text.html."""
+def sample_texts(folder: Path) -> dict:
+    """Texts of the k = 0.1 model, and how many of their words the documentation has; writes text.html."""
     model, tokenizer = load(folder / "xdlm")
     output = generated(model, tokenizer, [PROMPT] * TEXTS, **TEXT)
     start, title = len(tokenizer(PROMPT)["input_ids"]), f"Text in {TEXT['steps']} steps, k = 0.1"
     save_trace(folder / "text.html", output.history, tokenizer, model.config.mask_token_id, start, title)
-    return tokenizer.batch_decode(output.sequences)
+    texts = [text.removeprefix(PROMPT) for text in tokenizer.batch_decode(output.sequences)]
+    # Without the last word, which may be cut.
+    words = [word for text in texts for word in text.split()[:-1] if len(word) >= 3]
+    known = {word for line in (folder / "text.jsonl").open() for word in json.loads(line)["text"].split()}
+    return {"texts": texts[:SHOWN_TEXTS], "words": len(words), "known_words": sum(word in known for word in words)}
 
 
 def sample_answers(folder: Path) -> str:
@@ -341,9 +345,13 @@ def show(folder: Path, report: dict) -> None:
     console.print(
         f"held-out text, nats per letter: frequencies of letters {text['unigram']:.2f}, {bounds}", highlight=False
     )
-    console.print(f"{TEXTS} texts after {PROMPT!r}:", highlight=False)
-    for sample in report["samples"]["texts"]:
-        console.print(f"  {sample.removeprefix(PROMPT)}", markup=False, highlight=False)
+    samples = report["samples"]
+    share = (
+        f"{samples['known_words']} of {samples['words']} words of three letters or more are words of the documentation"
+    )
+    console.print(f"{TEXTS} texts after {PROMPT!r}; {share}. The first {SHOWN_TEXTS}:", highlight=False)
+    for text in samples["texts"]:
+        console.print(f"  {text}", markup=False, highlight=False)
     console.print(f"\n{report['seconds']:.0f} seconds. Losses, quality and traces: {folder / 'index.html'}")
     console.print(
         f"Next: xdlm-chat --model {folder / 'k0.1'} --steps 8, and a line like {report['samples']['problem']}"
