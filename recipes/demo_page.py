@@ -22,8 +22,8 @@ def write_page(folder: Path, report: dict) -> None:
     refined, unrefined = (report["lm_eval"][name] for name in ("refined", "unrefined"))
     text = report["text"]
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(
-        refined=f"{100 * refined['right']:.0f}",
-        unrefined=f"{100 * unrefined['right']:.0f}",
+        refined=f"{100 * refined['right']:.1f}",
+        unrefined=f"{100 * unrefined['right']:.1f}",
         nelbo=f"{text['xdlm']['nelbo']:.2f} ± {text['xdlm']['standard_error']:.2f}",
         unigram=f"{text['unigram']:.2f}",
         samples=html.escape("\n".join(report["samples"]["texts"])),
