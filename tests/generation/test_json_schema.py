@@ -179,6 +179,13 @@ def test_free_values_nest_up_to_a_depth():
         ({"type": "object", "required": ["a"]}, "required='a' is not among 'properties'"),
         ({"type": "array", "prefixItems": [{}], "items": {}}, "'prefixItems' is supported with items=false"),
         ({"type": "text"}, "type='text' must be of"),
+        ({"enum": [1], "type": [["x"]]}, r"type=\[\['x'\]\] must be of"),
+        ({"const": 1, "type": {"a": 1}}, "type={'a': 1} must be of"),
+        ({"type": "object", "properties": {"a": True}, "required": [["a"]]}, r"required=\['a'\] must be the name"),
+        (
+            {"type": "object", "properties": {"a": True}, "additionalProperties": 5},
+            "additionalProperties=5 must be true",
+        ),
         ({"type": "object", "properties": {"a": False}}, "False is no schema that a value can have"),
         ("{", "json_schema is not JSON: "),
         (3, "json_schema is int, and must be a dict or its JSON"),

@@ -88,3 +88,23 @@ def test_a_generation_without_a_step_is_refused(runs, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="generations of at least one step, got histories of .* output_history=True"):
         save_animation(tmp_path / "a.svg", runs, tokenizer, MASK)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"row": 1}, r"row=1 must lie between 0 and 0: the histories are \(1, 3\)"),
+        ({"start": 3}, "start=3 must lie between 0 and 2"),
+        ({"width": 0}, "width=0 letters and seconds=0.8 of a step must be positive"),
+        ({"seconds": 0}, "width=80 letters and seconds=0 of a step must be positive"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(runs, tokenizer, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        save_animation(tmp_path / "a.svg", runs, tokenizer, MASK, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_headings_hold_no_control_characters(runs, tokenizer, tmp_path):
+    path = save_animation(tmp_path / "a.svg", {"a\x00<b>": runs["fast"]}, tokenizer, MASK)
+    assert ElementTree.parse(path).getroot().find(f"{SVG}title").text == "a\N{MIDDLE DOT}<b>"

@@ -21,8 +21,9 @@ _MAX_POSITIONS = 2**16  # states before determinization
 _MAX_WORK = 2**24  # moves followed by determinization: some seconds
 _SURROGATES, _LAST = (0xD800, 0xDFFF), 0x10FFFF
 _TOO_LARGE = (
-    f"the automaton of json_schema would have more than {MAX_STATES} states; lower maxLength and maxItems, or leave "
-    "them out: max_new_tokens bounds the answer anyway."
+    f"the automaton of json_schema is too large (more than {MAX_STATES} states, or {_MAX_POSITIONS} before they are "
+    "merged); lower maxLength and maxItems, or leave them out: max_new_tokens bounds the answer anyway. Simpler "
+    "patterns, typed values and fewer optional properties help too."
 )
 
 

@@ -9,6 +9,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from .automaton import Alt, ByteAutomaton, Bytes, Chars, Node, Repeat, Seq, compiled, literal, optional
 from .pattern import json_characters, parsed
@@ -34,9 +35,10 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "object": lambda value: isinstance(value, dict),
 }
 _DAYS = "(0[13578]|1[02])-(0[1-9]|[12]\\d|3[01])|(0[469]|11)-(0[1-9]|[12]\\d|30)|02-(0[1-9]|1\\d|2[0-8])"
-_LEAP = "(\\d\\d(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)-02-29"
+_LEAP = "(\\d\\d(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)-02-29"
+_YEAR = "(\\d\\d\\d[1-9]|\\d\\d[1-9]0|\\d[1-9]00|[1-9]000)"  # not 0000, which Python's dates do not have
 _FORMATS = {
-    "date": f"\\d{{4}}-({_DAYS})|{_LEAP}",
+    "date": f"{_YEAR}-({_DAYS})|{_LEAP}",
     "uuid": "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
 }
 _MOST_PARTS, _MOST_DIGITS = 4096, 18
@@ -102,6 +104,7 @@ class _Builder:
             return _anything(FREE_DEPTH)
         if not isinstance(schema, Mapping):
             raise ValueError(f"at {place}: {schema!r} is no schema that a value can have")
+        types = _types(schema, place)
         keywords = {name for name in schema if name not in _ANYWHERE}
         for name, build in (("$ref", self._ref), ("allOf", self._all), ("anyOf", self._any), ("enum", _enum)):
             if name in schema:
@@ -110,12 +113,9 @@ class _Builder:
         if "const" in schema:
             _only(keywords, {"const", "type"}, place, " beside 'const'")
             return _enum({**schema, "enum": [schema["const"]]}, place, refs)
-        if "type" not in schema:
+        if not types:
             _only(keywords, set(), place, "")
             return _anything(FREE_DEPTH)
-        types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-        if not types or not all(isinstance(name, str) and name in _KEYWORDS for name in types):
-            raise ValueError(f"at {place}: type={schema['type']!r} must be of {sorted(_KEYWORDS)}")
         _only(keywords, {"type"}.union(*(_KEYWORDS[name] for name in types)), place, f" for type {' or '.join(types)}")
         build_type = {"string": _string, "integer": _integer, "array": self._array, "object": self._object}
         simple = {"null": literal("null"), "boolean": Alt((literal("true"), literal("false"))), "number": _NUMBER}
@@ -129,7 +129,7 @@ class _Builder:
         target: Any = self.root
         parts = ref[1:].split("/")[1:] if isinstance(ref, str) and (ref == "#" or ref.startswith("#/")) else [None]
         for part in parts:
-            key = None if part is None else part.replace("~1", "/").replace("~0", "~")
+            key = None if part is None else unquote(part).replace("~1", "/").replace("~0", "~")
             if not isinstance(target, Mapping) or key not in target:
                 raise ValueError(f"at {place}: $ref={ref!r} is not found in the schema")
             target = target[key]
@@ -161,10 +161,15 @@ class _Builder:
         given, required = schema.get("properties", {}), schema.get("required", [])
         if not isinstance(given, Mapping) or not isinstance(required, list):
             raise ValueError(f"at {place}: 'properties' must be an object and 'required' a list")
+        odd = [name for name in required if not isinstance(name, str)]
+        if odd:
+            raise ValueError(f"at {place}: required={odd[0]!r} must be the name of a property")
         missing = [name for name in required if name not in given]
         if missing:
             raise ValueError(f"at {place}: required={missing[0]!r} is not among 'properties'")
         extra = schema.get("additionalProperties", not given)
+        if not isinstance(extra, bool | Mapping):
+            raise ValueError(f"at {place}: additionalProperties={extra!r} must be true, false or a schema")
         if not given and extra is not False:
             member = Seq((_STRING, _COLON, self.value(extra, f"{place}/additionalProperties", refs)))
             return _listed("{", member, "}", 0, None)
@@ -173,6 +178,16 @@ class _Builder:
             for name, part in given.items()
         ]
         return Seq((literal("{"), _properties(members), literal("}")))
+
+
+def _types(schema: Mapping[str, Any], place: str) -> list[str]:
+    """The names in `type`, none if it is not given."""
+    if "type" not in schema:
+        return []
+    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    if not types or not all(isinstance(name, str) and name in _KEYWORDS for name in types):
+        raise ValueError(f"at {place}: type={schema['type']!r} must be of {sorted(_KEYWORDS)}")
+    return types
 
 
 def _only(given: set[str], supported: set[str], place: str, context: str) -> None:
@@ -200,11 +215,10 @@ def _json(value: Any, place: str) -> Bytes:
 
 
 def _enum(schema: Mapping[str, Any], place: str, refs: tuple[str, ...]) -> Node:
-    values, types = schema["enum"], schema.get("type", [])
+    values, types = schema["enum"], _types(schema, place)
     if not isinstance(values, list) or not values:
         raise ValueError(f"at {place}: 'enum' must be a list of at least one value")
-    types = types if isinstance(types, list) else [types]
-    wrong = [value for value in values if types and not any(_TYPES.get(t, lambda _: False)(value) for t in types)]
+    wrong = [value for value in values if types and not any(_TYPES[name](value) for name in types)]
     if wrong:
         raise ValueError(f"at {place}: {wrong[0]!r} is not of type={schema['type']!r}")
     return Alt(tuple(_json(value, place) for value in values))
@@ -242,6 +256,8 @@ def _integer(schema: Mapping[str, Any], place: str, refs: tuple[str, ...]) -> No
     ):
         if name in schema:
             value = schema[name]
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)  # 1.0 is an integer in JSON Schema
             if not _TYPES["integer"](value):
                 raise ValueError(f"at {place}: {name}={value!r} must be an integer")
             if abs(value) >= 10**_MOST_DIGITS:

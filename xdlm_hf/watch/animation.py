@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..atomic import write_whole
 from .display import LABELS, STYLES, step_text
+from .tokens import without_controls
 
 LINE, LETTER, MARGIN = 20, 8.5, 16  # pixels: height of a line, width of a letter, border
 HOLD = 4  # how often the last step is shown
-# Colours of trace.css, light and dark.
+# Colours of page.css, light and dark.
 COLOURS = {
     "ink": ("#1c2430", "#e5e9f0"),
     "pale": ("#5b6472", "#a3acbb"),
@@ -57,17 +58,25 @@ def save_animation(
         The path written.
 
     Raises:
-        ValueError: If there is no run, or a history holds fewer than two states.
+        ValueError: If there is no run, a history holds fewer than two states, there is no such row or column, or
+            `width` or `seconds` is not positive.
     """
     if not runs or min(map(len, runs.values())) < 2:
         raise ValueError(
             f"an animation needs generations of at least one step, got histories of "
             f"{[len(history) for history in runs.values()]} states; generate with output_history=True."
         )
+    batch, length = next(iter(runs.values()))[0].shape
+    for name, value, limit in (("row", row, batch), ("start", start, length)):
+        if not 0 <= value < limit:
+            shape = f"the histories are ({batch}, {length})"
+            raise ValueError(f"{name}={value} must lie between 0 and {limit - 1}: {shape}.")
+    if width < 1 or not seconds > 0:
+        raise ValueError(f"width={width} letters and seconds={seconds} of a step must be positive.")
     frames = max(map(len, runs.values()))
     body, top = [], MARGIN + LINE
     for title, history in runs.items():
-        body.append(f'<text class="title" x="{MARGIN}" y="{top}">{html.escape(title)}</text>')
+        body.append(f'<text class="title" x="{MARGIN}" y="{top}">{_escaped(title)}</text>')
         states = [state[row, start:].cpu() for state in history]
         states = [states[0], *states, *[states[-1]] * (frames - len(states))]  # before the first step, and waiting
         shown = [
@@ -86,6 +95,10 @@ def save_animation(
     picture = _picture(size, "".join(body), _style(frames, seconds), " / ".join(runs))
     write_whole(path, picture.encode())
     return Path(path)
+
+
+def _escaped(text: str) -> str:
+    return html.escape(without_controls(text))  # XML has no control characters
 
 
 def _line(line: Text, y: int) -> str:
@@ -130,6 +143,6 @@ def _picture(size: tuple[int, int], body: str, style: str, title: str) -> str:
     width, height = size
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img"><title>{html.escape(title)}</title><style>{style}</style>'
+        f'role="img"><title>{_escaped(title)}</title><style>{style}</style>'
         f'<rect class="page" width="{width}" height="{height}" rx="10"/>{body}</svg>\n'
     )
