@@ -118,10 +118,7 @@ def test_neither_the_package_nor_the_mathematics_loads_transformers_and_accelera
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize(
-    "first",
-    ["import xdlm_hf, transformers", "import transformers, xdlm_hf", "import xdlm_hf, transformers.modeling_layers"],
-)
+@pytest.mark.parametrize("first", ["import transformers, xdlm_hf", "import xdlm_hf, transformers.modeling_layers"])
 def test_model_types_are_registered_in_any_order(first):
     """Some modules of Transformers, modeling_layers among them, import the Auto classes halfway."""
     script = (
