@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import interleaved_seconds, machine
@@ -146,20 +147,26 @@ def build() -> LLaDAForDiffusionLM:
     return LLaDAForDiffusionLM(config)
 
 
-def trained(folder: Path, model: LLaDAForDiffusionLM, rows: Dataset, steps: int) -> Path:
-    """The checkpoint of the model trained on `steps` batches of 64 of the rows; trained unless it is there."""
+def trained(
+    folder: Path, model: LLaDAForDiffusionLM, rows: Dataset, steps: int, learning_rate: float = 2e-3, **options: Any
+) -> Path:
+    """The checkpoint of the model trained on `steps` batches of 64 of the rows; trained unless it is there.
+
+    `options` are further arguments of the training.
+    """
     if not (folder / "model.safetensors").exists():
         arguments = XDLMTrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
             per_device_train_batch_size=BATCH,
-            learning_rate=2e-3,
+            learning_rate=learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=steps // 20,
             mixing_ratio=K,
             logging_steps=50,
             save_strategy="no",
             report_to="none",
+            **options,
         )
         trainer = XDLMTrainer(model=model, args=arguments, train_dataset=rows)
         trainer.train()

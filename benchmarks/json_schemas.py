@@ -23,6 +23,7 @@ from typing import Any
 
 import jsonschema
 import torch
+from decoding_quality import BATCH, K, trained
 from measure import interleaved_seconds, machine
 from rich.console import Console
 from rich.table import Table
@@ -31,14 +32,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM, XDLMTrainer, XDLMTrainingArguments
+from xdlm_hf import LLaDAConfig, LLaDAForDiffusionLM
 from xdlm_hf.data.tokenizer import train_tokenizer
 from xdlm_hf.generation.json_schema import schema_automaton
 from xdlm_hf.generation.token_automaton import TokenAutomaton, Vocabulary
 
 WORDS = "alpha beta gamma delta name size color count total price city street user id état größe naïve 東京 q1".split()
 PATTERNS = ("^[A-Z]{2}-\\d{3}$", "^(red|green)+$", "\\w+@\\w+\\.org", "[^ ]{1,6}", "^\\+?\\d{4,8}$", '^"?x?"?$')
-PROMPT, ANSWER, K = 13, 43, 0.1
+PROMPT, ANSWER = 13, 43
 CONSOLE = Console(width=120)
 
 
@@ -183,36 +184,15 @@ class Records(Dataset):
         return {"input_ids": torch.tensor([*prompt, *answer, *ends]), "prompt_mask": self.prompt_mask}
 
 
-def trained(folder: Path, tokenizer: PreTrainedTokenizerBase, steps: int) -> Any:
-    if not (folder / "model.safetensors").exists():
-        rows = 64
-        arguments = XDLMTrainingArguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=rows,
-            learning_rate=4e-3,
-            adam_beta2=0.98,
-            lr_scheduler_type="cosine",
-            warmup_steps=steps // 20,
-            mixing_ratio=K,
-            logging_steps=50,
-            save_strategy="no",
-            report_to="none",
-        )
-        model = model_of(tokenizer, 64, 3, PROMPT + ANSWER, mixing_ratio=K, rope_theta=1e3, init_std=0.05)
-        trainer = XDLMTrainer(model=model, args=arguments, train_dataset=Records(tokenizer, steps * rows))
-        trainer.train()
-        trainer.save_model()
-    return LLaDAForDiffusionLM.from_pretrained(folder).eval()
-
-
 def quality(folder: Path, steps: int, problems: int, repeats: int, clock: Callable[[], float]) -> None:
     tokenizer = train_tokenizer(["every byte is a token"], vocab_size=262)
-    model = trained(folder, tokenizer, steps)
+    start = model_of(tokenizer, 64, 3, PROMPT + ANSWER, mixing_ratio=K, rope_theta=1e3, init_std=0.05)
+    rows = Records(tokenizer, steps * BATCH)
+    model = LLaDAForDiffusionLM.from_pretrained(trained(folder, start, rows, steps, 4e-3, adam_beta2=0.98)).eval()
     rng = random.Random(0)
     prompts = [record(rng)[0] for _ in range(problems)]
     ids = tokenizer(prompts, return_tensors="pt").input_ids
-    rows = []
+    cells = []
     policies: dict[str, dict[str, Any]] = {
         "k = 0": {"mixing_ratio": 0.0},
         "k = 0.1": {"mixing_ratio": 0.1},
@@ -229,11 +209,11 @@ def quality(folder: Path, steps: int, problems: int, repeats: int, clock: Callab
 
             work = {"with": partial(run, "with", json_schema=RECORD), "without": partial(run, "without")}
             seconds = interleaved_seconds(work, repeats, clock)
-            rows.append([name, str(n), *compared(prompts, texts["with"], texts["without"])])
-            rows[-1].append(f"{seconds['with'] / seconds['without']:.2f}")
-            print(rows[-1], flush=True)
+            cells.append([name, str(n), *compared(prompts, texts["with"], texts["without"])])
+            cells[-1].append(f"{seconds['with'] / seconds['without']:.2f}")
+            print(cells[-1], flush=True)
     columns = ["decoding", "steps", "valid, %", "without", "right, %", "without", "difference", "time ratio"]
-    show(f"records: {problems} problems, {sum(p.numel() for p in model.parameters())} parameters", columns, rows)
+    show(f"records: {problems} problems, {sum(p.numel() for p in model.parameters())} parameters", columns, cells)
 
 
 def compared(prompts: list[str], with_: list[str], without: list[str]) -> list[str]:
