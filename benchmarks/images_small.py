@@ -1,4 +1,4 @@
-"""The paper's comparison of noises on small images: pixels as tokens, DiTs of 0.7 million parameters.
+"""The paper's comparison of noises on small images: pixels as tokens, DiTs of 0.6 million parameters.
 
     python benchmarks/images_small.py [--cifar10 cifar10.npz --size 8] [--output_dir outputs/images_small] [--jobs 2]
 
