@@ -287,7 +287,8 @@ def sample_texts(folder: Path) -> dict:
     texts = [text.removeprefix(PROMPT) for text in tokenizer.batch_decode(output.sequences)]
     # Without the last word, which may be cut.
     words = [word for text in texts for word in text.split()[:-1] if len(word) >= 3]
-    known = {word for line in (folder / "text.jsonl").open() for word in json.loads(line)["text"].split()}
+    lines = (folder / "text.jsonl").read_text(encoding="utf-8").splitlines()
+    known = {word for line in lines for word in json.loads(line)["text"].split()}
     return {"texts": texts[:SHOWN_TEXTS], "words": len(words), "known_words": sum(word in known for word in words)}
 
 

@@ -20,6 +20,7 @@ from .tokens import without_controls
 
 LINE, LETTER, MARGIN = 20, 8.5, 16  # pixels: height of a line, width of a letter, border
 HOLD = 4  # how often the last step is shown
+KINDS = {style: kind for kind, style in STYLES.items()} | {"dim": "pale"}  # class of a text, by its style in a terminal
 # Colours of page.css, light and dark.
 COLOURS = {
     "ink": ("#1c2430", "#e5e9f0"),
@@ -61,18 +62,7 @@ def save_animation(
         ValueError: If there is no run, a history holds fewer than two states, there is no such row or column, or
             `width` or `seconds` is not positive.
     """
-    if not runs or min(map(len, runs.values())) < 2:
-        raise ValueError(
-            f"an animation needs generations of at least one step, got histories of "
-            f"{[len(history) for history in runs.values()]} states; generate with output_history=True."
-        )
-    batch, length = next(iter(runs.values()))[0].shape
-    for name, value, limit in (("row", row, batch), ("start", start, length)):
-        if not 0 <= value < limit:
-            shape = f"the histories are ({batch}, {length})"
-            raise ValueError(f"{name}={value} must lie between 0 and {limit - 1}: {shape}.")
-    if width < 1 or not seconds > 0:
-        raise ValueError(f"width={width} letters and seconds={seconds} of a step must be positive.")
+    _check(runs, start, row, width, seconds)
     frames = max(map(len, runs.values()))
     body, top = [], MARGIN + LINE
     for title, history in runs.items():
@@ -97,16 +87,31 @@ def save_animation(
     return Path(path)
 
 
+def _check(runs: Mapping[str, Sequence[Tensor]], start: int, row: int, width: int, seconds: float) -> None:
+    """As `save_animation` raises."""
+    if not runs or min(map(len, runs.values())) < 2:
+        raise ValueError(
+            f"an animation needs generations of at least one step, got histories of "
+            f"{[len(history) for history in runs.values()]} states; generate with output_history=True."
+        )
+    batch, length = next(iter(runs.values()))[0].shape
+    for name, value, limit in (("row", row, batch), ("start", start, length)):
+        if not 0 <= value < limit:
+            shape = f"the histories are ({batch}, {length})"
+            raise ValueError(f"{name}={value} must lie between 0 and {limit - 1}: {shape}.")
+    if width < 1 or not seconds > 0:
+        raise ValueError(f"width={width} letters and seconds={seconds} of a step must be positive.")
+
+
 def _escaped(text: str) -> str:
     return html.escape(without_controls(text))  # XML has no control characters
 
 
 def _line(line: Text, y: int) -> str:
     """A line as spans, each in the colour of what the step did."""
-    kinds = {style: kind for kind, style in STYLES.items()} | {"dim": "pale"}
     spans = []
     for segment in line.render(Console()):
-        kind = kinds.get(str(segment.style), "")
+        kind = KINDS.get(str(segment.style), "")
         spans.append(
             f'<tspan class="{kind}">{html.escape(segment.text)}</tspan>' if kind else html.escape(segment.text)
         )
